@@ -1,0 +1,49 @@
+# make demo | test | test-msl | lint | clean; PYTHON=python3.12 and EXTRA=cuda13 choose others.
+# The stamp is per EXTRA, but cpu and cuda13 cannot share .venv: `make clean` between them.
+PYTHON ?= python3
+EXTRA ?= $(if $(filter Darwin,$(shell uname -s)),,cpu)
+BIN := .venv/bin
+comma := ,
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+DEMO := .venv/installed-demo-$(EXTRA)
+DEV := .venv/installed-dev-$(EXTRA)
+NATIVE := $(wildcard native/*.* native/*/*.*)
+
+.PHONY: demo test test-msl lint clean
+.NOTPARALLEL:
+
+demo: $(DEMO)
+	$(BIN)/leankv demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+# The GPU kernels on the CPU, under the checker: those parts of `make test` alone.
+test-msl: $(DEV)
+	$(BIN)/python -m pytest tests/msl tests/kernels -k msl
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv build dist leankv_mlx/_native.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+
+$(DEMO): EXTRAS = $(if $(EXTRA),[$(EXTRA)])
+$(DEV): EXTRAS = [$(if $(EXTRA),$(EXTRA)$(comma))dev]
+$(DEMO) $(DEV): .venv/created pyproject.toml hatch_build.py CMakeLists.txt $(NATIVE)
+	$(BIN)/python -m pip install --quiet --editable '.$(EXTRAS)'
+	@touch $@
+
+.venv/created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo 'Python 3.11 or newer is needed; name one with: make PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) has no venv module; install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@

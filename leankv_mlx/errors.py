@@ -1,0 +1,49 @@
+"""Every error that a user of leankv-mlx can meet.
+
+Messages are one line and say what to do. The commands print them without a traceback.
+"""
+
+
+class LeanKVError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+    exit_code = 1
+
+
+class UsageError(LeanKVError):
+    """The caller asked for something that has no meaning; exit code 2 on the command line."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError, ValueError):
+    """A compression setting is unknown or out of range."""
+
+
+class ShapeError(LeanKVError, ValueError):
+    """An array has a shape or dtype that the operation does not take."""
+
+
+class UnsupportedError(LeanKVError, NotImplementedError):
+    """The request is meaningful, but this cache cannot serve it."""
+
+
+class BackendUnavailableError(LeanKVError, RuntimeError):
+    """A backend was named that cannot run here."""
+
+
+class ModelError(LeanKVError):
+    """A model cannot be found, loaded or attached to."""
+
+
+class CacheFileError(LeanKVError):
+    """A prompt cache file cannot be read, written or used with this model."""
+
+
+class ContextLengthError(UsageError, ValueError):
+    """A prompt does not fit the model's context."""
+
+
+def error_line(error: LeanKVError) -> str:
+    """What a command prints to stderr about an error."""
+    return f"leankv: error: {' '.join(str(error).split())}"

@@ -1,0 +1,65 @@
+"""What import-linter cannot see: lazy imports, submodules of other packages, GPU entry points."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import leankv_mlx
+
+PACKAGE = Path(leankv_mlx.__file__).parent
+INTERNALS = "mlx_lm.models."
+
+
+def sources(allowed: str) -> Iterator[tuple[Path, ast.Module]]:
+    """Modules of the package outside the folder `allowed`."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if not path.is_relative_to(PACKAGE / allowed):
+            yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_importing_the_package_imports_neither_mlx_nor_mlx_lm() -> None:
+    code = "import sys, leankv_mlx; print(sorted({'mlx', 'mlx.core', 'mlx_lm'} & set(sys.modules)))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=PACKAGE.parent,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout.strip() == "[]"
+
+
+def test_public_names_are_sorted() -> None:
+    assert leankv_mlx.__all__ == sorted(leankv_mlx.__all__)
+
+
+@pytest.mark.parametrize("name", leankv_mlx.__all__)
+def test_public_name_resolves(name: str) -> None:
+    assert getattr(leankv_mlx, name) is not None
+
+
+def test_only_the_mlx_lm_package_imports_internals_of_mlx_lm() -> None:
+    found = []
+    for path, tree in sources(allowed="mlx_lm"):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            found += [f"{path}: {name}" for name in names if f"{name}.".startswith(INTERNALS)]
+    assert not found
+
+
+def test_only_kernels_make_gpu_kernels() -> None:
+    found = []
+    for path, tree in sources(allowed="kernels"):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in ("metal_kernel", "cuda_kernel"):
+                found.append(f"{path}:{node.lineno}")
+    assert not found
