@@ -1,0 +1,1 @@
+"""The codec: rotation, codebooks, scales and packing; pure functions of arrays."""
