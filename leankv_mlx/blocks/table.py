@@ -1,0 +1,122 @@
+"""Which blocks of a pool hold the slots of one sequence, head by head."""
+
+import weakref
+
+import mlx.core as mx
+import numpy as np
+
+from leankv_mlx.blocks.pool import BlockPool
+from leankv_mlx.codec.format import TILE
+
+
+class BlockTable:
+    """Block ids int32 [H, M] and lengths int32 [H] in slots, for one sequence and tier.
+
+    Heads are ragged: head h owns the first ceil(lengths[h] / 32) entries of its row; the rest
+    are 0. The table holds a reference to each of its blocks and gives them back when it dies.
+    """
+
+    def __init__(self, pool: BlockPool, heads: int) -> None:
+        self.pool = pool
+        self._ids = np.zeros((heads, 0), np.int32)
+        self._lengths = np.zeros(heads, np.int32)
+        self._arrays: tuple[mx.array, mx.array] | None = None
+        # The finalizer must not hold the table itself, only what it owns.
+        self._owned = [np.zeros(0, np.int32)]
+        weakref.finalize(self, _give_back, pool, self._owned).atexit = False
+
+    @classmethod
+    def holding(cls, pool: BlockPool, ids: np.ndarray, lengths: np.ndarray) -> "BlockTable":
+        """A table of blocks whose references the caller hands over."""
+        table = cls(pool, len(lengths))
+        table._set(ids.astype(np.int32), lengths.astype(np.int32))
+        return table
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return len(self._lengths)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Slots in use, int32 [H]."""
+        return self._lengths
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Block ids, int32 [H, M]."""
+        return self._ids
+
+    @property
+    def blocks(self) -> int:
+        """Blocks owned."""
+        return len(self._owned[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the table on the device."""
+        return int(self._ids.nbytes + self._lengths.nbytes)
+
+    def arrays(self) -> tuple[mx.array, mx.array]:
+        """(ids int32 [H, M], lengths int32 [H]) on the device; uploaded after a change only."""
+        if self._arrays is None:
+            self._arrays = mx.array(self._ids), mx.array(self._lengths)
+        return self._arrays
+
+    def append(self, blocks: int) -> np.ndarray:
+        """Give every head `blocks` more full blocks: their ids, int32 [H, blocks].
+
+        Raises:
+            ValueError: a head ends inside a block.
+        """
+        if (self._lengths % TILE).any():
+            raise ValueError("[BlockTable.append] expected heads that end with a full block.")
+        fresh = self.pool.allocate(self.heads * blocks).reshape(self.heads, blocks)
+        used = self._lengths // TILE
+        ids = np.pad(self._ids, ((0, 0), (0, int(used.max()) + blocks - self._ids.shape[1])))
+        np.put_along_axis(ids, used[:, None] + np.arange(blocks), fresh, axis=1)
+        self._set(ids, self._lengths + TILE * blocks)
+        return fresh
+
+    def truncate(self, lengths: np.ndarray) -> None:
+        """Keep the first `lengths` [H] slots of each head and release the blocks behind them."""
+        keep = _owned_mask(self._ids.shape[1], lengths)
+        dropped = self._ids[_owned_mask(self._ids.shape[1], self._lengths) & ~keep]
+        width = int(_blocks(lengths).max(initial=0))
+        self._set(np.where(keep, self._ids, 0)[:, :width], lengths.astype(np.int32))
+        self.pool.release(dropped)
+        self.pool.shrink()
+
+    def own_tails(self) -> None:
+        """Before slots are added to partly filled blocks: copy those that others share."""
+        heads = np.flatnonzero(self._lengths % TILE)
+        tails = self._ids[heads, self._lengths[heads] // TILE]
+        shared = self.pool.references(tails) > 1
+        if shared.any():
+            ids = self._ids.copy()
+            at = heads[shared]
+            ids[at, self._lengths[at] // TILE] = self.pool.copies(tails[shared])
+            self._set(ids, self._lengths)
+
+    def copy(self) -> "BlockTable":
+        """A table of the same blocks, each with one more reference; no block is copied."""
+        self.pool.retain(self._owned[0])
+        return BlockTable.holding(self.pool, self._ids, self._lengths)
+
+    def _set(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        self._ids, self._lengths, self._arrays = ids, lengths, None
+        self._owned[0] = ids[_owned_mask(ids.shape[1], lengths)]
+
+
+def _blocks(lengths: np.ndarray) -> np.ndarray:
+    return -(-lengths // TILE)
+
+
+def _owned_mask(width: int, lengths: np.ndarray) -> np.ndarray:
+    """bool [H, width]: the entries of a table that are in use."""
+    mask: np.ndarray = np.arange(width) < _blocks(lengths)[:, None]
+    return mask
+
+
+def _give_back(pool: BlockPool, owned: list[np.ndarray]) -> None:
+    pool.release(owned[0])

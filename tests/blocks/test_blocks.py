@@ -1,0 +1,176 @@
+"""Pools and tables: ownership, growth, copy on write, content."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from leankv_mlx.blocks import BlockPool, BlockTable
+from leankv_mlx.blocks.pool import GROWTH_STEP
+
+WORDS = 8
+
+
+def filled(ids: np.ndarray, value: int) -> mx.array:
+    return mx.full((ids.size, WORDS), value, mx.uint32)
+
+
+def content(table: BlockTable) -> list[list[int]]:
+    """First word of every block, by head."""
+    words = np.array(table.pool.array)[:, 0]
+    return [
+        words[row[: -(-n // 32)]].tolist() for row, n in zip(table.ids, table.lengths, strict=True)
+    ]
+
+
+def test_a_pool_grows_in_steps_and_stays_within_its_slack() -> None:
+    pool, sizes = BlockPool(WORDS), set()
+    for _ in range(1000):
+        pool.allocate(1)
+        sizes.add(pool.capacity)
+        assert pool.capacity <= 1.15 * pool.used + GROWTH_STEP
+        assert pool.array.shape == (pool.capacity, WORDS)
+    assert len(sizes) < 25
+
+
+def test_a_table_gives_its_blocks_back_when_it_dies() -> None:
+    pool = BlockPool(WORDS)
+    table = BlockTable(pool, heads=2)
+    table.append(3)
+    twin = table.copy()
+    assert pool.used == 6
+    del table
+    gc.collect()
+    assert pool.used == 6
+    del twin
+    gc.collect()
+    assert pool.used == 0
+
+
+def test_a_long_tail_that_is_free_is_cut_off() -> None:
+    table = BlockTable(BlockPool(WORDS), heads=2)
+    ids = table.append(200)
+    table.pool.write(ids.ravel(), filled(ids, 7))
+    table.truncate(np.array([32, 64]))
+    assert table.pool.capacity <= 1.15 * 200 + 2 * GROWTH_STEP + 32
+    assert content(table) == [[7], [7, 7]]
+
+
+def test_whoever_holds_an_old_array_keeps_its_content() -> None:
+    pool = BlockPool(WORDS)
+    ids = pool.allocate(2)
+    pool.write(ids, filled(ids, 1))
+    old = pool.array
+    pool.write(ids[:1], filled(ids[:1], 2))
+    assert np.array(old)[ids, 0].tolist() == [1, 1]
+    assert np.array(pool.array)[ids, 0].tolist() == [2, 1]
+
+
+def test_writes_to_scattered_blocks() -> None:
+    pool = BlockPool(WORDS)
+    pool.allocate(9)
+    at = np.array([7, 2, 4], np.int32)
+    pool.write(at, mx.broadcast_to(mx.arange(1, 4, dtype=mx.uint32)[:, None], (3, WORDS)))
+    assert np.array(pool.array)[:9, 3].tolist() == [0, 0, 2, 0, 3, 0, 0, 1, 0]
+
+
+def test_appending_behind_a_partly_filled_block_is_an_error() -> None:
+    table = BlockTable(BlockPool(WORDS), heads=2)
+    table.append(1)
+    table.truncate(np.array([32, 31]))
+    with pytest.raises(ValueError, match="full block"):
+        table.append(1)
+
+
+def test_a_shared_tail_is_copied_before_it_is_written() -> None:
+    table = BlockTable(BlockPool(WORDS), heads=2)
+    ids = table.append(2)
+    table.pool.write(ids.ravel(), filled(ids, 5))
+    table.truncate(np.array([64, 40]))
+    table.own_tails()
+    assert table.pool.used == 4  # nobody shares it: nothing to do
+    twin = table.copy()
+    twin.own_tails()
+    assert table.pool.used == 5
+    assert twin.ids[1, 1] != table.ids[1, 1] and twin.ids[0, 1] == table.ids[0, 1]
+    table.pool.write(twin.ids[1, 1:], filled(twin.ids[1, 1:], 9))
+    assert content(table) == [[5, 5], [5, 5]]
+    assert content(twin) == [[5, 5], [5, 9]]
+
+
+class Tables(RuleBasedStateMachine):
+    """Random appends, truncations and copies of tables that share a pool, against plain lists."""
+
+    HEADS = 3
+
+    @initialize()
+    def start(self) -> None:
+        self.pool = BlockPool(WORDS)
+        self.tables = [BlockTable(self.pool, self.HEADS)]
+        self.model: list[list[list[int]]] = [[[] for _ in range(self.HEADS)]]
+        self.stamp = 0
+
+    @rule(which=st.integers(0, 3), blocks=st.integers(1, 40))
+    def append(self, which: int, blocks: int) -> None:
+        i = which % len(self.tables)
+        lengths = self.tables[i].lengths // 32 * 32
+        self.tables[i].truncate(lengths)
+        self.model[i] = [h[: n // 32] for h, n in zip(self.model[i], lengths, strict=True)]
+        ids = self.tables[i].append(blocks)
+        self.stamp += 1
+        self.pool.write(ids.ravel(), filled(ids, self.stamp))
+        self.model[i] = [head + [self.stamp] * blocks for head in self.model[i]]
+
+    @rule(which=st.integers(0, 3), parts=st.tuples(*[st.floats(0, 1)] * HEADS))
+    def truncate(self, which: int, parts: tuple[float, ...]) -> None:
+        i = which % len(self.tables)
+        lengths = (self.tables[i].lengths * np.array(parts)).astype(np.int32)
+        self.tables[i].truncate(lengths)
+        self.model[i] = [h[: -(-n // 32)] for h, n in zip(self.model[i], lengths, strict=True)]
+
+    @precondition(lambda self: len(self.tables) < 4)
+    @rule(which=st.integers(0, 3))
+    def duplicate(self, which: int) -> None:
+        i = which % len(self.tables)
+        used = self.pool.used
+        self.tables.append(self.tables[i].copy())
+        assert self.pool.used == used
+        self.model.append(copy.deepcopy(self.model[i]))
+
+    @precondition(lambda self: len(self.tables) > 1)
+    @rule(which=st.integers(0, 3))
+    def drop(self, which: int) -> None:
+        i = which % len(self.tables)
+        del self.tables[i], self.model[i]
+        gc.collect()
+
+    @rule(which=st.integers(0, 3))
+    def own_tails(self, which: int) -> None:
+        table = self.tables[which % len(self.tables)]
+        table.own_tails()
+        heads = np.flatnonzero(table.lengths % 32)
+        tails = table.ids[heads, table.lengths[heads] // 32]
+        assert (self.pool.references(tails) == 1).all()
+
+    @invariant()
+    def content_is_that_of_the_model(self) -> None:
+        assert [content(table) for table in self.tables] == self.model
+
+    @invariant()
+    def every_block_has_as_many_owners_as_tables_name_it(self) -> None:
+        counts = np.zeros(self.pool.capacity, int)
+        for table in self.tables:
+            for row, n in zip(table.ids, table.lengths, strict=True):
+                np.add.at(counts, row[: -(-n // 32)], 1)
+        assert (self.pool.references(np.arange(self.pool.capacity)) == counts).all()
+
+
+Tables.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestTables = Tables.TestCase
