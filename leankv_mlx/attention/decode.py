@@ -1,0 +1,31 @@
+"""Attention of up to 8 new tokens, straight from the codes."""
+
+import mlx.core as mx
+
+from leankv_mlx.attention.view import View
+from leankv_mlx.kernels import Mask
+from leankv_mlx.kernels.decode_attention import decode_attention
+
+
+def attend_codes(
+    queries: mx.array,
+    view: View,
+    *,
+    scale: float,
+    mask: Mask,
+    sink_logits: mx.array | None,
+) -> mx.array:
+    """queries: [1, Hq, L, head_dim], the last L tokens of the view -> [1, Hq, L, v_head_dim]."""
+    attention = decode_attention(
+        queries[0],
+        view.bodies,
+        view.exact,
+        view.centers,
+        scale=scale,
+        sinks=view.sinks,
+        mask=mask,
+        sink_logits=sink_logits,
+        backend=view.backend,
+        rotations=view.rotations,
+    )
+    return attention.out[None]

@@ -1,0 +1,56 @@
+"""A compressed sequence as attention sees it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from leankv_mlx.kernels import Backend, Body, Centers, Rotations, Rows
+from leankv_mlx.kernels.gather import gather
+
+
+@dataclass(frozen=True)
+class View:
+    """One layer's tokens in order: sink tokens, bodies, window.
+
+    Attributes:
+        bodies: the compressed tokens, one entry for each tier; may be empty.
+        exact: rotated uncompressed rows [H, E, D], the sink tokens first, then the window.
+        centers: of the bodies; None while there is no body.
+        sinks: how many of the exact rows are sink tokens.
+        rotations: the space that everything here lives in.
+        backend: who computes.
+    """
+
+    bodies: Sequence[Body]
+    exact: Rows
+    centers: Centers | None
+    sinks: int
+    rotations: Rotations
+    backend: Backend
+
+    def rows(self) -> Rows:
+        """All tokens, decoded, in order and still rotated: [H, N, Dk] and [H, N, Dv].
+
+        The dtype is that of the exact rows. This is the working copy of a prefill: a full-size
+        copy of one layer, to be dropped as soon as its attention is done.
+        """
+        return self._gather(None)
+
+    def fetched(self) -> Rows:
+        """All tokens as the model made them, keys and values [1, H, N, head_dim]."""
+        rows = self._gather(self.rotations)
+        return Rows(rows.k[None], rows.v[None])
+
+    def unrotated(self, rows: Rows) -> Rows:
+        """The same from what `rows` gave."""
+        k, v = (r.undo(x)[None] for r, x in zip(self.rotations, rows, strict=True))
+        return Rows(k, v)
+
+    def _gather(self, rotations: Rotations | None) -> Rows:
+        return gather(
+            self.bodies,
+            self.exact,
+            self.centers,
+            sinks=self.sinks,
+            rotations=rotations,
+            backend=self.backend,
+        )

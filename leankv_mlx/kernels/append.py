@@ -1,0 +1,41 @@
+"""New rows, rotated and put behind the exact rows."""
+
+import mlx.core as mx
+
+from leankv_mlx.errors import ShapeError
+from leankv_mlx.kernels.types import Backend, Rotations, Rows
+
+
+def append_ops(exact: Rows, new: Rows, rotations: Rotations) -> Rows:
+    """Ops-based reference implementation of `append`."""
+    return Rows(
+        *(
+            mx.concatenate([old, rotation.apply(rows)], axis=1)
+            for old, rows, rotation in zip(exact, new, rotations, strict=True)
+        )
+    )
+
+
+def append(exact: Rows, new: Rows, rotations: Rotations, backend: Backend) -> Rows:
+    """Rotate and append.
+
+    Args:
+        exact: rotated rows [H, E, D], E may be 0.
+        new: rows as the model made them, [H, T, head_dim], in the dtype of the exact rows.
+        rotations: of the keys and of the values.
+        backend: who computes it.
+
+    Returns:
+        Rows [H, E + T, D].
+
+    Raises:
+        ShapeError: the new rows do not fit.
+    """
+    for old, rows, rotation in zip(exact, new, rotations, strict=True):
+        fits = rows.ndim == 3 and rows.shape[0] == old.shape[0] and old.shape[2] == rotation.dim
+        if not fits or rows.shape[2] != rotation.head_dim:
+            raise ShapeError(
+                f"[append] expected rows [{old.shape[0]}, T, {rotation.head_dim}] behind "
+                f"[.., .., {rotation.dim}], got {rows.shape} behind {old.shape}."
+            )
+    return backend.append(exact, new, rotations)

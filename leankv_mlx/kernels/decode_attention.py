@@ -1,0 +1,178 @@
+"""Attention of a few new tokens over a compressed sequence."""
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from leankv_mlx.errors import ShapeError, UnsupportedError
+from leankv_mlx.kernels.dequantize import dequantize_ops
+from leankv_mlx.kernels.types import (
+    MAX_DECODE_TOKENS,
+    Attention,
+    Backend,
+    Body,
+    Centers,
+    Mask,
+    Rotations,
+    Rows,
+)
+
+
+def decode_attention_ops(
+    queries: mx.array,
+    bodies: Sequence[Body],
+    exact: Rows,
+    centers: Centers | None,
+    *,
+    scale: float,
+    sinks: int,
+    mask: Mask,
+    sink_logits: mx.array | None,
+    rotations: Rotations | None,
+) -> Attention:
+    """Ops-based reference implementation of `decode_attention`: exact centering spelled out.
+
+    Body codes are centered, so body scores get the scalar q.mu_k and the output gets mu_v times
+    the probability mass of the body (not 1: sink logits, sink tokens and the window take some).
+    """
+    if rotations is not None:
+        return between_rotations(
+            lambda rotated: decode_attention_ops(
+                rotated, bodies, exact, centers, scale=scale, sinks=sinks, mask=mask,
+                sink_logits=sink_logits, rotations=None,
+            ),
+            queries,
+            rotations,
+        )  # fmt: skip
+    query_heads, length, _ = queries.shape
+    heads, rows = exact.k.shape[0], exact.k.shape[1]
+    # The query heads of a KV head and their tokens side by side: [H, G * L, Dk].
+    q = (queries.astype(mx.float32) * scale).reshape(heads, -1, queries.shape[2])
+
+    scores, values = [], []
+    for body in bodies:
+        assert centers is not None  # a body has been encoded, so centers were fitted
+        k, v = dequantize_ops(body, _no_centers(centers), mx.float32)
+        s = q @ k.swapaxes(1, 2) + (q * centers.k[:, None]).sum(-1, keepdims=True)
+        if not body.full:
+            used = mx.arange(body.slots) < body.lengths[:, None]
+            s = mx.where(used[:, None], s, -mx.inf)
+            v = mx.where(used[..., None], v, 0.0)
+        scores.append(s)
+        values.append(v)
+    s = q @ exact.k.astype(mx.float32).swapaxes(1, 2)
+    scores[:0], scores[len(scores) :] = [s[..., :sinks]], [s[..., sinks:]]
+    values[:0], values[len(values) :] = [exact.v[:, :sinks]], [exact.v[:, sinks:]]
+
+    columns = sum(part.shape[-1] for part in scores)
+    s = mx.concatenate(scores, axis=-1).reshape(query_heads, length, columns)
+    s = _masked(s, mask)
+    if sink_logits is not None:
+        logits = mx.broadcast_to(sink_logits.astype(mx.float32)[:, None, None], (*s.shape[:2], 1))
+        lse = mx.logsumexp(mx.concatenate([logits, s], axis=-1), axis=-1)
+    else:
+        lse = mx.logsumexp(s, axis=-1)
+    p = mx.exp(s - lse[..., None]).reshape(heads, -1, columns)
+    v = mx.concatenate([part.astype(mx.float32) for part in values], axis=1)
+    out = p @ v
+    if bodies and centers is not None:
+        mass = p[..., sinks : sinks + columns - rows].sum(-1, keepdims=True)
+        out = out + mass * centers.v[:, None]
+    return Attention(out.reshape(query_heads, length, -1), lse)
+
+
+def between_rotations(
+    attend: Callable[[mx.array], Attention], queries: mx.array, rotations: Rotations
+) -> Attention:
+    """Attention of rotated queries, its output un-rotated and in the dtype of the queries."""
+    out, lse = attend(rotations[0].apply(queries.astype(mx.float32)))
+    return Attention(rotations[1].undo(out).astype(queries.dtype), lse)
+
+
+def _no_centers(centers: Centers) -> Centers:
+    return Centers(mx.zeros_like(centers.k), mx.zeros_like(centers.v))
+
+
+def _masked(scores: mx.array, mask: Mask) -> mx.array:
+    """scores: [Hq, L, N]; the L rows are the last of the N tokens."""
+    if mask is None:
+        return scores
+    if isinstance(mask, str):
+        length, columns = scores.shape[1:]
+        mask = mx.arange(columns - length, columns)[:, None] >= mx.arange(columns)
+    if mask.ndim == 4:
+        mask = mask[0]
+    if mask.dtype == mx.bool_:
+        return mx.where(mask, scores, -mx.inf)
+    return scores + mask.astype(mx.float32)
+
+
+def decode_attention(
+    queries: mx.array,
+    bodies: Sequence[Body],
+    exact: Rows,
+    centers: Centers | None,
+    *,
+    scale: float,
+    sinks: int,
+    mask: Mask,
+    sink_logits: mx.array | None,
+    backend: Backend,
+    rotations: Rotations | None = None,
+) -> Attention:
+    """Softmax attention over sink tokens, bodies and window in one pass.
+
+    Args:
+        queries: [Hq, L, Dk], rotated, or [Hq, L, head_dim] with `rotations`; L of 1 to 8, any
+            float dtype.
+        bodies: the compressed tokens, one entry for each tier.
+        exact: uncompressed rows [H, E, D]: sink tokens, window, and the L new tokens last.
+        centers: of the bodies; None while there is no body.
+        scale: factor of the scores, usually head_dim ** -0.5.
+        sinks: how many of the exact rows are sink tokens, which stand before the body.
+        mask: None (every query sees every token), "causal", or an array over all tokens in
+            order: [L, N], [1 or Hq, L, N] or [1, 1 or Hq, L, N], bool or additive.
+        sink_logits: learned logits [Hq] that take part in the softmax without a value (gpt_oss).
+        backend: who computes it.
+        rotations: if given, of the queries, and undone in the output.
+
+    Returns:
+        The output, float32 [Hq, L, Dv] and rotated; with `rotations` un-rotated and in the dtype
+        of the queries. And the log-sum-exp.
+
+    Raises:
+        ShapeError: a shape does not fit.
+        UnsupportedError: an array mask over a body that lost tokens.
+    """
+    query_heads, length, dim = queries.shape
+    heads = exact.k.shape[0]
+    expected = rotations[0].head_dim if rotations else exact.k.shape[2]
+    if not 1 <= length <= MAX_DECODE_TOKENS:
+        raise ShapeError(f"[decode_attention] expected 1 to {MAX_DECODE_TOKENS} tokens: {length}.")
+    if query_heads % heads or dim != expected:
+        raise ShapeError(
+            f"[decode_attention] expected queries [n * {heads}, L, {expected}], "
+            f"got {queries.shape}."
+        )
+    if isinstance(mask, mx.array):
+        tokens = exact.k.shape[1] + sum(body.slots for body in bodies)
+        if len(bodies) > 1 or not all(body.full for body in bodies):
+            raise UnsupportedError(
+                "this model attends with an array mask, which does not go with a policy that "
+                "drops tokens; use policy=keep_all."
+            )
+        if mask.shape[-2:] != (length, tokens):
+            raise ShapeError(
+                f"[decode_attention] expected mask [.., {length}, {tokens}], got {mask.shape}."
+            )
+    return backend.decode_attention(
+        queries,
+        bodies,
+        exact,
+        centers,
+        scale=scale,
+        sinks=sinks,
+        mask=mask,
+        sink_logits=sink_logits,
+        rotations=rotations,
+    )

@@ -1,0 +1,50 @@
+"""Rotated rows -> blocks."""
+
+import mlx.core as mx
+
+from leankv_mlx.codec.format import TILE, Format
+from leankv_mlx.codec.packing import pack_blocks
+from leankv_mlx.codec.quantize import quantize
+from leankv_mlx.config import Rounding
+from leankv_mlx.errors import ShapeError
+from leankv_mlx.kernels.types import Backend, Centers, Rows
+
+
+def encode_ops(rows: Rows, centers: Centers, format: Format, rounding: Rounding) -> mx.array:
+    """Ops-based reference implementation of `encode`."""
+    sides = []
+    for x, center, bits in zip(rows, centers, (format.k_bits, format.v_bits), strict=True):
+        centered = x.astype(mx.float32) - center[:, None]
+        # Slots behind the last row get a scale of 0.
+        filled = mx.pad(centered, [(0, 0), (0, -x.shape[1] % TILE), (0, 0)])
+        slots = filled.reshape(x.shape[0], -1, TILE, x.shape[2])
+        sides.append(quantize(slots, bits, rounding))
+    k, v = sides
+    return pack_blocks(k, v, format)
+
+
+def encode(
+    rows: Rows, centers: Centers, format: Format, rounding: Rounding, backend: Backend
+) -> mx.array:
+    """Center, quantize and pack.
+
+    Args:
+        rows: rotated keys [H, T, Dk] and values [H, T, Dv]; any float dtype.
+        centers: what is subtracted first.
+        format: bits of each channel group.
+        rounding: how the scales are found.
+        backend: who computes it.
+
+    Returns:
+        Blocks uint32 [H, ceil(T / 32), format.words].
+
+    Raises:
+        ShapeError: the rows do not fit the format or each other.
+    """
+    expected = (rows.k.shape[0], rows.k.shape[1])
+    if rows.k.shape[2] != format.k_dim or rows.v.shape != (*expected, format.v_dim):
+        raise ShapeError(
+            f"[encode] expected [H, T, {format.k_dim}] and [H, T, {format.v_dim}], "
+            f"got {rows.k.shape} and {rows.v.shape}."
+        )
+    return backend.encode(rows, centers, format, rounding)
