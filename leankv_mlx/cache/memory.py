@@ -1,0 +1,87 @@
+"""Bytes of a cache, counted from its buffers."""
+
+from dataclasses import dataclass
+
+from leankv_mlx.blocks.pool import grown
+from leankv_mlx.codec.format import TILE, Format
+from leankv_mlx.config import CompressionConfig
+
+
+@dataclass(frozen=True, slots=True)
+class CacheMemory:
+    """Bytes of one or several layers.
+
+    Attributes:
+        codes: packed codes of the blocks in use.
+        scales: their scales.
+        tables: block tables and lengths.
+        exact: sink tokens and window, uncompressed.
+        centers: the vectors subtracted before encoding, and those it divides by.
+        allocated: what the buffers behind all of this hold, unused blocks included; blocks shared
+            by copies of a cache count in each of them.
+    """
+
+    codes: int = 0
+    scales: int = 0
+    tables: int = 0
+    exact: int = 0
+    centers: int = 0
+    allocated: int = 0
+
+    @property
+    def used(self) -> int:
+        """Bytes in use."""
+        return self.codes + self.scales + self.tables + self.exact + self.centers
+
+    def __add__(self, other: "CacheMemory") -> "CacheMemory":
+        return CacheMemory(
+            *(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__)
+        )
+
+
+def planned(
+    config: CompressionConfig,
+    tokens: int,
+    heads: int,
+    k_dim: int,
+    v_dim: int,
+    element_bytes: int = 2,
+    chunk: int = 2048,
+) -> CacheMemory:
+    """What `CompressedKVCache.memory` will count for one layer, without a buffer.
+
+    Exact for tokens that arrive in chunks of `chunk` (more than 8 at a time) and keep everything;
+    after single tokens up to 32 of them are still exact rows that are counted as codes here.
+
+    Args:
+        heads: KV heads.
+        element_bytes: bytes of an element of the uncompressed rows.
+    """
+    if tokens == 0:
+        return CacheMemory()
+    format = Format.of(config.k_bits, config.v_bits, k_dim, v_dim)
+    columns = capacity = 0
+    for end in (*range(chunk, tokens, chunk), tokens):
+        columns = max(columns, _body_columns(config, end))
+        if columns * heads > capacity:
+            capacity = grown(capacity, columns * heads)
+    blocks = columns * heads
+    row = heads * (format.k_dim + format.v_dim)
+    exact = (tokens - columns * TILE) * row * element_bytes
+    centers = 4 * row if columns else 0
+    if columns and config.equalize:
+        centers += 4 * heads * k_dim
+    tables = 4 * heads * (columns + 1) if columns else 0
+    return CacheMemory(
+        codes=blocks * (4 * format.words - 4 * TILE),
+        scales=blocks * TILE * 4,
+        tables=tables,
+        exact=exact,
+        centers=centers,
+        allocated=capacity * 4 * format.words + tables + exact + centers,
+    )
+
+
+def _body_columns(config: CompressionConfig, tokens: int) -> int:
+    """Blocks per head once `tokens` have been read."""
+    return max(0, tokens - min(config.sink_tokens, tokens) - config.window) // TILE
