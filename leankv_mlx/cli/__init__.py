@@ -1,0 +1,5 @@
+"""The `leankv` command."""
+
+from leankv_mlx.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,125 @@
+"""`leankv bench`: speed of kernels and whole steps, beside mlx-lm's own caches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from leankv_mlx.cli.console import show
+from leankv_mlx.errors import UsageError
+
+if TYPE_CHECKING:
+    from leankv_mlx.benchmarks.settings import Settings
+    from leankv_mlx.evaluation.tables import Grid
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("bench")(bench)
+
+
+def bench(
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Part to run: attention, steps, prefill or encode; repeat for more.",
+                     show_default="all"),
+    ] = None,
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(help="Setting, such as k4v4; repeat to compare.",
+                     show_default="k4v4, and k3v2 for attention"),
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Contexts of all parts, such as 512,4096.",
+                                 show_default="per part"),
+    ] = None,
+    heads: Annotated[
+        list[str] | None,
+        typer.Option(help="Query heads x KV heads x head_dim of attention; repeat for more.",
+                     show_default="32x8x128, 4x1x128, 4x1x256"),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Model of the other parts, with random weights; -8l leaves 8 layers.",
+                     show_default="qwen3-0.6b-8l"),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Whose kernels.")] = "auto",
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Small settings: two minutes on two cores.")
+    ] = False,
+    static: Annotated[
+        bool, typer.Option("--static", help="Instead, what nvcc makes of the CUDA kernels.")
+    ] = False,
+    ui: Annotated[
+        bool, typer.Option("--ui", help="Instead, first paint and frame rate of the chat app.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document as the last line on stdout.")
+    ] = False,
+) -> None:  # fmt: skip
+    """Measure speed: medians and ratios of interleaved runs."""
+    if static or ui:
+        _instead(static, ui, as_json)
+        return
+    from leankv_mlx.benchmarks.settings import FAST, FULL
+    from leankv_mlx.benchmarks.shapes import Heads
+
+    given: dict[str, Any] = {
+        "only": tuple(part.strip().lower() for part in only) if only else None,
+        "kv": tuple(kv) if kv else None,
+        "heads": tuple(map(Heads.parse, heads)) if heads else None,
+        "shape": shape,
+    }
+    settings = replace(
+        FAST if fast else FULL,
+        backend=backend,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    _measure(settings if tokens is None else settings.with_tokens(_tokens(tokens)), as_json)
+
+
+def _tokens(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise UsageError(f"--tokens {text} is not understood; use for example 512,4096.") from None
+
+
+def _measure(settings: Settings, as_json: bool) -> None:
+    from rich.console import Console
+
+    from leankv_mlx.benchmarks.suite import run
+    from leankv_mlx.benchmarks.tables import tables
+
+    with Console(stderr=True).status("") as status:
+        report = run(settings, lambda what: status.update(f"{what} ..."))
+    show(tables(report), f"{report.machine}; backend {report.backend}", to_stderr=as_json)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict()))
+
+
+def _instead(static: bool, ui: bool, as_json: bool) -> None:
+    """The reports that are no comparison."""
+    from leankv_mlx.benchmarks.static import report
+    from leankv_mlx.benchmarks.suite import machine
+    from leankv_mlx.benchmarks.tables import static_table, ui_table
+
+    document: dict[str, Any] = {"machine": machine()}
+    grids: list[Grid] = []
+    if static:
+        rows = report()
+        document["static"] = [asdict(row) for row in rows]
+        grids.append(static_table(rows))
+    if ui:
+        # By name: the package does not depend on the app, which comes with it.
+        measure_ui: Callable[[], dict[str, Any]] = import_module("leankv_app.bench").measure_ui
+        document["ui"] = measure_ui()
+        grids.append(ui_table(document["ui"]))
+    show(grids, document["machine"], to_stderr=as_json)
+    if as_json:
+        typer.echo(json.dumps(document))

@@ -1,0 +1,128 @@
+"""`leankv doctor`: what is installed, what runs here, and which backend `auto` takes."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any
+
+import typer
+
+PACKAGES = ("leankv-mlx", "mlx", "mlx-lm", "transformers", "huggingface_hub")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("doctor")(doctor)
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Show versions, devices and backends, and whether the demo model is there."""
+    facts = examine()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        _show(facts)
+    if facts["problems"]:
+        raise typer.Exit(1)
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `doctor` tells; `problems` is empty if generation can work."""
+    problems: list[str] = []
+    devices: dict[str, Any] = {}
+    backends: dict[str, str | None] = {}
+    auto = None
+    try:
+        from leankv_mlx.kernels import available_backends, resolve_backend
+
+        devices = _devices()
+        backends = available_backends()
+        auto = resolve_backend("auto").name
+    except ImportError as error:
+        problems.append(f"mlx does not import ({error}); on Linux install the extra cpu or cuda13.")
+    model = _demo_model()
+    if not model["complete"]:
+        problems.append(f"the demo model is not complete in {model['path']}; install again.")
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "machine": {"system": platform.platform(), "processor": platform.machine()},
+        "devices": devices,
+        "backends": {
+            name: {"available": reason is None, "reason": reason}
+            for name, reason in backends.items()
+        },
+        "auto": auto,
+        "demo_model": model,
+        "problems": problems,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        if package == "leankv-mlx":
+            from leankv_mlx import __version__
+
+            return __version__
+        return None
+
+
+def _devices() -> dict[str, Any]:
+    import mlx.core as mx
+
+    default = mx.default_device()
+    return {
+        "default": "gpu" if default == mx.Device(mx.gpu) else "cpu",
+        "metal": mx.metal.is_available(),
+        "cuda": mx.cuda.is_available(),
+        "info": {key: value for key, value in mx.device_info().items() if _plain(value)},
+    }
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool)
+
+
+def _demo_model() -> dict[str, Any]:
+    from leankv_mlx.resources import demo_model
+
+    folder = demo_model()
+    files = [folder / name for name in ("config.json", "model.safetensors", "tokenizer.json")]
+    found = [file for file in files if file.is_file()]
+    return {
+        "path": str(folder),
+        "complete": found == files,
+        "bytes": sum(file.stat().st_size for file in found),
+    }
+
+
+def _show(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, found in facts["versions"].items():
+        table.add_row(name, found or "not installed")
+    table.add_row("system", facts["machine"]["system"])
+    for name, value in facts["devices"].items():
+        if name != "info":
+            table.add_row(f"device: {name}", str(value))
+    for name, state in facts["backends"].items():
+        taken = " (auto takes it)" if name == facts["auto"] else ""
+        text = "available" + taken if state["available"] else f"no: {state['reason']}"
+        table.add_row(f"backend: {name}", text)
+    model = facts["demo_model"]
+    size = f"{model['path']} ({model['bytes'] / 1e6:.1f} MB)"
+    table.add_row("demo model", size if model["complete"] else "missing")
+    console = Console(soft_wrap=True)
+    console.print(table)
+    for problem in facts["problems"]:
+        console.print(f"problem: {problem}", style="red", markup=False)

@@ -1,0 +1,146 @@
+"""`leankv eval`: fidelity and retrieval of cache settings, measured through the real cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from leankv_mlx.cli.console import show
+from leankv_mlx.errors import UsageError
+
+if TYPE_CHECKING:
+    from leankv_mlx.evaluation.lab import Progress, Settings
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("eval")(evaluate)
+
+
+def evaluate(
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id (default: the bundled demo model).")
+    ] = None,
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Setting to measure, such as k4v3 or leankv:k4v4,window=128; repeat to compare. "
+            "The uncompressed cache (none) is always measured too.",
+            show_default="k8v8 k8v4 k4v4 k4v3 k3v3 k3v2 k2v2",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Retrieval tasks, such as S2,MK1; or none.", show_default="all eight"),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Prompt lengths of retrieval in tokens.", show_default="1024,2048"),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Prompts per task and length.", show_default="11")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file for fidelity (default: generated text).")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens per chunk of text; half are scored.", show_default="1024"),
+    ] = None,
+    chunks: Annotated[int | None, typer.Option(help="Chunks of text.", show_default="8")] = None,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Small settings: two minutes on two cores.")
+    ] = False,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Also switch off rotation, centering, scale search.")
+    ] = False,
+    stress: Annotated[
+        bool, typer.Option("--stress", help="Also inject outlier channels and key biases.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a picture (.svg or .png); needs the extra plot.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document as the last line on stdout.")
+    ] = False,
+) -> None:
+    """Measure what compression does to a model's quality."""
+    given: dict[str, Any] = {
+        "kv": tuple(kv) if kv else None,
+        "tasks": _tasks(tasks),
+        "lengths": _lengths(lengths),
+        "samples": samples,
+        "text": text,
+        "context": context,
+        "chunks": chunks,
+        "ablate": ablate,
+        "stress": stress,
+    }
+    from leankv_mlx.evaluation.lab import FAST, FULL
+
+    settings = replace(
+        FAST if fast else FULL, **{name: v for name, v in given.items() if v is not None}
+    )
+    _run(model, settings, plot, as_json)
+
+
+def _tasks(text: str | None) -> tuple[str, ...] | None:
+    if text is None or text.strip().lower() == "none":
+        return None if text is None else ()
+    return tuple(dict.fromkeys(part.strip().upper() for part in text.split(",") if part.strip()))
+
+
+def _lengths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        found = tuple(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError:
+        raise UsageError(
+            f"--lengths {text} is not understood; use for example 1024,2048."
+        ) from None
+    if min(found) < 1:
+        raise UsageError(f"--lengths {text} is not understood; lengths are above 0.")
+    return found
+
+
+def _run(model: str | None, settings: Settings, picture: Path | None, as_json: bool) -> None:
+    from leankv_mlx.evaluation.lab import Lab
+    from leankv_mlx.evaluation.plot import check_plot, plot
+    from leankv_mlx.evaluation.tables import tables
+
+    if picture is not None:
+        check_plot(picture)
+    lab = Lab(model, settings)
+    with _progress() as progress:
+        report = lab.run(progress)
+    if picture is not None:
+        plot(report, picture)
+    show(tables(report), report.machine, to_stderr=as_json)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict()))
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from leankv_mlx.evaluation import lab
+
+    columns: list[Any] = [
+        BarColumn(), "{task.percentage:3.0f}%", TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    ]  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+        yield lab.Progress(
+            start=lambda total: bar.update(task, total=total),
+            advance=lambda what, tokens: bar.update(task, description=what, advance=tokens),
+        )

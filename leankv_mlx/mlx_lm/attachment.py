@@ -1,0 +1,236 @@
+"""`attach`: make a model of mlx-lm use compressed KV caches, with an exact undo."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from mlx import nn
+
+from leankv_mlx.cache import CompressedKVCache
+from leankv_mlx.config import CompressionConfig
+from leankv_mlx.errors import ModelError, UnsupportedError
+from leankv_mlx.kernels import resolve_backend
+from leankv_mlx.mlx_lm import patches
+from leankv_mlx.mlx_lm.quirks import left_alone, quirks_of
+
+_MISSING = object()
+_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happens to one entry of the model's cache list.
+
+    Attributes:
+        index: its place in the list.
+        cache: class that the model itself would use.
+        compressed: whether it is replaced.
+        reason: why not, or how it is compressed.
+        attention: "fused" or "fallback" as seen in the last cache that ran, "" before.
+    """
+
+    index: int
+    cache: str
+    compressed: bool
+    reason: str
+    attention: str = ""
+
+
+class _MakeCache:
+    """What stands in for a model's `make_cache` while at least one attachment is active."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.previous = vars(model).get("make_cache", _MISSING)
+        self.original = _original_make_cache(model)
+        self.active: list[Attachment] = []
+
+    def __call__(self) -> list[Any]:
+        return self.active[-1]._make(self.original())
+
+
+def _original_make_cache(model: nn.Module) -> Callable[[], list[Any]]:
+    make: Callable[[], list[Any]] | None = getattr(model, "make_cache", None)
+    if make is not None:
+        return make
+    from mlx_lm.models.cache import KVCache
+
+    if not hasattr(model, "layers"):
+        raise ModelError(
+            f"{type(model).__name__} has neither make_cache nor layers; give a model of mlx-lm."
+        )
+    return lambda: [KVCache() for _ in model.layers]
+
+
+class Attachment:
+    """Compressed caches for one model: a context manager, or `start()` and `stop()`.
+
+    Attachments nest: caches are made by the one that started last and is still active. They can
+    end in any order; the last one restores the model and its modules exactly.
+
+    The list of caches that was made last is held until the next one is made or the attachment
+    ends, so that `report` can tell how attention ran.
+    """
+
+    def __init__(self, model: nn.Module, config: CompressionConfig) -> None:
+        self.model = model
+        self.config = config
+        self.backend: str = resolve_backend(config.backend).name
+        quirks = quirks_of(model)
+        self._refusal = next((quirk.reason for quirk in quirks if not quirk.compress), None)
+        self._keep_fetched = any(quirk.keep_fetched for quirk in quirks)
+        self._namespaces = patches.attention_namespaces(model)
+        self._depth = 0
+        self._maker: _MakeCache | None = None
+        self._caches: list[Any] | None = None
+        self._final: list[str] = []
+        current = vars(model).get("make_cache")
+        original = current.original if isinstance(current, _MakeCache) else None
+        self._entries: list[Any] = (original or _original_make_cache(model))()
+
+    def start(self) -> Attachment:
+        """Begin; every call needs its `stop`."""
+        with _LOCK:
+            self._depth += 1
+            if self._depth > 1:
+                return self
+            register()
+            current = vars(self.model).get("make_cache")
+            if not isinstance(current, _MakeCache):
+                current = _MakeCache(self.model)
+                self.model.make_cache = current
+            current.active.append(self)
+            self._maker = current
+            patches.patch(self._namespaces)
+        return self
+
+    def stop(self) -> None:
+        """End; does nothing if it is not active."""
+        with _LOCK:
+            self._depth = max(0, self._depth - 1)
+            if self._depth or self._maker is None:
+                return
+            self._final = self._attention()
+            self._caches = None
+            patches.unpatch(self._namespaces)
+            current, self._maker = self._maker, None
+            current.active.remove(self)
+            # Whoever replaced make_cache after us keeps their replacement.
+            if not current.active and vars(self.model).get("make_cache") is current:
+                del self.model.make_cache
+                if current.previous is not _MISSING:
+                    self.model.make_cache = current.previous
+
+    def __enter__(self) -> Attachment:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _make(self, entries: list[Any]) -> list[Any]:
+        made = [self._replacement(entry) for entry in entries]
+        self._caches = made
+        return made
+
+    def _replacement(self, entry: Any) -> Any:
+        if self._reason(entry) is not None:
+            return entry
+        return CompressedKVCache(self.config, keep_fetched=self._keep_fetched)
+
+    def _reason(self, entry: Any) -> str | None:
+        """Why a cache of the model is left alone; None if it is replaced."""
+        from mlx_lm.models.cache import KVCache
+
+        if type(entry) is not KVCache:
+            return left_alone(entry)
+        return self._refusal
+
+    def _attention(self) -> list[str]:
+        if self._caches is None:
+            return self._final
+        return [_attention_of(cache) for cache in self._caches]
+
+    @property
+    def report(self) -> list[LayerReport]:
+        """One row per entry of the model's cache list."""
+        attention = self._attention() or [""] * len(self._entries)
+        rows = []
+        for index, (entry, path) in enumerate(zip(self._entries, attention, strict=True)):
+            reason = self._reason(entry)
+            rows.append(
+                LayerReport(
+                    index,
+                    type(entry).__name__,
+                    reason is None,
+                    self.config.spec() if reason is None else reason,
+                    path,
+                )
+            )
+        return rows
+
+    @property
+    def caches(self) -> list[Any]:
+        """The list that was made last; empty before the first and after the end."""
+        return self._caches or []
+
+    @property
+    def compressed_layers(self) -> int:
+        """Cache entries that are compressed; 0 means that the model runs as it would without."""
+        return sum(self._reason(entry) is None for entry in self._entries)
+
+
+def _attention_of(cache: Any) -> str:
+    if not isinstance(cache, CompressedKVCache) or cache.empty():
+        return ""
+    return "fused" if cache.fused_calls else "fallback"
+
+
+def attach(model: nn.Module, config: CompressionConfig | str = "leankv") -> Attachment:
+    """Make `model` use compressed KV caches while the result is active.
+
+    Args:
+        model: a model of mlx-lm.
+        config: settings, or their text form as in `--kv`.
+
+    Returns:
+        A context manager; outside of `with`, call `start()` and `stop()`.
+
+    Raises:
+        ConfigError: the text is not understood.
+        BackendUnavailableError: the configured backend cannot run here.
+        UnsupportedError: the model is split over several machines.
+    """
+    if isinstance(config, str):
+        config = CompressionConfig.parse(config)
+    if any(getattr(module, "pipeline_size", 1) > 1 for module in model.modules()):
+        raise UnsupportedError(
+            "a model in pipeline stages cannot use a compressed KV cache; load it on one machine."
+        )
+    return Attachment(model, config)
+
+
+def make_caches(model: nn.Module) -> list[Any]:
+    """The cache list for one new sequence: mlx-lm's `make_prompt_cache`."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    made: list[Any] = make_prompt_cache(model)
+    return made
+
+
+def register() -> None:
+    """Let mlx-lm's `load_prompt_cache` find our class, which it looks up by name.
+
+    It stays registered: a file may be loaded after the attachment has ended, and the name shadows
+    nothing.
+    """
+    from mlx_lm.models import cache
+
+    vars(cache).setdefault(CompressedKVCache.__name__, CompressedKVCache)

@@ -1,0 +1,388 @@
+"""mlx-lm's own commands with one more flag, `--kv`.
+
+Nothing of mlx-lm is copied: a `main` runs as it is, with the names that it looks up in its own
+module replaced for the time of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from leankv_mlx.cache import CompressedKVCache
+from leankv_mlx.config import CompressionConfig
+from leankv_mlx.errors import CacheFileError, UsageError
+from leankv_mlx.kernels import resolve_backend
+from leankv_mlx.mlx_lm.attachment import Attachment, attach
+from leankv_mlx.mlx_lm.cache_files import (
+    PromptCache,
+    has_magic,
+    load_prompt_cache,
+    save_prompt_cache,
+)
+from leankv_mlx.mlx_lm.loading import check_context, fingerprint, load_from, resolve_model
+from leankv_mlx.mlx_lm.patches import replaced
+from leankv_mlx.mlx_lm.usage import Usage, measure
+from leankv_mlx.resources import demo_model
+
+BARE = "leankv"
+UNCOMPRESSED = "none"
+_COMPRESSED = CompressedKVCache.__name__
+_FINGERPRINT = "leankv_model"
+KV_HELP = (
+    "KV cache: leankv, leankv:SPEC (for example leankv:k4v3,window=128), or none for the "
+    "uncompressed cache (default: %(default)s)"
+)
+_IDLE_BESIDE_KV = {"kv_bits": "--kv-bits", "max_kv_size": "--max-kv-size"}
+"""Flags of mlx-lm that would do nothing, because attach decides which caches there are."""
+
+
+def parse_kv(text: str) -> CompressionConfig | None:
+    """The value of `--kv`; None stands for the uncompressed cache.
+
+    Raises:
+        ConfigError: it is not understood.
+    """
+    return None if text == UNCOMPRESSED else CompressionConfig.parse(text)
+
+
+class Session:
+    """One run of a command of mlx-lm: what was loaded, attached and cached in it.
+
+    Args:
+        command: its name, for example "generate".
+        prog: what the user typed, for messages.
+        demo: without `--model` the command runs on the bundled demo model.
+    """
+
+    def __init__(self, command: str, prog: str, demo: bool = False) -> None:
+        self.command = command
+        self.prog = prog
+        self.demo = demo
+        self.config: CompressionConfig | None = None
+        self.model_config: dict[str, Any] = {}
+        self.attachments: list[Attachment] = []
+        self.caches: list[list[Any]] = []
+        self._args = argparse.Namespace()
+        self._loaded: PromptCache | None = None
+        self._fingerprint = ""
+
+    # Before the run: the flags.
+
+    def prepare(self, parser: argparse.ArgumentParser, default_kv: str) -> None:
+        """Add `--kv` to a parser of mlx-lm, and our checks to its `parse_args`."""
+        parser.add_argument("--kv", metavar="KV", default=default_kv, help=KV_HELP)
+        for action in parser._actions:
+            if self.demo and action.dest == "model":
+                action.help = "Folder or hub id of the model (default: the bundled demo model)"
+        original = parser.parse_args
+
+        def parse_args(*args: Any, **kwargs: Any) -> Any:
+            return self.accept(original(*args, **kwargs))
+
+        def error(message: str) -> NoReturn:
+            raise UsageError(f"{message}; see {self.prog} --help.")
+
+        vars(parser).update(parse_args=parse_args, error=error)
+
+    def accept(self, args: argparse.Namespace) -> argparse.Namespace:
+        """Read `--kv` and check the flags that it has to do with.
+
+        Raises:
+            UsageError: the flags contradict each other or are not understood.
+        """
+        self._args = args
+        self.config = parse_kv(args.kv)
+        if self.config is not None:
+            resolve_backend(self.config.backend)
+            for name, flag in _IDLE_BESIDE_KV.items():
+                if getattr(args, name, None) is not None:
+                    raise UsageError(
+                        f"{flag} does nothing beside --kv {args.kv}; "
+                        f"drop it, or use --kv {UNCOMPRESSED}."
+                    )
+        check = {
+            "benchmark": self._accept_benchmark,
+            "cache_prompt": self._accept_cache_prompt,
+            "generate": self._accept_generate,
+            "server": self._accept_server,
+        }.get(self.command)
+        if check is not None:
+            check(args)
+        return args
+
+    def _accept_benchmark(self, args: argparse.Namespace) -> None:
+        if self.config is not None and args.batch_size != 1:
+            raise UsageError(
+                f"--batch-size {args.batch_size} does not work with --kv {args.kv}: a compressed "
+                f"cache holds one sequence; use --batch-size 1, or --kv {UNCOMPRESSED}."
+            )
+
+    def _accept_cache_prompt(self, args: argparse.Namespace) -> None:
+        target = Path(args.prompt_cache_file)
+        if target.is_dir() or not target.absolute().parent.is_dir():
+            raise UsageError(f"cannot write {target}; name a file in a folder that exists.")
+
+    def _accept_generate(self, args: argparse.Namespace) -> None:
+        if args.max_tokens == 0:
+            raise UsageError("--max-tokens 0 asks for nothing; use -1 for no limit.")
+        file = args.prompt_cache_file
+        if file is None:
+            if args.model is None and self.demo:
+                args.model = str(demo_model())
+            return
+        if not Path(file).is_file():
+            raise UsageError(f"no prompt cache file {file}; make one with mlx_lm.cache_prompt.")
+        if self.config is not None and args.draft_model is not None:
+            raise UsageError(
+                "--draft-model needs a cache of its own and a prompt cache file holds none; "
+                "drop --draft-model or --prompt-cache-file."
+            )
+
+    def _accept_server(self, args: argparse.Namespace) -> None:
+        # The server loads its models in a thread, where an error would only stop the thread.
+        for name in filter(None, (args.model, args.draft_model)):
+            resolve_model(name)
+
+    # During the run: what stands in for functions that mlx-lm's commands call.
+
+    @property
+    def methods(self) -> dict[str, Callable[..., Any]]:
+        """Name in the command's module -> what is called instead, with the original first."""
+        loading: dict[str, Callable[..., Any]] = {
+            "load": self.load,
+            "sharded_load": self.sharded_load,
+        }
+        own: dict[str, dict[str, Callable[..., Any]]] = {
+            "cache_prompt": {
+                "generate_step": self.generate_step,
+                "make_prompt_cache": self.make_prompt_cache,
+                "save_prompt_cache": self.save_prompt_cache,
+            },
+            "chat": {"make_prompt_cache": self.make_prompt_cache},
+            "generate": {
+                "generate": self.generate,
+                "load_prompt_cache": self.load_prompt_cache,
+                "make_prompt_cache": self.make_prompt_cache,
+            },
+        }
+        return loading | own.get(self.command, {})
+
+    def load(self, original: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any:
+        """mlx-lm's `load`, with our errors; the model comes back attached."""
+        with_config = options.pop("return_config", False)
+        path = resolve_model(name)
+        loaded = load_from(lambda p, **o: original(p, *args, **o), path, **options)
+        self._attach(loaded.model)
+        if not self.model_config:  # the draft model comes second
+            self.model_config = loaded.config
+            self._fingerprint = fingerprint(path)
+            self._check_fit(name)
+        return loaded if with_config else loaded[:2]
+
+    def sharded_load(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """mlx-lm's `sharded_load`, for one of several machines."""
+        loaded = original(*args, **options)
+        self._attach(loaded[0])
+        return loaded
+
+    def _attach(self, model: Any) -> None:
+        if self.config is None:
+            return
+        attachment = attach(model, self.config).start()
+        # A server may drop a model for another; its attachment then goes with it.
+        if self.command != "server":
+            self.attachments.append(attachment)
+
+    def _check_fit(self, name: str) -> None:
+        """A prompt cache file goes with the model that it was made with."""
+        if self._loaded is None or self.config is None:
+            return
+        made_with = self._loaded.metadata.get(_FINGERPRINT, self._fingerprint)
+        rows = self.attachments[0].report
+        expected = [_COMPRESSED if row.compressed else row.cache for row in rows]
+        found = [type(cache).__name__ for cache in self._loaded.caches]
+        if made_with != self._fingerprint or expected != found:
+            raise CacheFileError(
+                f"{self._args.prompt_cache_file} was made with another model than {name} is now; "
+                "make it anew with mlx_lm.cache_prompt."
+            )
+
+    def generate(
+        self, original: Callable[..., Any], model: Any, tokenizer: Any, prompt: Any, **options: Any
+    ) -> Any:
+        """mlx-lm's `generate`, within the model's context."""
+        given = options.get("prompt_cache")
+        past = 0
+        if given is not None:
+            self.caches.append(given)
+            past = measure(given).tokens
+        wanted = options.get("max_tokens", -1)
+        options["max_tokens"] = check_context(self.model_config, past + len(prompt), wanted)
+        return original(model, tokenizer, prompt, **options)
+
+    def generate_step(
+        self, original: Callable[..., Any], prompt: Any, *args: Any, **options: Any
+    ) -> Any:
+        """mlx-lm's `generate_step`, within the model's context."""
+        check_context(self.model_config, len(prompt), -1)
+        return original(prompt, *args, **options)
+
+    def make_prompt_cache(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """mlx-lm's `make_prompt_cache`; the list is kept, so that its bytes can be counted."""
+        made = original(*args, **options)
+        if self.command == "chat":  # a conversation that was reset counts no more
+            self.caches.clear()
+        self.caches.append(made)
+        return made
+
+    def save_prompt_cache(
+        self, original: Callable[..., Any], file: str, cache: list[Any], metadata: dict[str, str]
+    ) -> Any:
+        """mlx-lm's `save_prompt_cache`; compressed caches go into a file of our own format."""
+        if self.config is None:
+            return original(file, cache, metadata)
+        return save_prompt_cache(file, cache, metadata | {_FINGERPRINT: self._fingerprint})
+
+    def load_prompt_cache(
+        self, original: Callable[..., Any], file: str, return_metadata: bool = False
+    ) -> Any:
+        """mlx-lm's `load_prompt_cache` for files of either format, each with its `--kv`."""
+        if self.config is None:
+            if has_magic(file):
+                raise UsageError(f"{file} holds a compressed cache; use --kv {BARE}.")
+            return original(file, return_metadata=return_metadata)
+        if not has_magic(file):
+            raise UsageError(
+                f"{file} holds no compressed cache; use --kv {UNCOMPRESSED}, "
+                f"or make it anew with mlx_lm.cache_prompt --kv {BARE}."
+            )
+        loaded = self._loaded = load_prompt_cache(file, self.config.backend)
+        self._take_format(file, loaded)
+        self._check_metadata(file, loaded.metadata)
+        return (loaded.caches, loaded.metadata) if return_metadata else loaded.caches
+
+    def _take_format(self, file: str, loaded: PromptCache) -> None:
+        """A bare `--kv` stands for the format of the file."""
+        assert self.config is not None
+        for config in loaded.configs:
+            config = replace(config, backend=self.config.backend)
+            if self._args.kv == BARE:
+                self.config = config
+            elif config != self.config:
+                raise UsageError(
+                    f"{file} holds {config.spec()}, not {self._args.kv}; use --kv {BARE}."
+                )
+
+    def _check_metadata(self, file: str, metadata: dict[str, str]) -> None:
+        """What mlx-lm's command reads from it: the model's name and how its tokenizer was made."""
+        try:
+            name, tokenizer = metadata["model"], json.loads(metadata["tokenizer_config"])
+        except (KeyError, ValueError, RecursionError):
+            name, tokenizer = "", None
+        if not name or not isinstance(tokenizer, dict):
+            raise CacheFileError(
+                f"{file} does not say which model it belongs to; "
+                f"make it with mlx_lm.cache_prompt --kv {BARE}."
+            )
+        wanted = self._args.model
+        if wanted is None or wanted == name:
+            return
+        if fingerprint(resolve_model(wanted)) != metadata.get(_FINGERPRINT):
+            raise UsageError(f"{file} was made with {name}, not with {wanted}; drop --model.")
+        metadata["model"] = wanted  # the same model by another name
+
+    # After the run.
+
+    def close(self) -> None:
+        """Detach every model."""
+        for attachment in reversed(self.attachments):
+            attachment.stop()
+
+    def summary(self) -> str | None:
+        """The line that ends a run; None if it made no cache."""
+        caches = self.caches or [attachment.caches for attachment in self.attachments]
+        if not any(caches):
+            return None
+        return summary_line(sum(map(measure, caches), Usage()), self._backend())
+
+    def _backend(self) -> str:
+        if not self.attachments:
+            return UNCOMPRESSED
+        main = self.attachments[0]
+        if main.compressed_layers:
+            return main.backend
+        reasons = dict.fromkeys(row.reason for row in main.report)
+        return f"{UNCOMPRESSED} (nothing to compress: {'; '.join(reasons)})"
+
+
+def summary_line(usage: Usage, backend: str) -> str:
+    """`leankv: N tokens, KV X MB (fp16 Y MB), R.RRx, backend B`."""
+    return (
+        f"leankv: {usage.tokens} tokens, KV {usage.used / 1e6:.2f} MB "
+        f"(fp16 {usage.fp16 / 1e6:.2f} MB), {usage.ratio:.2f}x, backend {backend}"
+    )
+
+
+Guard = Callable[[Callable[[], Any]], Any]
+"""Calls a function and decides what becomes of the errors that it raises."""
+
+
+@contextmanager
+def hooked(
+    module: ModuleType, session: Session, guard: Guard = lambda call: call()
+) -> Iterator[None]:
+    """A module that runs a command of mlx-lm, with the session's functions; restored on exit."""
+
+    def bound(method: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **options: guard(lambda: method(original, *args, **options))
+
+    with ExitStack() as stack:
+        stack.callback(session.close)
+        for name, method in session.methods.items():
+            if (original := getattr(module, name, None)) is not None:
+                stack.enter_context(replaced(module, name, bound(method, original)))
+        yield
+
+
+def run_generate(
+    arguments: Sequence[str], prog: str = "leankv generate", default_kv: str = BARE
+) -> None:
+    """Run mlx-lm's `generate` command; the summary goes to stderr.
+
+    Raises:
+        LeanKVError: anything that the caller can put right.
+    """
+    module = import_module("mlx_lm.generate")
+    session = Session("generate", prog, demo=True)
+
+    def setup_arg_parser(original: Callable[[], argparse.ArgumentParser]) -> Any:
+        parser = original()
+        session.prepare(parser, default_kv)
+        return parser
+
+    setup = partial(setup_arg_parser, module.setup_arg_parser)
+    with (
+        hooked(module, session),
+        replaced(module, "setup_arg_parser", setup),
+        replaced(sys, "argv", [prog, *arguments]),
+    ):
+        module.main()
+        print_summary(session)
+
+
+def print_summary(session: Session) -> None:
+    """After the output of the run, on stderr."""
+    summary = session.summary()
+    sys.stdout.flush()
+    if summary is not None:
+        print(summary, file=sys.stderr)

@@ -1,0 +1,214 @@
+"""Models by folder, by hub id, or the bundled one; every failure is one line with the way out."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from errno import ENOSPC
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx import nn
+
+from leankv_mlx.errors import ContextLengthError, ModelError
+from leankv_mlx.resources import demo_model
+
+HUB_TIMEOUT_S = 5.0
+"""How long to wait for the hub's first answer before saying that there is no network."""
+
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_CONTEXT_KEYS = (
+    "max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "n_ctx",
+    "seq_length",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with what belongs to it.
+
+    Attributes:
+        tokenizer: mlx-lm's TokenizerWrapper.
+        config: the content of config.json.
+        path: its folder.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    config: dict[str, Any]
+    path: Path
+
+
+class Loaded(NamedTuple):
+    """What mlx-lm's `load` returns with `return_config=True`."""
+
+    model: nn.Module
+    tokenizer: Any
+    config: dict[str, Any]
+
+
+def load(model: str | Path | None = None, **options: Any) -> LoadedModel:
+    """Load a model with mlx-lm.
+
+    Args:
+        model: a folder, a hub id, or None for the bundled demo model.
+        options: further arguments of `mlx_lm.load`.
+
+    Raises:
+        ModelError: it cannot be found or loaded.
+    """
+    from mlx_lm import load as mlx_lm_load
+
+    path = resolve_model(model)
+    return LoadedModel(*load_from(mlx_lm_load, path, **options), path)
+
+
+def load_from(loader: Callable[..., Any], path: Path, **options: Any) -> Loaded:
+    """Call mlx-lm's `load` (or a namesake) on a folder.
+
+    Raises:
+        ModelError: the files are damaged, or mlx-lm does not know this kind of model.
+    """
+    try:
+        return Loaded(*loader(str(path), **{**options, "return_config": True}))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"cannot load the model in {path}: {_one_line(error)}") from error
+
+
+def resolve_model(model: str | Path | None, tqdm_class: type | None = None) -> Path:
+    """The folder of a model; a hub id is downloaded unless the hub's cache has it.
+
+    Args:
+        tqdm_class: shows the progress of a download instead of the hub client's own bar.
+
+    Raises:
+        ModelError: there is no such folder, it holds no model, or the hub does not give it.
+    """
+    if model is None:
+        return _checked(demo_model())
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _checked(path)
+    if path.exists():
+        raise ModelError(f"{model} is a file; give the folder that holds config.json and weights.")
+    if not isinstance(model, str) or not _HUB_ID.fullmatch(model):
+        raise ModelError(f"no model folder {model}; check the path, or give a hub id (owner/name).")
+    return _checked(_download(model, tqdm_class))
+
+
+def fingerprint(model: Path) -> str:
+    """What tells the model in a folder from another one: its config, and its weights' sizes."""
+    digest = hashlib.blake2b((model / "config.json").read_bytes(), digest_size=16)
+    for path in sorted(model.glob("*.safetensors")):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def _checked(path: Path) -> Path:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} is not a model: it has no config.json.")
+    if not any(path.glob("model*.safetensors")):
+        raise ModelError(
+            f"{path} has no weights (model*.safetensors); "
+            "convert other formats with mlx_lm.convert."
+        )
+    return path
+
+
+def _download(hub_id: str, tqdm_class: type | None = None) -> Path:
+    from huggingface_hub import HfApi, errors, snapshot_download
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    allowed = list(DEFAULT_ALLOW_PATTERNS)
+    try:
+        # Asked first, with a short timeout: without a network the download itself may retry long.
+        HfApi().model_info(hub_id, timeout=HUB_TIMEOUT_S)
+    except errors.GatedRepoError as error:
+        raise _gated(hub_id) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"there is no folder {hub_id}, and the hub has no such model "
+            "(or it is private: log in with hf auth login)."
+        ) from error
+    except Exception as error:  # the hub's client passes on what its HTTP library raises
+        if (cached := _cached(hub_id, allowed)) is not None:
+            return cached
+        raise ModelError(
+            f"there is no folder {hub_id}, and the hub cannot be reached ({_one_line(error)}); "
+            "check the network, or give a folder."
+        ) from error
+    try:
+        return Path(
+            snapshot_download(
+                hub_id,
+                allow_patterns=allowed,
+                etag_timeout=HUB_TIMEOUT_S,
+                tqdm_class=tqdm_class,
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise _gated(hub_id) from error
+    except OSError as error:
+        if error.errno != ENOSPC:
+            raise _interrupted(hub_id, error) from error
+        raise ModelError(
+            f"the disk is full while {hub_id} is downloaded; make room and run it again."
+        ) from error
+    except Exception as error:  # network and permissions, each with a type of its own
+        raise _interrupted(hub_id, error) from error
+
+
+def _interrupted(hub_id: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"the download of {hub_id} failed ({_one_line(error)}); run it again to continue."
+    )
+
+
+def _gated(hub_id: str) -> ModelError:
+    return ModelError(
+        f"{hub_id} is gated: accept its terms on its hub page, then log in with hf auth login."
+    )
+
+
+def _cached(hub_id: str, allowed: list[str]) -> Path | None:
+    """The complete snapshot of an earlier download."""
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=allowed, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
+        return None
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """Tokens that a model was made for; None if its config does not say."""
+    for part in (config, config.get("text_config") or {}):
+        for key in _CONTEXT_KEYS:
+            if isinstance(length := part.get(key), int) and length > 0:
+                return length
+    return None
+
+
+def check_context(config: Mapping[str, Any], prompt_tokens: int, max_tokens: int) -> int:
+    """How many of `max_tokens` (-1 for no limit) the model's context has room for.
+
+    Raises:
+        ContextLengthError: the prompt alone fills the context or is longer.
+    """
+    length = context_length(config)
+    if length is None:
+        return max_tokens
+    if prompt_tokens >= length:
+        raise ContextLengthError(
+            f"the prompt has {prompt_tokens} tokens and the model's context {length}; "
+            "shorten the prompt or use a model with a longer context."
+        )
+    room = length - prompt_tokens
+    return room if max_tokens < 0 else min(max_tokens, room)

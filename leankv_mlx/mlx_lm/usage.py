@@ -1,0 +1,71 @@
+"""Bytes that the caches of a model hold, counted from their buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from leankv_mlx.cache import CompressedKVCache
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Keys and values of one model; recurrent states are in none of the numbers.
+
+    Attributes:
+        tokens: tokens seen.
+        used: bytes in use.
+        fp16: bytes that the same keys and values take at two bytes an element.
+        allocated: bytes of the buffers, unused space included.
+    """
+
+    tokens: int = 0
+    used: int = 0
+    fp16: int = 0
+    allocated: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than fp16; 1.0 for an empty cache."""
+        return self.fp16 / self.used if self.used else 1.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            max(self.tokens, other.tokens),
+            self.used + other.used,
+            self.fp16 + other.fp16,
+            self.allocated + other.allocated,
+        )
+
+
+def measure(caches: Iterable[Any]) -> Usage:
+    """Sum over the entries of a cache list."""
+    return sum(map(_measure, caches), Usage())
+
+
+def _measure(cache: Any) -> Usage:
+    if isinstance(cache, CompressedKVCache):
+        memory = cache.memory()
+        return Usage(cache.offset, memory.used, cache.fp16_nbytes, memory.allocated)
+    if (children := getattr(cache, "caches", None)) is not None:  # CacheList
+        return measure(children)
+    keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
+    if keys is None or values is None:
+        return Usage()
+    return sum((_stock(cache, x) for x in (keys, values)), Usage())
+
+
+def _stock(cache: Any, side: Any) -> Usage:
+    """Keys or values of one of mlx-lm's caches: one array, or (codes, scales, biases)."""
+    arrays: list[mx.array] = list(side) if isinstance(side, list | tuple) else [side]
+    allocated = sum(array.nbytes for array in arrays)
+    slots = arrays[0].shape[2]
+    held = min(cache.offset, slots)  # a rotating cache has seen more than it holds
+    bits = getattr(cache, "bits", None)
+    elements = arrays[0].size * (32 // bits if bits else 1)
+    if not slots:
+        return Usage(cache.offset)
+    return Usage(cache.offset, allocated * held // slots, 2 * elements * held // slots, allocated)

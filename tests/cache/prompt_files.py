@@ -1,0 +1,87 @@
+"""Prompt cache files to save, take apart, sign anew and compare."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import cache as stock
+
+from leankv_mlx.cache import CompressedKVCache
+from leankv_mlx.cache.container import _DIGEST_AT
+
+HEADS, DIM = 2, 32
+
+
+def rows(n: int, seed: int, dim: int = DIM, dtype: mx.Dtype = mx.float32) -> mx.array:
+    """[1, HEADS, n, dim]"""
+    return mx.random.normal((1, HEADS, n, dim), key=mx.random.key(seed)).astype(dtype)
+
+
+def filled(
+    cache: Any, n: int, seed: int = 0, dtype: mx.Dtype = mx.float32, step: int | None = None
+) -> Any:
+    """The cache after n more tokens, in chunks of `step`."""
+    for start in range(0, n, step or n):
+        size = min(step or n, n - start)
+        cache.update_and_fetch(
+            rows(size, seed + start, dtype=dtype), rows(size, seed + start + 1, dtype=dtype)
+        )
+    mx.eval(cache.state)
+    return cache
+
+
+def one_of_each() -> list[Any]:
+    """Compressed layers with and without a body, an empty one, and every other class."""
+    arrays = stock.ArraysCache(2)
+    arrays[0] = rows(3, 7)
+    return [
+        filled(CompressedKVCache("leankv:k4v3,window=32"), 150),
+        filled(CompressedKVCache("leankv:k3v2,window=32,equalize=on"), 140),
+        filled(CompressedKVCache(), 30),
+        CompressedKVCache("leankv:k2v2", keep_fetched=True),
+        filled(stock.KVCache(), 20),
+        filled(stock.QuantizedKVCache(group_size=32, bits=4), 20),
+        filled(stock.RotatingKVCache(max_size=16, keep=2), 20),
+        filled(stock.ChunkedKVCache(32), 20),
+        filled(stock.ConcatenateKVCache(), 5),
+        arrays,
+        stock.CacheList(filled(stock.KVCache(), 3), stock.KVCache()),
+    ]
+
+
+def content(value: Any) -> Any:
+    """A state with its arrays as bytes, and block ids as the blocks that they name."""
+    if isinstance(value, CompressedKVCache):
+        state = value.state
+        if value._table is not None:
+            ids, lengths = state[11], state[12]
+            state[10] = state[10][ids]
+            state[11] = lengths
+        return [type(value).__name__, content(state)]
+    if hasattr(value, "from_state"):
+        return [type(value).__name__, content(list(value.state))]
+    if isinstance(value, mx.array):
+        return [str(value.dtype), value.shape, bytes(memoryview(value.reshape(-1).view(mx.uint8)))]
+    if isinstance(value, list | tuple):
+        return [content(child) for child in value]
+    return value
+
+
+def taken_apart(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The header and the bytes behind it."""
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    return json.loads(whole[8 : 8 + size]), whole[8 + size :]
+
+
+def signed(header: dict[str, Any], data: bytes) -> bytes:
+    """A file whose digest is right, whatever else is wrong with it."""
+    header["__metadata__"]["digest"] = "0" * 64
+    text = json.dumps(header, separators=(",", ":")).encode()
+    whole = len(text).to_bytes(8, "little") + text + data
+    digest = hashlib.blake2b(whole, digest_size=32).hexdigest().encode()
+    return whole[:_DIGEST_AT] + digest + whole[_DIGEST_AT + 64 :]

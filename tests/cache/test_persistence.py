@@ -1,0 +1,385 @@
+"""Prompt cache files: exact, atomic, and refused with one line when anything about them is off."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from leankv_mlx.cache import CompressedKVCache, container
+from leankv_mlx.errors import CacheFileError, UnsupportedError
+from leankv_mlx.mlx_lm import attach, load, load_prompt_cache, make_caches, save_prompt_cache
+from tests.cache.harness import feed, tokens
+from tests.cache.prompt_files import content, filled, one_of_each, rows, signed, taken_apart
+from tests.models import TINY
+
+ROOT = Path(__file__).parents[2]
+
+
+def reloaded(caches: list[Any], folder: Path) -> list[Any]:
+    save_prompt_cache(folder / "cache", caches)
+    return load_prompt_cache(folder / "cache").caches
+
+
+SPECS = [
+    "leankv",
+    "leankv:k3v2,window=32,center=off",
+    "leankv:k2v8,rounding=rms,rotation=none,sink_tokens=0",
+    "leankv:k4v4,equalize=on",
+]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_a_reloaded_layer_goes_on_bit_identically(
+    spec: str, dtype: mx.Dtype, tmp_path: Path
+) -> None:
+    ours = filled(CompressedKVCache(spec), 200, dtype=dtype)
+    (again,) = reloaded([ours], tmp_path)
+    assert content(again) == content(ours)
+    for seed, n in enumerate((1, 8, 100, 1), start=500):
+        new = rows(n, seed, dtype=dtype), rows(n, seed + 50, dtype=dtype)
+        for a, b in zip(ours.update_and_fetch(*new), again.update_and_fetch(*new), strict=True):
+            assert mx.array_equal(a, b)
+    assert ours.trim(60) == again.trim(60)
+    assert content(again) == content(ours)
+
+
+def test_only_blocks_in_use_are_stored_in_order(tmp_path: Path) -> None:
+    ours = filled(CompressedKVCache("leankv:window=32"), 600)
+    other = copy.deepcopy(ours)
+    ours.trim(300)
+    filled(ours, 200, seed=9, step=8)  # its new blocks lie behind those of the copy
+    ids = ours._table.ids
+    assert ours._table.pool.used > ids.size and (np.diff(ids) < 0).any() | (np.diff(ids) > 1).any()
+    (again,) = reloaded([ours], tmp_path)
+    assert content(again) == content(ours) != content(other)
+    assert again._table.pool.capacity == again._table.pool.used == ids.size
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_kind_of_model_goes_on_bit_identically(name: str, tmp_path: Path) -> None:
+    model = TINY[name](dtype=mx.float32)
+    with attach(model, "leankv:k4v3,window=32"):
+        ours = make_caches(model)
+        feed(model, ours, [tokens(150)])
+        again = reloaded(ours, tmp_path)
+        assert [type(c) for c in again] == [type(c) for c in ours]
+        pieces = [tokens(1, 5), tokens(7, 6), tokens(40, 7)]
+        np.testing.assert_array_equal(feed(model, again, pieces), feed(model, ours, pieces))
+
+
+def test_the_demo_model_goes_on_bit_identically(tmp_path: Path) -> None:
+    model = load().model
+    with attach(model):
+        ours = make_caches(model)
+        feed(model, ours, [tokens(300)])
+        again = reloaded(ours, tmp_path)
+        pieces = [*(tokens(1, seed) for seed in range(34)), tokens(50)]
+        np.testing.assert_array_equal(feed(model, again, pieces), feed(model, ours, pieces))
+
+
+def test_every_class_and_the_metadata_come_back(tmp_path: Path) -> None:
+    caches = one_of_each()
+    save_prompt_cache(tmp_path / "cache", caches, {"model": "näme", "empty": ""})
+    loaded = load_prompt_cache(tmp_path / "cache")
+    assert content(loaded.caches) == content(caches)
+    assert loaded.metadata == {"model": "näme", "empty": ""}
+    assert [config.spec() for config in loaded.configs] == [
+        "leankv:k4v3,window=32",
+        "leankv:k3v2,window=32,equalize=on",
+        "leankv:k4v4",
+        "leankv:k2v2",
+    ]
+
+
+def test_any_safetensors_reader_opens_it(tmp_path: Path) -> None:
+    save_prompt_cache(tmp_path / "cache.safetensors", one_of_each())
+    arrays, metadata = mx.load(str(tmp_path / "cache.safetensors"), return_metadata=True)
+    assert metadata["format"] == "leankv-prompt-cache"
+    assert metadata["version"] == "1"
+    assert arrays["0.k"].shape == (2, 150 - 3 * 32, 32)
+
+
+def test_the_backend_is_no_part_of_the_file(tmp_path: Path) -> None:
+    save_prompt_cache(
+        tmp_path / "cache", [filled(CompressedKVCache("leankv:backend=reference"), 9)]
+    )
+    assert b"backend" not in (tmp_path / "cache").read_bytes()
+    loaded = load_prompt_cache(tmp_path / "cache", "reference")
+    assert loaded.caches[0].backend == "reference"
+
+
+def test_what_a_file_cannot_hold(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="cannot hold a object"):
+        save_prompt_cache(tmp_path / "cache", [object()])
+    assert not list(tmp_path.iterdir())
+
+
+# Writing is atomic.
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cache"
+    save_prompt_cache(path, one_of_each())
+    before = path.read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(container.os, "fsync", full)
+    with pytest.raises(CacheFileError, match=r"cannot write .*cache: No space left on device"):
+        save_prompt_cache(path, [])
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_folder_and_a_folder_as_target(tmp_path: Path) -> None:
+    for path in (tmp_path / "no" / "cache", tmp_path):
+        with pytest.raises(CacheFileError, match="cannot write"):
+            save_prompt_cache(path, one_of_each())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "file")
+    save_prompt_cache(link, [])
+    assert link.is_symlink()
+    assert load_prompt_cache(tmp_path / "file").caches == []
+
+
+SLOW_SAVE = """
+import sys, time
+from leankv_mlx.cache import container
+from leankv_mlx.mlx_lm import save_prompt_cache
+from tests.cache.prompt_files import one_of_each
+
+data, written = container._data, []
+
+def slow(array):
+    written.append(array)
+    if len(written) == 8:
+        print("half-way", flush=True)
+        time.sleep(60)
+    return data(array)
+
+container._data = slow
+save_prompt_cache(sys.argv[1], one_of_each())
+"""
+
+
+def test_a_kill_during_a_save_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    save_prompt_cache(path, [filled(CompressedKVCache(), 300)])
+    before = path.read_bytes()
+    command = [sys.executable, "-c", SLOW_SAVE, str(path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as saving:
+        assert saving.stdout is not None
+        assert saving.stdout.readline() == "half-way\n"
+        assert len(list(tmp_path.iterdir())) == 2
+        saving.send_signal(signal.SIGKILL)
+        assert saving.wait(30) == -signal.SIGKILL
+    assert path.read_bytes() == before
+    assert load_prompt_cache(path).caches[0].offset == 300
+
+
+# Reading trusts nothing.
+
+
+class Fuzz:
+    """One good file, and what becomes of changed ones."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "cache"
+        self.caches = one_of_each()
+        save_prompt_cache(self.path, self.caches, {"model": "m"})
+        self.good = self.path.read_bytes()
+        self.header, self.data = taken_apart(self.path)
+        self.content = content(self.caches)
+        self.random = random.Random(1)
+        self.messages: set[str] = set()
+        self.cases = 0
+
+    def refused(self, changed: bytes, note: object) -> None:
+        """The file is refused with one line, at once."""
+        if changed == self.good:
+            return
+        self.path.write_bytes(changed)
+        start = time.perf_counter()
+        try:
+            load_prompt_cache(self.path)
+        except CacheFileError as error:
+            message = str(error)
+        else:
+            pytest.fail(f"accepted: {note}")
+        assert time.perf_counter() - start < 5
+        assert "\n" not in message and len(message) < len(str(self.path)) + 250
+        assert str(self.path) in message
+        self.messages.add(message)
+        self.cases += 1
+
+    def signed(self, change: Callable[[dict[str, Any]], Any]) -> None:
+        """As `refused`, of a file with a right digest and a changed header (and data)."""
+        header = copy.deepcopy(self.header)
+        data = change(header)
+        self.refused(signed(header, data if isinstance(data, bytes) else self.data), header)
+
+
+@pytest.fixture
+def fuzz(tmp_path: Path) -> Fuzz:
+    return Fuzz(tmp_path)
+
+
+def test_fuzz_truncation_and_flips(fuzz: Fuzz) -> None:
+    good, size = fuzz.good, len(fuzz.good)
+    header = size - len(fuzz.data)
+    ends = {*range(0, 120, 7), header, size - 1, *(fuzz.random.randrange(size) for _ in range(60))}
+    for end in ends:
+        fuzz.refused(good[:end], f"first {end} bytes")
+    fuzz.refused(good + b"\0", "one byte more")
+    places = [*range(8), *(fuzz.random.randrange(header) for _ in range(200))]
+    places += [fuzz.random.randrange(header, size) for _ in range(150)]
+    for place in places:
+        flipped = bytearray(good)
+        flipped[place] ^= 1 << fuzz.random.randrange(8)
+        fuzz.refused(bytes(flipped), f"bit of byte {place}")
+    for _ in range(40):
+        start, n = fuzz.random.randrange(size), fuzz.random.randrange(1, 200)
+        junk = fuzz.random.randbytes(n)
+        fuzz.refused(good[:start] + junk + good[start + n :], f"{n} bytes at {start}")
+        fuzz.refused(good[:start] + junk + good[start:], f"{n} more bytes at {start}")
+    assert fuzz.cases > 500
+
+
+JUNK: list[Any] = [-1, 1 << 33, 1 << 63, 10**400, 1.5, "7", "", "x" * 5000, [], {}, [[]], True]
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if isinstance(value, dict | list) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, child in items:
+            yield from leaves(child, (*path, key))
+    else:
+        yield path
+
+
+def put(value: Any, path: tuple[Any, ...], new: Any) -> None:
+    for key in path[:-1]:
+        value = value[key]
+    value[path[-1]] = new
+
+
+def test_fuzz_headers_that_lie(fuzz: Fuzz) -> None:
+    layers = json.loads(fuzz.header["__metadata__"]["layers"])
+    places = [path for path in leaves(layers) if path[-1] != "keep_fetched"]
+    for path in places:
+        for junk in fuzz.random.sample(JUNK, 4):
+            changed = copy.deepcopy(layers)
+            put(changed, path, junk)
+            fuzz.signed(lambda h, c=changed: h["__metadata__"].update(layers=json.dumps(c)))
+    names = [name for name in fuzz.header if name != "__metadata__"]
+    for name in names:
+        for path in leaves(fuzz.header[name], (name,)):
+            junk = fuzz.random.choice(JUNK)
+            fuzz.signed(lambda h, p=path, j=junk: put(h, p, j))
+        fuzz.signed(lambda h, n=name: h.pop(n))
+        fuzz.signed(lambda h, n=name: h.update({n + "x": h.pop(n)}))
+        other = fuzz.random.choice([n for n in names if n != name])
+        fuzz.signed(lambda h, a=name, b=other: h.update({a: h[b]}))
+    assert fuzz.cases > 500
+
+
+SHAPES: list[list[Any]] = [
+    [1 << 62], [1 << 40, 0], [1 << 31, 1 << 31, 0], [-2, -2], [0], [2.0], ["2"], [True], [None],
+    [1] * 5000, [[2]], [10**300], [],
+]  # fmt: skip
+
+
+def test_fuzz_absurd_shapes(fuzz: Fuzz) -> None:
+    for name in ("0.k", "0.blocks", "0.lengths", "4.0"):
+        for shape in SHAPES:
+            fuzz.signed(lambda h, n=name, s=shape: h[n].update(shape=s))
+            fuzz.signed(lambda h, n=name, s=shape: h[n].update(shape=s, data_offsets=[0, 0]))
+        right = fuzz.header[name]["shape"]
+        fuzz.signed(lambda h, n=name, s=right: h[n].update(shape=s[::-1] if len(s) > 1 else [1, 2]))
+        fuzz.signed(lambda h, n=name, s=right: h[n].update(shape=[1, *s]))
+        fuzz.signed(lambda h, n=name: h[n].update(dtype="F64"))
+    sizes = {"F32": "I32", "U32": "F32", "I32": "U32"}
+    for name, row in fuzz.header.items():
+        if row.get("dtype") in sizes and not name.startswith("9."):  # an ArraysCache holds any
+            fuzz.signed(lambda h, n=name, d=sizes[row["dtype"]]: h[n].update(dtype=d))
+
+
+def test_fuzz_foreign_tensors_and_classes(fuzz: Fuzz) -> None:
+    end = len(fuzz.data)
+
+    def foreign(header: dict[str, Any], name: str, extra: bytes = b"\0" * 4) -> bytes:
+        header[name] = {"dtype": "U8", "shape": [4], "data_offsets": [end, end + 4]}
+        return fuzz.data + extra
+
+    for name in ("foreign", "0", "0.mu", "2.blocks", "2.key_scales", "3.k", "99.k", "", "model"):
+        fuzz.signed(lambda h, n=name: foreign(h, n))
+        fuzz.signed(lambda h, n=name: foreign(h, n, b""))
+    for name in ("BatchKVCache", "LRUPromptCache", "os.system", "__import__", "object", "", "dict"):
+        for at in (0, 3, 4, 10):
+            layers = json.loads(fuzz.header["__metadata__"]["layers"])
+            layers[at]["class"] = name
+            fuzz.signed(lambda h, c=layers: h["__metadata__"].update(layers=json.dumps(c)))
+    deep = '{"class":"CacheList","caches":[' * 500 + "]}" * 500
+    for text in (deep.join("[]"), "[" * 10**5, "{}", "null", "", "[1]", '[{"class":"CacheList"}]'):
+        fuzz.signed(lambda h, t=text: h["__metadata__"].update(layers=t))
+        fuzz.signed(lambda h, t=text: h["__metadata__"].update(metadata=t if t != "{}" else "[]"))
+
+
+def test_fuzz_versions(fuzz: Fuzz) -> None:
+    for version in ("2", "10", "0", "", "1.0", " 1", "x" * 9999, 1, None, [1], {"a": 1}):
+        fuzz.signed(lambda h, v=version: h["__metadata__"].update(version=v))
+    fuzz.signed(lambda h: h["__metadata__"].pop("version"))
+    assert any("another version of the package" in message for message in fuzz.messages)
+
+
+def test_fuzz_counts_and_settings_that_contradict_each_other(fuzz: Fuzz) -> None:
+    for at in (0, 1, 2):
+        for name in ("offset", "heads", "k_dim", "v_dim"):
+            # A head_dim of 31 would be stored in the same 32 channels.
+            for by in (-32, 1, 32, 64) if name.endswith("dim") else (-32, -1, 1, 32, 64):
+                layers = json.loads(fuzz.header["__metadata__"]["layers"])
+                layers[at][name] += by
+                fuzz.signed(lambda h, c=layers: h["__metadata__"].update(layers=json.dumps(c)))
+    start, end = fuzz.header["0.lengths"]["data_offsets"]
+    for lengths in ((0, 0), (96, 64), (64, 64), (96, 97), (-1, 96), (1 << 30, 96)):
+        changed = np.array(lengths, np.int32).tobytes()
+        fuzz.signed(lambda h, c=changed: fuzz.data[:start] + c + fuzz.data[end:])
+    for kv in ("leankv:k8v8", "leankv:k3v3", "leankv:k4v3,equalize=on", "leankv:sink_tokens=128"):
+        layers = json.loads(fuzz.header["__metadata__"]["layers"])
+        layers[0]["kv"] = kv
+        fuzz.signed(lambda h, c=layers: h["__metadata__"].update(layers=json.dumps(c)))
+
+
+def test_what_is_no_prompt_cache(tmp_path: Path) -> None:
+    mx.save_safetensors(str(tmp_path / "other.safetensors"), {"x": mx.zeros(3)})
+    (tmp_path / "text").write_text("{}")
+    (tmp_path / "empty").touch()
+    (tmp_path / "long").write_bytes(b"\xff" * 8 + b"{" * 100)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("other.safetensors", "text", "empty", "long", "folder", "pipe", "missing"):
+        assert not container.has_magic(tmp_path / name)
+        with pytest.raises(CacheFileError) as caught:
+            load_prompt_cache(tmp_path / name)
+        assert "\n" not in str(caught.value)

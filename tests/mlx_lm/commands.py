@@ -1,0 +1,83 @@
+"""Running mlx-lm's own commands, literally, with the hook as an installation has it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from leankv_mlx.resources import demo_model
+
+ROOT = Path(__file__).parents[2]
+PTH = ROOT / "leankv_mlx_hook.pth"
+MODEL = str(demo_model())
+SUMMARY = re.compile(
+    r"leankv: (\d+) tokens, KV \d+\.\d\d MB \(fp16 \d+\.\d\d MB\), (\d+\.\d\d)x, backend (\w+)\n"
+)
+LONG = "tell me a story about a red fox. " * 40
+ONE_ERROR = re.compile(r"leankv: error: [^\n]+\n")
+
+
+def hooked_environment(folder: Path, **extra: str) -> dict[str, str]:
+    """An environment whose Python processes the .pth file, from a site folder of its own."""
+    site = folder / "site"
+    site.mkdir(exist_ok=True)
+    shutil.copy(PTH, site)
+    (folder / "sitecustomize.py").write_text(f"import site; site.addsitedir({str(site)!r})\n")
+    path = os.pathsep.join([str(ROOT), str(folder)])
+    return os.environ | {"PYTHONPATH": path} | extra
+
+
+def script(name: str, folder: Path | None = None) -> str:
+    """The path of an installed command; `folder` is that of another installation."""
+    return str((folder or Path(sysconfig.get_path("scripts"))) / name)
+
+
+def run(
+    command: list[str], environment: dict[str, str], text: str = "", folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The outcome of a command: "python", or one of mlx-lm's; see `script`."""
+    program = sys.executable if folder is None and command[0] == "python" else None
+    return subprocess.run(
+        [program or script(command[0], folder), *command[1:]],
+        env=environment, input=text, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@contextmanager
+def server(command: list[str], environment: dict[str, str]) -> Iterator[str]:
+    """The address of a running `mlx_lm.server`; it is ended in any case."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    full = [*command, "--host", "127.0.0.1", "--port", port]
+    address = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(full, env=environment, stderr=subprocess.DEVNULL) as process:
+        try:
+            _wait(process, address)
+            yield address
+        finally:
+            process.kill()
+
+
+def _wait(process: subprocess.Popen[bytes], address: str) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise RuntimeError(f"the server ended with {process.returncode}")
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise TimeoutError("the server did not start")
