@@ -1,0 +1,141 @@
+// What the kernels work on: plain pointers and numbers, so that a kernel's translation unit includes
+// nothing that the linker could merge with code of other instruction sets.
+//
+// Shapes: H KV heads, R = group * L query rows of a KV head (row g * L + l is new token l of query
+// head g), E exact rows, Dk and Dv the stored channels. Everything is rotated.
+#pragma once
+
+#include <cstdint>
+
+#include "../layout.h"
+
+namespace leankv {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kLowest = -1e30f;  // a score that is masked, finite so that differences are too
+#ifdef LEANKV_SANITIZED
+constexpr int kRowChunk = 2;       // the loops are the same, with fewer instances to build
+#else
+constexpr int kRowChunk = 8;       // query rows that share one decoding of a code
+#endif
+
+constexpr int kMaxWidth = 16;       // floats of the widest vector
+
+enum class Type { f32, f16, bf16 };
+
+LEANKV_INLINE constexpr int size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+// Vectors [H, T, dim] with dense channels; strides in elements.
+struct Vectors {
+  const void* data = nullptr;
+  Type type = Type::f32;
+  int64_t head_stride = 0, row_stride = 0;
+
+  LEANKV_INLINE const char* row(int head, int64_t t) const {
+    return static_cast<const char*>(data) + (head * head_stride + t * row_stride) * size_of(type);
+  }
+};
+
+// The same to be written.
+struct Output {
+  void* data = nullptr;
+  Type type = Type::f32;
+  int64_t head_stride = 0, row_stride = 0;
+
+  LEANKV_INLINE char* row(int head, int64_t t) const {
+    return static_cast<char*>(data) + (head * head_stride + t * row_stride) * size_of(type);
+  }
+};
+
+// Signs and Walsh-Hadamard blocks (leankv_mlx/codec/rotation.py); none if signs is null.
+struct Rotation {
+  const float* signs = nullptr;  // [dim]
+  int dim = 0;                   // stored channels
+  int block = 0;                 // a power of two that divides dim
+  int head_dim = 0;              // channels of the model, at most dim
+};
+
+// Compressed tokens of one sequence in one format.
+struct Body {
+  const uint32_t* pool = nullptr;    // [blocks, words]
+  const int32_t* table = nullptr;    // block ids [H, width]
+  const int32_t* lengths = nullptr;  // slots in use [H]
+  int width = 0;
+  Format format;
+
+  LEANKV_INLINE int blocks(int head) const { return blocks_of(lengths[head]); }
+  LEANKV_INLINE const uint32_t* block(int head, int i) const {
+    return pool + int64_t{table[int64_t{head} * width + i]} * format.words();
+  }
+};
+
+struct AttentionArgs {
+  int heads = 0, group = 0, length = 0, k_dim = 0, v_dim = 0;
+  const Body* bodies = nullptr;
+  int n_bodies = 0;
+  Vectors exact_k, exact_v;
+  int exact = 0;             // E
+  bool causal = false;
+  // Queries in units of log2, [H][chunk of rows][channel group][row][32]: what a tile needs lies
+  // together. A chunk has kRowChunk rows, the last one the rest.
+  const float* queries = nullptr;
+  const float* bias = nullptr;  // [H, R]: what centering takes off body scores, in units of log2
+
+  LEANKV_INLINE int rows() const { return group * length; }
+  LEANKV_INLINE int units(int head) const {  // blocks of 32 tokens: bodies first, exact rows last
+    int n = blocks_of(exact);
+    for (int i = 0; i < n_bodies; ++i) n += bodies[i].blocks(head);
+    return n;
+  }
+};
+
+// Attention of the rows of one head over some of its units, with the softmax not yet normalized.
+struct Partial {
+  float* max = nullptr;       // [R], in units of log2
+  float* sum = nullptr;       // [R]
+  float* body_sum = nullptr;  // [R], the part of the sum that is of centered tokens
+  float* out = nullptr;       // [R, Dv]
+  float* lanes = nullptr;     // [2, R, kMaxWidth]: the sums lane by lane, body and exact rows
+};
+
+enum class Rounding { search, rms };
+
+struct EncodeArgs {
+  Vectors k, v;
+  const float* mu_k = nullptr;  // [H, Dk]
+  const float* mu_v = nullptr;
+  int tokens = 0;
+  Format format;
+  Rounding rounding = Rounding::search;
+  uint32_t* blocks = nullptr;  // [H, ceil(T / 32), words]
+};
+
+struct DecodeArgs {
+  Output k, v;
+  const float* mu_k = nullptr;  // [H, Dk]
+  const float* mu_v = nullptr;
+  Rotation k_rotation, v_rotation;  // undone where present
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  // Attention of one head over its units [first, last).
+  void (*attend)(const AttentionArgs&, int head, int first, int last, const Partial&);
+  // Rows [32 * block, 32 * block + 32) of one head to one block.
+  void (*encode)(const EncodeArgs&, int head, int block);
+  // Block i of one head to output rows [row, row + 32); slots that are not in use become 0.
+  void (*decode)(const DecodeArgs&, const Body&, int head, int i, int64_t row);
+  // n rows of floats, n <= 32 for rotations: read, rotated or un-rotated, and written.
+  void (*read)(const Vectors&, int head, int64_t first, int n, int dim, float* rows);
+  void (*write)(const Output&, int head, int64_t first, int n, int dim, const float* rows);
+  void (*rotate)(const Rotation&, float* row);    // head_dim channels, zeros behind -> dim
+  void (*unrotate)(const Rotation&, float* row);  // dim -> head_dim channels
+  // At least n multiply-adds and nothing else, for benchmarks; returns how many.
+  int64_t (*multiply_add)(int64_t n);
+};
+
+extern const Kernels kAvx512, kAvx2, kNeon, kGeneric;
+
+}  // namespace leankv

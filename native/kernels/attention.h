@@ -1,0 +1,194 @@
+// Decode attention of one head: online softmax over its blocks, then over its exact rows.
+#pragma once
+
+namespace leankv::LEANKV_ISA {
+
+// Up to kRowChunk query rows of a head and where their results go.
+struct Chunk {
+  int first = 0, rows = 0, v_dim = 0;
+  const float* queries = nullptr;  // [channel group][rows][32]
+  const float* bias = nullptr;     // [rows]
+  float* max = nullptr;            // [rows]
+  float* body_sum = nullptr;       // [rows][W]
+  float* exact_sum = nullptr;      // [rows][W]
+  float* out = nullptr;            // [rows][v_dim]
+};
+
+// Rescales everything of row r to a new maximum.
+inline void move_max(const Chunk& chunk, int r, float to) {
+  const float factor = __builtin_exp2f(chunk.max[r] - to);
+  chunk.max[r] = to;
+  store(chunk.body_sum + r * W, load(chunk.body_sum + r * W) * factor);
+  store(chunk.exact_sum + r * W, load(chunk.exact_sum + r * W) * factor);
+  float* out = chunk.out + r * chunk.v_dim;
+  for (int i = 0; i < chunk.v_dim; i += W) store(out + i, load(out + i) * factor);
+}
+
+// One row of 32 scores -> probabilities relative to the row's maximum, 0 behind `live`.
+LEANKV_INLINE void softmax(const Chunk& chunk, int r, const vf* scores, int live, float* sums,
+                           vf* probabilities) {
+  vf masked[NV], top = splat(kLowest);
+  unroll<NV>([&](auto v) LEANKV_LAMBDA {
+    masked[v] = lane_ids() + v * W < live ? scores[v] : splat(kLowest);
+    top = vmax(top, masked[v]);
+  });
+  const float highest = max(top);
+  if (highest > chunk.max[r]) move_max(chunk, r, highest);
+  vf total = load(sums + r * W);
+  unroll<NV>([&](auto v) LEANKV_LAMBDA {
+    const vf p = exp2_negative(masked[v] - chunk.max[r]);
+    probabilities[v] = lane_ids() + v * W < live ? p : vf{};
+    total += probabilities[v];
+  });
+  store(sums + r * W, total);
+}
+
+// Scales of 32 slots: K in the low halves of the words, V in the high halves.
+struct Scales {
+  vf k[NV], v[NV];
+
+  LEANKV_INLINE explicit Scales(const uint32_t* words) {
+    unroll<NV>([&](auto n) LEANKV_LAMBDA {
+      const vu word = load<vu>(words + n * W);
+      k[n] = from_f16(__builtin_convertvector(word & 0xFFFFu, vh));
+      v[n] = from_f16(__builtin_convertvector(word >> 16, vh));
+    });
+  }
+};
+
+inline void attend_block(const Chunk& chunk, const Format& format, const uint32_t* block, int live) {
+  alignas(64) float scores[kRowChunk * kTile];
+  std::memset(scores, 0, sizeof(float) * chunk.rows * kTile);
+  const uint32_t* values = key_tiles(format.k, block, chunk.rows, chunk.queries, scores);
+  const Scales scales(values + format.v.words());
+  for (int r = 0; r < chunk.rows; ++r) {
+    vf s[NV], p[NV];
+    unroll<NV>([&](auto n) LEANKV_LAMBDA {
+      s[n] = load(scores + r * kTile + n * W) * scales.k[n] + chunk.bias[r];
+    });
+    softmax(chunk, r, s, live, chunk.body_sum, p);
+    unroll<NV>([&](auto n) LEANKV_LAMBDA {  // a select, because the scale of an unused slot may be NaN
+      const vf weighted = lane_ids() + n * W < live ? p[n] * scales.v[n] : vf{};
+      store(scores + r * kTile + n * W, weighted);
+    });
+  }
+  value_tiles(format.v, values, chunk.rows, scores, chunk.out);
+}
+
+// Scores of n exact rows: scores[r][t] = q_r . k_t.
+template <Type T, int R>
+void dot_rows(const Vectors& k, int head, int first, int n, int dim, const float* q, float* scores) {
+  for (int t = 0; t < n; ++t) {
+    const char* row = k.row(head, first + t);
+    vf sums[R] = {};
+    for (int c = 0; c < dim / kTile; ++c) {
+      unroll<NV>([&](auto v) LEANKV_LAMBDA {
+        const vf x = read_vector<T>(row, c * kTile + v * W);
+        unroll<R>([&](auto r) LEANKV_LAMBDA {
+          sums[r] += x * load(q + (c * R + r) * kTile + v * W);
+        });
+      });
+    }
+    unroll<R>([&](auto r) LEANKV_LAMBDA { scores[r * kTile + t] = sum(sums[r]); });
+  }
+}
+
+// out[r] += sum over t of p[r][t] * v_t, for n exact rows.
+template <Type T, int R>
+void add_rows(const Vectors& v, int head, int first, int n, int dim, const float* p, float* out) {
+  constexpr int N = vectors_for(R);
+  for (int i = 0; i < dim; i += N * W) {
+    vf sums[R][N];
+    unroll<R>([&](auto r) LEANKV_LAMBDA {
+      unroll<N>([&](auto j) LEANKV_LAMBDA { sums[r][j] = load(out + r * dim + i + j * W); });
+    });
+    for (int t = 0; t < n; ++t) {
+      const char* row = v.row(head, first + t);
+      vf x[N];
+      unroll<N>([&](auto j) LEANKV_LAMBDA { x[j] = read_vector<T>(row, i + j * W); });
+      unroll<R>([&](auto r) LEANKV_LAMBDA {
+        const vf factor = splat(p[r * kTile + t]);
+        unroll<N>([&](auto j) LEANKV_LAMBDA { sums[r][j] += x[j] * factor; });
+      });
+    }
+    unroll<R>([&](auto r) LEANKV_LAMBDA {
+      unroll<N>([&](auto j) LEANKV_LAMBDA { store(out + r * dim + i + j * W, sums[r][j]); });
+    });
+  }
+}
+
+// Exact rows [first, first + n), n <= 32. Under the causal rule new token l sees exact rows up to
+// E - L + l: the new tokens are the last exact rows.
+inline void attend_exact(const AttentionArgs& a, const Chunk& chunk, int head, int first, int n) {
+  alignas(64) float scores[kRowChunk * kTile] = {};
+  with_type(a.exact_k.type, [&](auto tag) {
+    with_rows(chunk.rows, [&](auto rows) {
+      dot_rows<decltype(tag)::value, rows>(a.exact_k, head, first, n, a.k_dim, chunk.queries, scores);
+    });
+  });
+  for (int r = 0; r < chunk.rows; ++r) {
+    const int token = (chunk.first + r) % a.length;
+    const int seen = a.causal ? a.exact - a.length + token + 1 - first : n;
+    vf s[NV], p[NV];
+    unroll<NV>([&](auto v) LEANKV_LAMBDA { s[v] = load(scores + r * kTile + v * W); });
+    softmax(chunk, r, s, seen < n ? seen : n, chunk.exact_sum, p);
+    unroll<NV>([&](auto v) LEANKV_LAMBDA { store(scores + r * kTile + v * W, p[v]); });
+  }
+  with_type(a.exact_v.type, [&](auto tag) {
+    with_rows(chunk.rows, [&](auto rows) {
+      add_rows<decltype(tag)::value, rows>(a.exact_v, head, first, n, a.v_dim, scores, chunk.out);
+    });
+  });
+}
+
+// Every cache line of a block: the hardware's own prefetching ends with each page of 4 KiB.
+LEANKV_INLINE void prefetch(const uint32_t* block, int words) {
+  for (int i = 0; i < words; i += 16) __builtin_prefetch(block + i);
+}
+
+// f(chunk) for all rows of the head.
+template <class F>
+LEANKV_INLINE void each_chunk(const AttentionArgs& a, int head, const Partial& p, F&& f) {
+  const float* queries = a.queries + static_cast<int64_t>(head) * a.rows() * a.k_dim;
+  const float* bias = a.bias + static_cast<int64_t>(head) * a.rows();
+  for (int first = 0; first < a.rows(); first += kRowChunk) {
+    const int left = a.rows() - first;
+    f(Chunk{first, left < kRowChunk ? left : kRowChunk, a.v_dim, queries + first * a.k_dim,
+            bias + first, p.max + first, p.lanes + first * W, p.lanes + (a.rows() + first) * W,
+            p.out + static_cast<int64_t>(first) * a.v_dim});
+  }
+}
+
+// See Kernels::attend.
+inline void attend(const AttentionArgs& a, int head, int first, int last, const Partial& p) {
+  std::memset(p.lanes, 0, sizeof(float) * 2 * a.rows() * W);
+  std::memset(p.out, 0, sizeof(float) * a.rows() * a.v_dim);
+  for (int r = 0; r < a.rows(); ++r) p.max[r] = kLowest;
+
+  int start = 0;  // unit of the first block of the body
+  for (const Body* body = a.bodies; body < a.bodies + a.n_bodies; ++body) {
+    const int blocks = body->blocks(head), words = body->format.words();
+    const int stop = last - start < blocks ? last - start : blocks;
+    for (int b = first > start ? first - start : 0; b < stop; ++b) {
+      const uint32_t* block = body->block(head, b);
+      if (b + 1 < stop) prefetch(body->block(head, b + 1), words);
+      const int left = body->lengths[head] - b * kTile;
+      each_chunk(a, head, p, [&](const Chunk& chunk) {
+        attend_block(chunk, body->format, block, left < kTile ? left : kTile);
+      });
+    }
+    start += blocks;
+  }
+  for (int u = first > start ? first : start; u < last; ++u) {
+    const int row = (u - start) * kTile, left = a.exact - row;
+    each_chunk(a, head, p, [&](const Chunk& chunk) {
+      attend_exact(a, chunk, head, row, left < kTile ? left : kTile);
+    });
+  }
+  for (int r = 0; r < a.rows(); ++r) {
+    p.body_sum[r] = sum(load(p.lanes + r * W));
+    p.sum[r] = p.body_sum[r] + sum(load(p.lanes + (a.rows() + r) * W));
+  }
+}
+
+}  // namespace leankv::LEANKV_ISA

@@ -1,0 +1,194 @@
+// Rows -> blocks: centering, scale, codes, packing (leankv_mlx/codec/quantize.py).
+#pragma once
+
+namespace leankv::LEANKV_ISA {
+
+constexpr float kLargestScale = 65504.0f;  // of fp16
+constexpr int kSearchSteps = 11;           // SEARCH_FACTORS: 0.80, 0.84, ..., 1.20
+
+// Codes of the nearest levels of x, in units of the scale; between two levels the lower one.
+template <int B>
+LEANKV_INLINE vu nearest(vf x) {
+  static constexpr Thresholds<B> thresholds{};
+  vi code{};
+  unroll<(1 << B) - 1>([&](auto i) LEANKV_LAMBDA { code -= x > thresholds.at[i]; });
+  return (vu)code;
+}
+
+// 255 comparisons are too many: invert the cubic by Newton's method, which converges from the right,
+// and correct the guess by the midpoints on its two sides.
+template <>
+LEANKV_INLINE vu nearest<8>(vf x) {
+  constexpr float a = Cubic<8>::a, b = Cubic<8>::b, top = 255;
+  const vf y = x < 0.0f ? -x : x;
+  vf guess = vmax(-splat(kMiddle<8>), -(y * (1 / a)));  // vmax(-m, -g) = -min(m, g)
+  guess = -guess;
+  for (int step = 0; step < 4; ++step) {
+    const vf square = guess * guess;
+    guess -= (guess * (a + b * square) - y) / (a + 3 * b * square);
+  }
+  guess = (x < 0.0f ? -guess : guess) + kMiddle<8>;
+  const auto clamped = [](vf c) LEANKV_LAMBDA {
+    c = vmax(c, vf{});
+    return c < top ? c : splat(top);
+  };
+  vf c = __builtin_convertvector(__builtin_convertvector(clamped(guess) + 0.5f, vi), vf);
+  const auto at = [](vf k) LEANKV_LAMBDA { return cubic<8>((vu)__builtin_convertvector(k, vi)); };
+  const vf here = at(c), above = at(clamped(c + 1.0f)), below = at(clamped(c - 1.0f));
+  const vf up = x > (here + above) * 0.5f ? splat(1.0f) : vf{};
+  const vf down = x <= (here + below) * 0.5f ? splat(1.0f) : vf{};
+  return (vu)__builtin_convertvector(clamped(c + up - down), vi);
+}
+
+// f(bits, first channel) for every group that is stored.
+template <class F>
+LEANKV_INLINE void each_group(const Side& side, F&& f) {
+  for (int c = 0; c < side.groups; ++c) {
+    switch (side.bits[c]) {
+      case 2: f(Index<2>{}, c * kTile); break;
+      case 3: f(Index<3>{}, c * kTile); break;
+      case 4: f(Index<4>{}, c * kTile); break;
+      case 8: f(Index<8>{}, c * kTile); break;
+    }
+  }
+}
+
+LEANKV_INLINE float fp16_round(float x) { return from_f16(to_f16(splat(x)))[0]; }
+
+// The same scale for every lane, as the factor that brings x to units of it.
+LEANKV_INLINE vf inverse(float scale) { return splat(scale > 0 ? 1.0f / scale : 0.0f); }
+
+inline float rms_of(const Side& side, const float* x) {
+  vf squares{};
+  int channels = 0;
+  each_group(side, [&](auto, int first) {
+    channels += kTile;
+    unroll<NV>([&](auto v) LEANKV_LAMBDA {
+      const vf y = load(x + first + v * W);
+      squares += y * y;
+    });
+  });
+  return __builtin_sqrtf(sum(squares) / channels);
+}
+
+// Scale search: of several factors of the rms, each refined by least squares, the scale that leaves
+// the smallest squared error.
+inline float search_scale(const Side& side, const float* x) {
+  const float rms = rms_of(side, x);
+  float best = rms, best_error = __builtin_inff();
+  alignas(64) float values[kMaxDim];
+  for (int step = 0; step < kSearchSteps; ++step) {
+    const vf to_units = inverse(static_cast<float>(0.8 + 0.04 * step) * rms);
+    vf dots{}, norms{}, errors{};
+    each_group(side, [&](auto bits, int first) {
+      const Levels<bits> levels;
+      unroll<NV>([&](auto v) LEANKV_LAMBDA {
+        const vf y = load(x + first + v * W);
+        const vf value = levels.of(nearest<bits>(y * to_units));
+        store(values + first + v * W, value);
+        dots += y * value;
+        norms += value * value;
+      });
+    });
+    const float norm = sum(norms), scale = sum(dots) / (norm > 1e-30f ? norm : 1e-30f);
+    each_group(side, [&](auto, int first) {
+      unroll<NV>([&](auto v) LEANKV_LAMBDA {
+        const vf off = load(x + first + v * W) - scale * load(values + first + v * W);
+        errors += off * off;
+      });
+    });
+    if (const float error = sum(errors); error < best_error) {
+      best_error = error;
+      best = scale;
+    }
+  }
+  return best;
+}
+
+// One vector [dim] -> codes uint8 [dim] (0 where nothing is stored) and the bits of its fp16 scale.
+inline uint32_t encode_vector(const Side& side, Rounding rounding, const float* x, uint8_t* codes) {
+  float scale = rounding == Rounding::rms ? rms_of(side, x) : search_scale(side, x);
+  scale = scale < 0 ? 0 : scale > kLargestScale ? kLargestScale : scale;
+  const vh bits16 = to_f16(splat(scale));
+  const vf stored = from_f16(bits16);
+  std::memset(codes, 0, side.dim());
+  each_group(side, [&](auto bits, int first) {
+    unroll<NV>([&](auto v) LEANKV_LAMBDA {
+      const vf y = stored > 0.0f ? load(x + first + v * W) / stored : vf{};
+      store(codes + first + v * W, __builtin_convertvector(nearest<bits>(y), vb));
+    });
+  });
+  return bits16[0];
+}
+
+// Codes [i][lane], rows at a distance of `stride`, -> the words of a tile.
+template <int B>
+inline void pack_tile(const uint8_t* codes, int stride, uint32_t* words) {
+  for (int lane = 0; lane < kTile; lane += W) {
+    vu rows[B] = {};
+    unroll<kTile>([&](auto i) LEANKV_LAMBDA {
+      const vu c = __builtin_convertvector(load<vb>(codes + i * stride + lane), vu);
+      if constexpr (B == 3) {
+        rows[field_row(B, i)] |= (c & 3u) << field_shift(B, i);
+        rows[2] |= (c >> 2) << high_bit(i);
+      } else {
+        rows[field_row(B, i)] |= c << field_shift(B, i);
+      }
+    });
+    unroll<B>([&](auto j) LEANKV_LAMBDA { store(words + j * kTile + lane, rows[j]); });
+  }
+}
+
+// One side of a block: rows [n, dim] -> words; the scales go to `scales` [32], shifted.
+inline uint32_t* encode_side(const Side& side, Rounding rounding, const float* rows, int n,
+                             bool lanes_are_slots, int shift, uint32_t* words, uint32_t* scales) {
+  const int dim = side.dim();
+  alignas(64) uint8_t codes[kTile * kMaxDim];
+  alignas(64) float none[kMaxDim] = {};  // what stands behind the last row
+  for (int t = 0; t < kTile; ++t) {
+    const float* x = t < n ? rows + t * dim : none;
+    scales[t] |= encode_vector(side, rounding, x, codes + t * dim) << shift;
+  }
+  each_group(side, [&](auto bits, int first) {
+    alignas(64) uint8_t turned[kTile * kTile];
+    const uint8_t* tile = codes + first;
+    int stride = dim;
+    if (lanes_are_slots) {
+      for (int t = 0; t < kTile; ++t) {
+        for (int i = 0; i < kTile; ++i) turned[i * kTile + t] = codes[t * dim + first + i];
+      }
+      tile = turned;
+      stride = kTile;
+    }
+    pack_tile<bits>(tile, stride, words);
+    words += bits * kTile;
+  });
+  return words;
+}
+
+inline void center(float* rows, int n, int dim, const float* mu) {
+  for (int t = 0; t < n; ++t) {
+    for (int i = 0; i < dim; i += W) {
+      store(rows + t * dim + i, load(rows + t * dim + i) - load(mu + i));
+    }
+  }
+}
+
+// See Kernels::encode.
+inline void encode(const EncodeArgs& a, int head, int block) {
+  const int first = block * kTile, left = a.tokens - first, n = left < kTile ? left : kTile;
+  uint32_t* words = a.blocks + (static_cast<int64_t>(head) * blocks_of(a.tokens) + block) *
+                                   a.format.words();
+  alignas(64) float rows[kTile * kMaxDim];
+  uint32_t scales[kTile] = {};
+  const int k_dim = a.format.k.dim(), v_dim = a.format.v.dim();
+  read(a.k, head, first, n, k_dim, rows);
+  center(rows, n, k_dim, a.mu_k + head * k_dim);
+  words = encode_side(a.format.k, a.rounding, rows, n, true, 0, words, scales);
+  read(a.v, head, first, n, v_dim, rows);
+  center(rows, n, v_dim, a.mu_v + head * v_dim);
+  words = encode_side(a.format.v, a.rounding, rows, n, false, 16, words, scales);
+  std::memcpy(words, scales, sizeof(scales));
+}
+
+}  // namespace leankv::LEANKV_ISA

@@ -1,0 +1,17 @@
+// All kernels of one instruction set; included once by each translation unit, behind its simd_*.h.
+#pragma once
+
+#include "tile.h"
+#include "rows.h"
+#include "attention.h"
+#include "encode.h"
+#include "decode.h"
+#include "peak.h"
+
+namespace leankv::LEANKV_ISA {
+
+constexpr Kernels kernels(const char* name) {
+  return {name, attend, encode, decode, read, write, rotate, unrotate, multiply_add};
+}
+
+}  // namespace leankv::LEANKV_ISA

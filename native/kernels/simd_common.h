@@ -1,0 +1,152 @@
+// Vectors of W floats in the compilers' vector extensions; included by the simd_*.h files, which
+// define LEANKV_ISA (a namespace) and LEANKV_WIDTH first and add what needs intrinsics.
+//
+// Everything is inline and in a namespace of its own: the linker must never take a function that was
+// compiled for one instruction set for that of another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "../codebook.h"
+#include "args.h"
+
+namespace leankv::LEANKV_ISA {
+
+constexpr int W = LEANKV_WIDTH;
+constexpr int NV = kTile / W;  // vectors of a tile's lanes
+
+using vf = float __attribute__((vector_size(4 * W)));
+using vi = int32_t __attribute__((vector_size(4 * W)));
+using vu = uint32_t __attribute__((vector_size(4 * W)));
+using vh = uint16_t __attribute__((vector_size(2 * W)));
+using vb = uint8_t __attribute__((vector_size(W)));
+
+template <class V, class T>
+LEANKV_INLINE V load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+LEANKV_INLINE vf load(const float* p) { return load<vf>(p); }
+template <class V, class T>
+LEANKV_INLINE void store(T* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+LEANKV_INLINE vf splat(float x) { return x - vf{}; }
+LEANKV_INLINE vf vmax(vf x, vf y) { return x > y ? x : y; }
+
+template <int I>
+struct Index {
+  constexpr operator int() const { return I; }
+};
+
+template <class F, int... I>
+LEANKV_INLINE void unroll_over(F&& f, std::integer_sequence<int, I...>) {
+  (f(Index<I>{}), ...);
+}
+
+template <int N, class F>
+LEANKV_INLINE void unroll(F&& f) {  // f(Index<0>), ..., f(Index<N - 1>)
+  unroll_over(f, std::make_integer_sequence<int, N>{});
+}
+
+LEANKV_INLINE vi lane_ids() {
+  vi ids;
+  for (int i = 0; i < W; ++i) ids[i] = i;
+  return ids;
+}
+
+// 2^x for x <= 0, to 1e-7; below 2^-126 it is 2^-126.
+LEANKV_INLINE vf exp2_negative(vf x) {
+  x = vmax(x, splat(-126.0f));
+  const vi whole = __builtin_convertvector(x - 0.5f, vi);
+  const vf f = x - __builtin_convertvector(whole, vf);
+  vf p = 1.5353362e-4f * f + 1.3398874e-3f;
+  p = p * f + 9.6184373e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 2.4022648e-1f;
+  p = p * f + 6.9314720e-1f;
+  p = p * f + 1.0f;
+  return p * (vf)((whole + 127) << 23);
+}
+
+// Code i of each lane, from the words of W lanes.
+template <int B, int I>
+LEANKV_INLINE vu code(const uint32_t* words) {
+  vu c = load<vu>(words + field_row(B, I) * kTile) >> field_shift(B, I);
+  if constexpr (B == 3) {
+    return (c & 3u) | (((load<vu>(words + 2 * kTile) >> high_bit(I)) & 1u) << 2);
+  }
+  if constexpr (field_shift(B, I) + B == 32) return c;
+  return c & ((1u << B) - 1);
+}
+
+template <int Bits>
+LEANKV_INLINE vu shifted(vu x) {  // right, or left if negative
+  if constexpr (Bits < 0) {
+    return x << -Bits;
+  } else {
+    return x >> Bits;
+  }
+}
+
+// The same with other bits of the word above it, for shuffles that ignore them. At 3 bits,
+// merge(low, high, mask) takes the bits of the mask from its second argument. The high bits of codes
+// i, i + 4, i + 8, i + 12 are equally far from their fields: all four come from one merged word.
+template <int B, int I, class Merge>
+LEANKV_INLINE vu code_unmasked(const uint32_t* words, Merge&& merge) {
+  const vu low = load<vu>(words + field_row(B, I) * kTile);
+  constexpr int shift = field_shift(B, I);
+  if constexpr (B == 3) {
+    const vu high = load<vu>(words + 2 * kTile);
+    if constexpr (shift == 30) {  // there is no room above the field
+      return merge(low >> shift, shifted<high_bit(I) - 2>(high), 4u);
+    }
+    constexpr uint32_t mask = 0x01010101u << (2 * (I & 3) + 2);
+    return merge(low, shifted<high_bit(I) - (shift + 2)>(high), mask) >> shift;
+  }
+  return low >> shift;
+}
+
+// The order in which codes are taken: those of one merged word in a row.
+template <int B>
+constexpr int in_order(int j) {
+  return B == 3 ? (j & 16) + 4 * (j & 3) + ((j >> 2) & 3) : j;
+}
+
+template <int B>
+LEANKV_INLINE vf cubic(vu code) {
+  const vf x = __builtin_convertvector((vi)code, vf) - kMiddle<B>;
+  return x * (Cubic<B>::b * (x * x) + Cubic<B>::a);
+}
+
+LEANKV_INLINE vf from_bf16(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+
+LEANKV_INLINE vh to_bf16(vf x) {  // to nearest even; NaN stays NaN
+  vu u = (vu)x;
+  const vu rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(x == x ? rounded : (u >> 16) | 0x40u, vh);
+}
+
+// fp16 without instructions for it.
+LEANKV_INLINE vf from_f16_portable(vh h) {
+  const vu u = __builtin_convertvector(h, vu);
+  const vf scaled = (vf)((u & 0x7FFFu) << 13) * 0x1p112f;
+  const vu special = (u & 0x7C00u) == 0x7C00u ? (vu)scaled | 0x7F800000u : (vu)scaled;
+  return (vf)(special | ((u & 0x8000u) << 16));
+}
+
+LEANKV_INLINE vh to_f16_portable(vf x) {
+  const vu sign = (vu)x & 0x80000000u, u = (vu)x ^ sign;
+  // Adding 0.5 aligns the 10 bits of a subnormal result at the low end, rounded to nearest even.
+  const vu subnormal = (vu)((vf)u + 0.5f) - 0x3F000000u;
+  const vu normal = (u - 0x38000000u + 0xFFFu + ((u >> 13) & 1u)) >> 13;
+  vu h = u < 0x38800000u ? subnormal : normal;
+  h = u >= 0x47800000u ? (vu{} + 0x7C00u) : h;
+  h = u > 0x7F800000u ? (vu{} + 0x7E00u) : h;
+  return __builtin_convertvector(h | (sign >> 16), vh);
+}
+
+}  // namespace leankv::LEANKV_ISA

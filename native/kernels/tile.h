@@ -1,0 +1,114 @@
+// The one inner loop: acc[r][lane] += sum over i of x[r][i] * level(code i of lane).
+//
+// With x = query channels and lanes = slots it makes scores, with x = probabilities and lanes =
+// channels it makes the output. Each code is decoded once for up to kRowChunk query rows.
+#pragma once
+
+namespace leankv::LEANKV_ISA {
+
+// Vectors of lanes at a time, so that the sums of R rows stay in registers.
+constexpr int vectors_for(int rows) {
+  int n = 1;
+  while (2 * n <= NV && 2 * n * rows <= kAccumulators) n *= 2;
+  return n;
+}
+
+// Sums of each row and vector, taken in turn: with fewer than 8 to 10 independent ones the latency
+// of the additions is the limit.
+constexpr int turns_for(int rows, int vectors) {
+  int n = 1;
+  while (2 * n * rows * vectors <= kAccumulators && n < 4) n *= 2;
+  return n;
+}
+
+template <int B, int R, int N>
+LEANKV_INLINE void tile_lanes(const uint32_t* words, int tiles, const float* x, float* acc,
+                              int stride) {
+  constexpr int S = turns_for(R, N);
+  vf sums[S][R][N] = {};
+  unroll<R>([&](auto r) LEANKV_LAMBDA {
+    unroll<N>([&](auto n) LEANKV_LAMBDA { sums[0][r][n] = load(acc + r * stride + n * W); });
+  });
+  const Levels<B> levels;
+  for (; tiles > 0; --tiles, words += kTile * B, x += R * kTile) {
+    unroll<kTile>([&](auto j) LEANKV_LAMBDA {
+      constexpr Index<in_order<B>(j)> i;
+      vf values[N];
+      unroll<N>([&](auto n) LEANKV_LAMBDA { values[n] = levels.template at<i>(words + n * W); });
+      unroll<R>([&](auto r) LEANKV_LAMBDA {
+        const vf factor = splat(x[r * kTile + i]);
+        unroll<N>([&](auto n) LEANKV_LAMBDA { add_product(sums[j % S][r][n], values[n], factor); });
+      });
+    });
+  }
+  unroll<R>([&](auto r) LEANKV_LAMBDA {
+    unroll<N>([&](auto n) LEANKV_LAMBDA {
+      vf total = sums[0][r][n];
+      unroll<S - 1>([&](auto s) LEANKV_LAMBDA { total += sums[s + 1][r][n]; });
+      store(acc + r * stride + n * W, total);
+    });
+  });
+}
+
+// words: tiles one behind the other, whose sums add up; x: [tiles, R, 32]; acc: R rows of 32 at a
+// distance of `stride`.
+template <int B, int R>
+void tile(const uint32_t* words, int tiles, const float* x, float* acc, int stride) {
+  constexpr int N = vectors_for(R);
+  for (int lane = 0; lane < kTile; lane += N * W) {
+    tile_lanes<B, R, N>(words + lane, tiles, x, acc + lane, stride);
+  }
+}
+
+using TileFn = void (*)(const uint32_t*, int, const float*, float*, int);
+
+// f(Index<rows>).
+template <class F>
+LEANKV_INLINE void with_rows(int rows, F&& f) {
+  unroll<kRowChunk>([&](auto r) LEANKV_LAMBDA {
+    if (rows == r + 1) f(Index<r + 1>{});
+  });
+}
+
+template <int B>
+LEANKV_INLINE TileFn tile_rows(int rows) {
+  TileFn found = nullptr;
+  with_rows(rows, [&](auto r) LEANKV_LAMBDA { found = tile<B, r>; });
+  return found;
+}
+
+// The loop for groups of `bits` bits and 1 to kRowChunk rows.
+LEANKV_INLINE TileFn tile_for(int bits, int rows) {
+  switch (bits) {
+    case 2: return tile_rows<2>(rows);
+    case 3: return tile_rows<3>(rows);
+    case 4: return tile_rows<4>(rows);
+    default: return tile_rows<8>(rows);
+  }
+}
+
+// Scores of a block: x [channel group][rows][32], acc [rows][32]. Returns the words behind the keys.
+LEANKV_INLINE const uint32_t* key_tiles(const Side& side, const uint32_t* words, int rows,
+                                        const float* x, float* acc) {
+  for (int c = 0; c < side.groups;) {
+    const int bits = side.bits[c];
+    int run = 1;
+    while (c + run < side.groups && side.bits[c + run] == bits) ++run;
+    if (bits) tile_for(bits, rows)(words, run, x + c * rows * kTile, acc, kTile);
+    words += kTile * bits * run;
+    c += run;
+  }
+  return words;
+}
+
+// Output of a block: x [rows][32], acc [rows][dim].
+LEANKV_INLINE void value_tiles(const Side& side, const uint32_t* words, int rows, const float* x,
+                               float* acc) {
+  for (int c = 0; c < side.groups; ++c) {
+    const int bits = side.bits[c];
+    if (bits) tile_for(bits, rows)(words, 1, x, acc + c * kTile, side.dim());
+    words += kTile * bits;
+  }
+}
+
+}  // namespace leankv::LEANKV_ISA

@@ -1,0 +1,322 @@
+#include "primitives.h"
+
+#include <functional>
+
+#include "inputs.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/ops.h"
+#include "mlx/primitives.h"
+
+namespace leankv {
+namespace {
+
+using Arrays = std::vector<mx::array>;
+using Rotations = std::pair<RotationArrays, RotationArrays>;
+
+mx::Stream cpu_stream() { return mx::default_stream(mx::Device::cpu); }
+
+// A primitive that allocates its outputs and runs `run` in its stream.
+class Operation : public mx::Primitive {
+ public:
+  using mx::Primitive::Primitive;
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    Arrays in, out;  // copies that do not hold the arrays: their memory lives until this has run
+    for (const auto& a : inputs) {
+      encoder.set_input_array(a);
+      in.push_back(mx::array::unsafe_weak_copy(a));
+    }
+    for (auto& a : outputs) {
+      allocate(a);
+      encoder.set_output_array(a);
+      out.push_back(mx::array::unsafe_weak_copy(a));
+    }
+    encoder.dispatch(task(std::move(in), std::move(out)));
+  }
+
+  void eval_gpu(const Arrays&, Arrays&) override {
+    throw std::runtime_error(std::string(name()) + " runs on the CPU only.");
+  }
+
+ protected:
+  // What runs in the stream; it must not use `this`, which may be gone by then.
+  virtual std::function<void()> task(Arrays in, Arrays out) const = 0;
+};
+
+// Reads inputs in the order in which the operations below list them.
+class Reader {
+ public:
+  explicit Reader(const Arrays& in) : in_(in) {}
+
+  const mx::array& next() { return in_[at_++]; }
+
+  template <class T>
+  const T* dense() {
+    dense_.push_back(std::make_unique<Dense>(next()));
+    return dense_.back()->template as<T>();
+  }
+
+  Vectors rows() {
+    rows_.push_back(std::make_unique<Rows>(next()));
+    return rows_.back()->vectors();
+  }
+
+  Body body(const Format& format) {
+    Body body;
+    body.pool = dense<uint32_t>();
+    body.width = in_[at_].shape(1);
+    body.table = dense<int32_t>();
+    body.lengths = dense<int32_t>();
+    body.format = format;
+    return body;
+  }
+
+  void rotation(Rotation& rotation, bool present) {
+    if (present) rotation.signs = dense<float>();
+  }
+
+ private:
+  const Arrays& in_;
+  size_t at_ = 0;
+  std::vector<std::unique_ptr<Dense>> dense_;
+  std::vector<std::unique_ptr<Rows>> rows_;
+};
+
+// The parts of a sequence that several operations share.
+struct Parts {
+  std::vector<Format> formats;
+  bool centered = false, rotated = false;
+  Rotation k_rotation, v_rotation;  // without the signs, which are inputs
+
+  void add_bodies(Arrays& in, const std::vector<BodyArrays>& bodies,
+                  const std::optional<CenterArrays>& centers) {
+    for (const auto& body : bodies) {
+      for (const auto& a : {body.pool, body.table, body.lengths}) in.push_back(a);
+      formats.push_back(body.format);
+    }
+    centered = centers.has_value();
+    if (centers) {
+      in.push_back(centers->k);
+      in.push_back(centers->v);
+    }
+  }
+
+  void add_rotations(Arrays& in, const std::optional<Rotations>& rotations) {
+    rotated = rotations.has_value();
+    if (!rotations) return;
+    const auto plain = [&](const RotationArrays& r) {
+      in.push_back(r.signs);
+      return Rotation{nullptr, r.signs.shape(0), r.block, r.head_dim};
+    };
+    k_rotation = plain(rotations->first);
+    v_rotation = plain(rotations->second);
+  }
+
+  std::vector<Body> bodies(Reader& reader) const {
+    std::vector<Body> bodies;
+    for (const auto& format : formats) bodies.push_back(reader.body(format));
+    return bodies;
+  }
+};
+
+class DecodeAttention : public Operation {
+ public:
+  DecodeAttention(mx::Stream s, Parts parts, float scale, bool causal, bool sink_logits)
+      : Operation(s), parts_(std::move(parts)), scale_(scale), causal_(causal), logits_(sink_logits) {}
+  const char* name() const override { return "LeanKVDecodeAttention"; }
+
+ protected:
+  std::function<void()> task(Arrays in, Arrays out) const override {
+    return [in = std::move(in), out = std::move(out), parts = parts_, scale = scale_,
+            causal = causal_, logits = logits_]() mutable {
+      Reader reader(in);
+      AttentionJob job;
+      const mx::array& q = in[0];
+      job.queries = reader.rows();
+      const mx::array& k = in[1];
+      const mx::array& v = in[2];
+      job.args.exact_k = reader.rows();
+      job.args.exact_v = reader.rows();
+      const auto bodies = parts.bodies(reader);
+      if (parts.centered) {
+        job.mu_k = reader.dense<float>();
+        job.mu_v = reader.dense<float>();
+      }
+      job.k_rotation = parts.k_rotation;
+      job.v_rotation = parts.v_rotation;
+      reader.rotation(job.k_rotation, parts.rotated);
+      reader.rotation(job.v_rotation, parts.rotated);
+      if (logits) job.sink_logits = reader.dense<float>();
+      job.args.heads = k.shape(0);
+      job.args.group = q.shape(0) / k.shape(0);
+      job.args.length = q.shape(1);
+      job.args.k_dim = k.shape(2);
+      job.args.v_dim = v.shape(2);
+      job.args.bodies = bodies.data();
+      job.args.n_bodies = static_cast<int>(bodies.size());
+      job.args.exact = k.shape(1);
+      job.args.causal = causal;
+      job.scale = scale;
+      job.out = output_of(out[0]);
+      job.lse = out[1].data<float>();
+      run_attention(job);
+    };
+  }
+
+ private:
+  Parts parts_;
+  float scale_;
+  bool causal_, logits_;
+};
+
+class Encode : public Operation {
+ public:
+  Encode(mx::Stream s, Format format, Rounding rounding)
+      : Operation(s), format_(format), rounding_(rounding) {}
+  const char* name() const override { return "LeanKVEncode"; }
+
+ protected:
+  std::function<void()> task(Arrays in, Arrays out) const override {
+    return [in = std::move(in), out = std::move(out), format = format_,
+            rounding = rounding_]() mutable {
+      Reader reader(in);
+      EncodeArgs args;
+      args.k = reader.rows();
+      args.v = reader.rows();
+      args.mu_k = reader.dense<float>();
+      args.mu_v = reader.dense<float>();
+      args.tokens = in[0].shape(1);
+      args.format = format;
+      args.rounding = rounding;
+      args.blocks = out[0].data<uint32_t>();
+      run_encode(args, in[0].shape(0));
+    };
+  }
+
+ private:
+  Format format_;
+  Rounding rounding_;
+};
+
+class Decode : public Operation {
+ public:
+  Decode(mx::Stream s, Parts parts, int sinks) : Operation(s), parts_(std::move(parts)), sinks_(sinks) {}
+  const char* name() const override { return "LeanKVDecode"; }
+
+ protected:
+  std::function<void()> task(Arrays in, Arrays out) const override {
+    return [in = std::move(in), out = std::move(out), parts = parts_, sinks = sinks_]() mutable {
+      Reader reader(in);
+      DecodeJob job;
+      job.exact_k = reader.rows();
+      job.exact_v = reader.rows();
+      const auto bodies = parts.bodies(reader);
+      if (parts.centered) {
+        job.args.mu_k = reader.dense<float>();
+        job.args.mu_v = reader.dense<float>();
+      }
+      job.args.k_rotation = parts.k_rotation;
+      job.args.v_rotation = parts.v_rotation;
+      reader.rotation(job.args.k_rotation, parts.rotated);
+      reader.rotation(job.args.v_rotation, parts.rotated);
+      job.args.k = output_of(out[0]);
+      job.args.v = output_of(out[1]);
+      job.bodies = bodies.data();
+      job.n_bodies = static_cast<int>(bodies.size());
+      job.heads = in[0].shape(0);
+      job.exact = in[0].shape(1);
+      job.sinks = sinks;
+      job.k_dim = in[0].shape(2);
+      job.v_dim = in[1].shape(2);
+      run_decode(job);
+    };
+  }
+
+ private:
+  Parts parts_;
+  int sinks_;
+};
+
+class Append : public Operation {
+ public:
+  Append(mx::Stream s, Parts parts) : Operation(s), parts_(std::move(parts)) {}
+  const char* name() const override { return "LeanKVAppend"; }
+
+ protected:
+  std::function<void()> task(Arrays in, Arrays out) const override {
+    return [in = std::move(in), out = std::move(out), parts = parts_]() mutable {
+      Reader reader(in);
+      const Vectors exact[] = {reader.rows(), reader.rows()}, rows[] = {reader.rows(), reader.rows()};
+      Rotation rotations[] = {parts.k_rotation, parts.v_rotation};
+      for (int side = 0; side < 2; ++side) {
+        reader.rotation(rotations[side], true);
+        run_append(exact[side], in[side].shape(1), rows[side], in[2].shape(1), rotations[side],
+                   in[0].shape(0), output_of(out[side]));
+      }
+    };
+  }
+
+ private:
+  Parts parts_;
+};
+
+mx::array as_float(const mx::array& a) { return mx::astype(a, mx::float32, cpu_stream()); }
+
+}  // namespace
+
+std::vector<mx::array> decode_attention(
+    const mx::array& queries, const std::vector<BodyArrays>& bodies, const mx::array& exact_k,
+    const mx::array& exact_v, const std::optional<CenterArrays>& centers, float scale, bool causal,
+    const std::optional<mx::array>& sink_logits, const std::optional<Rotations>& rotations) {
+  Arrays in{queries, exact_k, exact_v};
+  Parts parts;
+  parts.add_bodies(in, bodies, centers);
+  parts.add_rotations(in, rotations);
+  if (sink_logits) in.push_back(as_float(*sink_logits));
+  const int out_dim = rotations ? rotations->second.head_dim : exact_v.shape(2);
+  const auto op = std::make_shared<DecodeAttention>(cpu_stream(), std::move(parts), scale, causal,
+                                                    sink_logits.has_value());
+  return mx::array::make_arrays(
+      {{queries.shape(0), queries.shape(1), out_dim}, {queries.shape(0), queries.shape(1)}},
+      {rotations ? queries.dtype() : mx::float32, mx::float32}, op, in);
+}
+
+mx::array encode(const mx::array& k, const mx::array& v, const CenterArrays& centers,
+                 const Format& format, Rounding rounding) {
+  return mx::array({k.shape(0), blocks_of(k.shape(1)), format.words()}, mx::uint32,
+                   std::make_shared<Encode>(cpu_stream(), format, rounding),
+                   {k, v, centers.k, centers.v});
+}
+
+std::vector<mx::array> decode(const std::vector<BodyArrays>& bodies, const mx::array& exact_k,
+                              const mx::array& exact_v, const std::optional<CenterArrays>& centers,
+                              int sinks, mx::Dtype dtype,
+                              const std::optional<Rotations>& rotations) {
+  Arrays in{exact_k, exact_v};
+  Parts parts;
+  parts.add_bodies(in, bodies, centers);
+  parts.add_rotations(in, rotations);
+  int tokens = exact_k.shape(1);
+  for (const auto& body : bodies) tokens += kTile * body.table.shape(1);
+  const int k_dim = rotations ? rotations->first.head_dim : exact_k.shape(2);
+  const int v_dim = rotations ? rotations->second.head_dim : exact_v.shape(2);
+  const int heads = exact_k.shape(0);
+  return mx::array::make_arrays({{heads, tokens, k_dim}, {heads, tokens, v_dim}}, {dtype, dtype},
+                                std::make_shared<Decode>(cpu_stream(), std::move(parts), sinks),
+                                in);
+}
+
+std::vector<mx::array> append(const mx::array& exact_k, const mx::array& exact_v,
+                              const mx::array& k, const mx::array& v, const Rotations& rotations) {
+  Arrays in{exact_k, exact_v, k, v};
+  Parts parts;
+  parts.add_rotations(in, rotations);
+  const int heads = exact_k.shape(0), tokens = exact_k.shape(1) + k.shape(1);
+  return mx::array::make_arrays(
+      {{heads, tokens, exact_k.shape(2)}, {heads, tokens, exact_v.shape(2)}},
+      {exact_k.dtype(), exact_v.dtype()},
+      std::make_shared<Append>(cpu_stream(), std::move(parts)), in);
+}
+
+}  // namespace leankv

@@ -1,0 +1,56 @@
+// The operations as lazy MLX arrays. Shapes and meaning are those of leankv_mlx/kernels/types.py.
+#pragma once
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "../run.h"
+#include "mlx/array.h"
+#include "mlx/utils.h"
+
+namespace leankv {
+
+namespace mx = mlx::core;
+
+struct BodyArrays {
+  mx::array pool, table, lengths;
+  Format format;
+};
+
+// Signs [dim] and head_dim of a Hadamard rotation.
+struct RotationArrays {
+  mx::array signs;
+  int block, head_dim;
+};
+
+struct CenterArrays {
+  mx::array k, v;
+};
+
+// -> output [Hq, L, Dv] and log-sum-exp [Hq, L]. With rotations the queries come as the model made
+// them and the output leaves so, in the dtype of the queries; without them the output is float32.
+std::vector<mx::array> decode_attention(
+    const mx::array& queries, const std::vector<BodyArrays>& bodies, const mx::array& exact_k,
+    const mx::array& exact_v, const std::optional<CenterArrays>& centers, float scale, bool causal,
+    const std::optional<mx::array>& sink_logits,
+    const std::optional<std::pair<RotationArrays, RotationArrays>>& rotations);
+
+// -> blocks [H, ceil(T / 32), words].
+mx::array encode(const mx::array& k, const mx::array& v, const CenterArrays& centers,
+                 const Format& format, Rounding rounding);
+
+// -> keys [H, N, Dk] and values [H, N, Dv] of all tokens in `dtype`: `sinks` exact rows, the bodies,
+// the other exact rows; un-rotated if rotations are given.
+std::vector<mx::array> decode(
+    const std::vector<BodyArrays>& bodies, const mx::array& exact_k, const mx::array& exact_v,
+    const std::optional<CenterArrays>& centers, int sinks, mx::Dtype dtype,
+    const std::optional<std::pair<RotationArrays, RotationArrays>>& rotations);
+
+// Rows [H, T, head_dim] -> exact rows [H, E + T, dim]: `rows` rotated and put behind `exact`, for
+// keys and for values.
+std::vector<mx::array> append(const mx::array& exact_k, const mx::array& exact_v,
+                              const mx::array& k, const mx::array& v,
+                              const std::pair<RotationArrays, RotationArrays>& rotations);
+
+}  // namespace leankv

@@ -1,0 +1,43 @@
+// Whole operations on plain memory: how a kernel's work is split over threads. No MLX here, so that
+// a test program can run them under sanitizers.
+#pragma once
+
+#include "kernels/args.h"
+
+namespace leankv {
+
+struct AttentionJob {
+  AttentionArgs args;           // queries and bias are made here
+  Vectors queries;              // [Hq, L, k_dim or the rotation's head_dim]
+  Rotation k_rotation;          // of the queries, if present
+  Rotation v_rotation;          // undone in the output, if present
+  const float* mu_k = nullptr;  // [H, Dk], null without centers
+  const float* mu_v = nullptr;
+  const float* sink_logits = nullptr;  // [Hq] or null
+  float scale = 1.0f;
+  Output out;                   // [Hq, L, v_dim or the rotation's head_dim]
+  float* lse = nullptr;         // [Hq, L]
+};
+void run_attention(const AttentionJob& job);
+
+void run_encode(const EncodeArgs& args, int heads);
+
+// Everything of a sequence, in order: the first `sinks` exact rows, each body with all the slots of
+// its longest head, the other exact rows.
+struct DecodeJob {
+  DecodeArgs args;
+  const Body* bodies = nullptr;
+  int n_bodies = 0, heads = 0;
+  Vectors exact_k, exact_v;
+  int exact = 0, sinks = 0, k_dim = 0, v_dim = 0;
+};
+void run_decode(const DecodeJob& job);
+
+// Exact rows [H, E, dim], then new rows [H, T, head_dim], which are rotated.
+void run_append(const Vectors& exact, int n_exact, const Vectors& rows, int n_rows,
+                const Rotation& rotation, int heads, const Output& out);
+
+// Multiply-adds per second, n on each thread in use: the bound of attention's arithmetic.
+double multiply_add_rate(int64_t n);
+
+}  // namespace leankv

@@ -1,0 +1,138 @@
+// Decode attention: prepare the queries, split every head's tokens over the threads, merge.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "dispatch.h"
+#include "run.h"
+#include "thread_pool.h"
+
+namespace leankv {
+namespace {
+
+constexpr int kMinUnits = 8;         // of a task: less is not worth its merge
+constexpr int kTasksPerThread = 4;   // so that a slow thread holds nobody up
+constexpr int64_t kSerialWork = 1 << 20;  // products below which waking a thread costs more
+
+struct Task {
+  int head, first, last;
+};
+
+// Uninitialized floats, aligned to cache lines.
+struct Scratch {
+  explicit Scratch(size_t floats)
+      : data(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)), std::free) {
+    if (!data) throw std::bad_alloc();
+  }
+  std::unique_ptr<float, void (*)(void*)> data;
+};
+
+// Tasks of one head lie together, in the order of its tokens; one a head if `whole`.
+std::vector<Task> split(const AttentionArgs& a, int units, bool whole) {
+  const int wanted = thread_count() * kTasksPerThread;
+  const int size = whole ? units : std::max(kMinUnits, (units + wanted - 1) / wanted);
+  std::vector<Task> tasks;
+  for (int h = 0; h < a.heads; ++h) {
+    const int n = a.units(h), parts = std::max(1, (n + size - 1) / std::max(size, 1));
+    const auto at = [&](int part) { return static_cast<int>(int64_t{n} * part / parts); };
+    for (int i = 0; i < parts; ++i) tasks.push_back({h, at(i), at(i + 1)});
+  }
+  return tasks;
+}
+
+// Queries of one head in the order of AttentionArgs::queries, and the bias of centering.
+void prepare(const AttentionJob& job, int head, float* queries, float* bias) {
+  const AttentionArgs& a = job.args;
+  const int rows = a.rows(), dim = a.k_dim;
+  const int given = job.k_rotation.signs ? job.k_rotation.head_dim : dim;
+  float row[kMaxDim];
+  for (int r = 0; r < rows; ++r) {
+    std::fill(row + given, row + dim, 0.0f);
+    kernels().read(job.queries, head * a.group + r / a.length, r % a.length, 1, given, row);
+    if (job.k_rotation.signs) kernels().rotate(job.k_rotation, row);
+    const int chunk = r / kRowChunk * kRowChunk, in_chunk = std::min(kRowChunk, rows - chunk);
+    float* to = queries + int64_t{chunk} * dim + (r - chunk) * kTile;
+    float dot = 0;
+    for (int i = 0; i < dim; ++i) {
+      row[i] *= job.scale * kLog2E;
+      to[i / kTile * in_chunk * kTile + i % kTile] = row[i];
+      if (job.mu_k) dot += row[i] * job.mu_k[head * dim + i];
+    }
+    bias[r] = dot;
+  }
+}
+
+// The parts of one head -> its output and log-sum-exp.
+void merge(const AttentionJob& job, int head, const Partial* parts, int n) {
+  const AttentionArgs& a = job.args;
+  const int dim = a.v_dim, out_dim = job.v_rotation.signs ? job.v_rotation.head_dim : dim;
+  float row[kMaxDim];
+  for (int r = 0; r < a.rows(); ++r) {
+    const int query_head = head * a.group + r / a.length;
+    const float logit = job.sink_logits ? job.sink_logits[query_head] * kLog2E : kLowest;
+    float top = logit, body = 0;
+    for (int i = 0; i < n; ++i) top = std::max(top, parts[i].max[r]);
+    float sum = job.sink_logits ? std::exp2(logit - top) : 0;
+    std::fill(row, row + dim, 0.0f);
+    for (int i = 0; i < n; ++i) {
+      const float factor = std::exp2(parts[i].max[r] - top);
+      sum += factor * parts[i].sum[r];
+      body += factor * parts[i].body_sum[r];
+      const float* out = parts[i].out + int64_t{r} * dim;
+      for (int d = 0; d < dim; ++d) row[d] += factor * out[d];
+    }
+    for (int d = 0; d < dim; ++d) {  // centers count with the mass of the body only
+      row[d] = (row[d] + (job.mu_v ? body * job.mu_v[head * dim + d] : 0.0f)) / sum;
+    }
+    if (job.v_rotation.signs) kernels().unrotate(job.v_rotation, row);
+    kernels().write(job.out, query_head, r % a.length, 1, out_dim, row);
+    job.lse[int64_t{query_head} * a.length + r % a.length] = (top + std::log2(sum)) * kLn2;
+  }
+}
+
+}  // namespace
+
+void run_attention(const AttentionJob& job) {
+  AttentionArgs a = job.args;
+  const int64_t rows = a.rows();
+  int units = 0;
+  for (int h = 0; h < a.heads; ++h) units += a.units(h);
+  const bool alone =
+      thread_count() == 1 || units * kTile * rows * (a.k_dim + a.v_dim) < kSerialWork;
+  const auto tasks = split(a, units, alone);
+  const int64_t part_size = rows * (3 + a.v_dim + 2 * kMaxWidth);
+  const Scratch queries(a.heads * rows * (a.k_dim + 1)), scratch(tasks.size() * part_size);
+  float* bias = queries.data.get() + a.heads * rows * a.k_dim;
+  for (int h = 0; h < a.heads; ++h) {
+    prepare(job, h, queries.data.get() + h * rows * a.k_dim, bias + h * rows);
+  }
+  a.queries = queries.data.get();
+  a.bias = bias;
+
+  std::vector<Partial> parts;
+  std::vector<int> first_task(a.heads + 1);
+  std::vector<std::atomic<int>> left(a.heads);  // tasks of each head that are not done
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    float* at = scratch.data.get() + i * part_size;
+    parts.push_back({at, at + rows, at + 2 * rows, at + 3 * rows, at + (3 + a.v_dim) * rows});
+    first_task[tasks[i].head + 1] = static_cast<int>(i) + 1;
+    ++left[tasks[i].head];
+  }
+  const auto one = [&](int i) {
+    const Task& task = tasks[i];
+    kernels().attend(a, task.head, task.first, task.last, parts[i]);
+    if (--left[task.head] == 0) {  // whoever finishes a head merges it
+      const int first = first_task[task.head];
+      merge(job, task.head, &parts[first], first_task[task.head + 1] - first);
+    }
+  };
+  if (alone) {
+    for (size_t i = 0; i < tasks.size(); ++i) one(static_cast<int>(i));
+  } else {
+    parallel_for(static_cast<int>(tasks.size()), one);
+  }
+}
+
+}  // namespace leankv

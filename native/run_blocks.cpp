@@ -1,0 +1,91 @@
+// Encoding and decoding of blocks, a task for each head and a few blocks.
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "dispatch.h"
+#include "run.h"
+#include "thread_pool.h"
+
+namespace leankv {
+namespace {
+
+// Exact rows [first, first + n), n <= 32, of one side to output rows from `to` on.
+void copy_exact(const Vectors& from, const Output& out, const Rotation& rotation, int head, int first,
+                int n, int dim, int64_t to) {
+  alignas(64) float rows[kTile * kMaxDim];
+  kernels().read(from, head, first, n, dim, rows);
+  int out_dim = dim;
+  if (rotation.signs) {
+    out_dim = rotation.head_dim;
+    for (int t = 0; t < n; ++t) {
+      kernels().unrotate(rotation, rows + t * dim);
+      std::copy_n(rows + t * dim, out_dim, rows + t * out_dim);
+    }
+  }
+  kernels().write(out, head, to, n, out_dim, rows);
+}
+
+}  // namespace
+
+void run_encode(const EncodeArgs& args, int heads) {
+  const int blocks = blocks_of(args.tokens);
+  parallel_for(heads * blocks, [&](int i) { kernels().encode(args, i / blocks, i % blocks); });
+}
+
+void run_decode(const DecodeJob& job) {
+  struct Piece {
+    const Body* body;  // null for exact rows
+    int first, n;      // block, or exact rows
+    int64_t to;        // output row
+  };
+  std::vector<Piece> pieces;
+  int64_t to = 0;
+  const auto exact = [&](int first, int last) {
+    for (; first < last; first += kTile) {
+      const int n = std::min(kTile, last - first);
+      pieces.push_back({nullptr, first, n, to});
+      to += n;
+    }
+  };
+  exact(0, job.sinks);
+  for (const Body* body = job.bodies; body < job.bodies + job.n_bodies; ++body) {
+    for (int b = 0; b < body->width; ++b, to += kTile) pieces.push_back({body, b, kTile, to});
+  }
+  exact(job.sinks, job.exact);
+
+  const int n = static_cast<int>(pieces.size());
+  parallel_for(n * job.heads, [&](int i) {
+    const Piece& piece = pieces[i % n];
+    const int head = i / n;
+    const DecodeArgs& a = job.args;
+    if (piece.body) return kernels().decode(a, *piece.body, head, piece.first, piece.to);
+    copy_exact(job.exact_k, a.k, a.k_rotation, head, piece.first, piece.n, job.k_dim, piece.to);
+    copy_exact(job.exact_v, a.v, a.v_rotation, head, piece.first, piece.n, job.v_dim, piece.to);
+  });
+}
+
+void run_append(const Vectors& exact, int n_exact, const Vectors& rows, int n_rows,
+                const Rotation& rotation, int heads, const Output& out) {
+  constexpr int kRows = 4 * kTile;  // of a task, which is one head alone in a decode step
+  const int dim = rotation.dim, pieces = std::max(1, (n_exact + n_rows + kRows - 1) / kRows);
+  const auto one = [&](int i) {
+    alignas(64) float row[kMaxDim];
+    const int head = i / pieces, first = i % pieces * kRows;
+    const int last = std::min(first + kRows, n_exact + n_rows);
+    for (int t = first; t < last; ++t) {
+      if (t < n_exact) {
+        std::memcpy(out.row(head, t), exact.row(head, t), size_t(dim) * size_of(exact.type));
+        continue;
+      }
+      std::fill(row + rotation.head_dim, row + dim, 0.0f);
+      kernels().read(rows, head, t - n_exact, 1, rotation.head_dim, row);
+      kernels().rotate(rotation, row);
+      kernels().write(out, head, t, 1, dim, row);
+    }
+  };
+  if (pieces > 1) return parallel_for(heads * pieces, one);
+  for (int i = 0; i < heads; ++i) one(i);  // too little to wake a thread for
+}
+
+}  // namespace leankv

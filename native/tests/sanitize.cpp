@@ -1,0 +1,172 @@
+// Runs every kernel of every instruction set that this processor executes, for a sanitizer to watch:
+// built by CMake with -DLEANKV_SANITIZE=..., run by tests/kernels/test_sanitizers.py. Buffers have
+// exactly the size that is promised, so that AddressSanitizer sees every read beyond.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../dispatch.h"
+#include "../run.h"
+#include "../thread_pool.h"
+
+using namespace leankv;
+
+namespace {
+
+std::mt19937 draw(1);
+
+std::vector<float> normal(size_t n) {
+  std::normal_distribution<float> distribution;
+  std::vector<float> x(n);
+  for (float& v : x) v = distribution(draw);
+  return x;
+}
+
+Side side(int dim, int first) {
+  constexpr int choices[] = {2, 3, 4, 8, 0};
+  Side side;
+  side.groups = dim / kTile;
+  for (int c = 0; c < side.groups; ++c) side.bits[c] = choices[(first + c) % 5];
+  if (side.groups == 1 && side.bits[0] == 0) side.bits[0] = 4;
+  return side;
+}
+
+template <class T>
+Vectors rows_of(const std::vector<T>& data, Type type, int tokens, int dim) {
+  return {data.data(), type, int64_t{tokens} * dim, dim};
+}
+
+void check(bool right, const char* what) {
+  if (right) return;
+  std::fprintf(stderr, "%s: %s\n", kernels().name, what);
+  std::exit(1);
+}
+
+// Encodes, decodes and attends to one body with these shapes.
+void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exact, Type type) {
+  const int heads = 2, blocks = blocks_of(tokens);
+  const auto k = normal(heads * tokens * k_dim), v = normal(heads * tokens * v_dim);
+  const auto mu_k = normal(heads * k_dim), mu_v = normal(heads * v_dim);
+  EncodeArgs encode;
+  encode.k = rows_of(k, Type::f32, tokens, k_dim);
+  encode.v = rows_of(v, Type::f32, tokens, v_dim);
+  encode.mu_k = mu_k.data();
+  encode.mu_v = mu_v.data();
+  encode.tokens = tokens;
+  encode.format = {side(k_dim, group), side(v_dim, length)};
+  std::vector<uint32_t> pool(size_t(heads) * blocks * encode.format.words());
+  encode.blocks = pool.data();
+  for (const Rounding rounding : {Rounding::rms, Rounding::search}) {
+    encode.rounding = rounding;
+    run_encode(encode, heads);
+  }
+
+  std::vector<int32_t> table(heads * blocks), lengths{tokens, tokens / 2};
+  for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i);
+  const Body body{pool.data(), table.data(), lengths.data(), blocks, encode.format};
+  std::vector<uint16_t> exact_k(heads * exact * k_dim * 2), exact_v(heads * exact * v_dim * 2);
+  const int all = exact + kTile * blocks;
+  std::vector<float> out_k(heads * all * k_dim), out_v(heads * all * v_dim);
+  DecodeJob decode;
+  decode.args = {{out_k.data(), Type::f32, int64_t{all} * k_dim, k_dim},
+                 {out_v.data(), Type::f32, int64_t{all} * v_dim, v_dim},
+                 mu_k.data(), mu_v.data(), {}, {}};
+  decode.bodies = &body;
+  decode.n_bodies = 1;
+  decode.heads = heads;
+  decode.exact_k = rows_of(exact_k, type, exact, k_dim);
+  decode.exact_v = rows_of(exact_v, type, exact, v_dim);
+  decode.exact = exact;
+  decode.sinks = exact < 4 ? exact : 4;
+  decode.k_dim = k_dim;
+  decode.v_dim = v_dim;
+  run_decode(decode);
+  for (const float x : out_k) check(std::isfinite(x), "a decoded key is not finite");
+
+  const int query_heads = heads * group;
+  const auto queries = normal(query_heads * length * k_dim), signs = normal(kMaxDim);
+  std::vector<float> out(query_heads * length * v_dim), lse(query_heads * length);
+  AttentionJob job;
+  job.args.heads = heads;
+  job.args.group = group;
+  job.args.length = length;
+  job.args.k_dim = k_dim;
+  job.args.v_dim = v_dim;
+  job.args.bodies = &body;
+  job.args.n_bodies = 1;
+  job.args.exact_k = decode.exact_k;
+  job.args.exact_v = decode.exact_v;
+  job.args.exact = exact;
+  job.args.causal = exact >= length;
+  job.queries = rows_of(queries, Type::f32, length, k_dim);
+  job.k_rotation = {signs.data(), k_dim, k_dim & -k_dim, k_dim};
+  job.v_rotation = {signs.data(), v_dim, v_dim & -v_dim, v_dim};
+  job.mu_k = mu_k.data();
+  job.mu_v = mu_v.data();
+  job.sink_logits = signs.data();
+  job.scale = 0.1f;
+  job.out = {out.data(), Type::f32, int64_t{length} * v_dim, v_dim};
+  job.lse = lse.data();
+  run_attention(job);
+  for (const float x : out) check(std::isfinite(x), "an output is not finite");
+
+  const int longer = exact + tokens;
+  std::vector<float> appended(heads * longer * k_dim);
+  run_append(decode.exact_k, exact, encode.k, tokens, job.k_rotation, heads,
+             {appended.data(), type, int64_t{longer} * k_dim, k_dim});
+}
+
+void all_shapes() {
+  int turn = 0;
+  for (const int k_dim : {32, 64, 96, 128, 256}) {
+    for (const int group : {1, 2, 3, 5, 8}) {
+      const int length = 1 + turn % kMaxNew;
+      const Type type = std::vector{Type::f32, Type::f16, Type::bf16}[turn % 3];
+      round_trip(k_dim, turn % 2 ? k_dim : 160, group, length, 1 + turn * 7 % 90, turn * 13 % 104,
+                 type);
+      ++turn;
+    }
+  }
+  round_trip(128, 128, 4, 1, 4000, 70, Type::bf16);  // enough for several threads
+}
+
+// A forked child must get along without the parent's workers.
+void fork_once() {
+  const pid_t child = fork();
+  if (child == 0) {
+    round_trip(64, 64, 4, 1, 4000, 8, Type::f32);
+    _exit(0);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  check(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the forked child failed");
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  for (const auto& name : available_isas()) {
+    select_isa(name);
+    all_shapes();
+    std::printf("%s: fine with %d threads\n", name.c_str(), thread_count());
+  }
+  // Loops of two threads at once, as of two MLX streams.
+  const auto loops = [] {
+    for (int i = 0; i < 200; ++i) {
+      std::vector<int> hits(50);
+      parallel_for(50, [&](int k) { ++hits[k]; });
+      for (const int n : hits) check(n == 1, "a task did not run once");
+    }
+  };
+  std::thread other(loops);
+  loops();
+  other.join();
+  if (!arguments[1]) fork_once();  // not under ThreadSanitizer, which does not follow a fork
+}

@@ -1,0 +1,124 @@
+#include "thread_pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
+
+namespace leankv {
+namespace {
+
+class Pool {
+ public:
+  explicit Pool(int threads) {
+    // Detached: a worker holds nothing but this object, which lives as long as the process.
+    for (int i = 1; i < threads; ++i) std::thread([this] { work(); }).detach();
+  }
+
+  // False if another thread is running a loop.
+  bool try_run(int n, const std::function<void(int)>& task) {
+    std::unique_lock<std::mutex> loop(loop_, std::try_to_lock);
+    if (!loop.owns_lock()) return false;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      task_ = &task;
+      next_ = 0;
+      end_ = n;
+      ++round_;
+    }
+    begin_.notify_all();
+    drain(task, n);
+    std::unique_lock<std::mutex> lock(mutex_);
+    task_ = nullptr;  // a worker that wakes up from now on finds no loop
+    done_.wait(lock, [this] { return busy_ == 0; });
+    return true;
+  }
+
+ private:
+  void drain(const std::function<void(int)>& task, int n) {
+    for (int i = next_++; i < n; i = next_++) task(i);
+  }
+
+  void work() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (long seen = 0;;) {
+      begin_.wait(lock, [&] { return round_ != seen; });
+      seen = round_;
+      if (!task_) continue;
+      const auto& task = *task_;
+      const int n = end_;
+      ++busy_;
+      lock.unlock();
+      drain(task, n);
+      lock.lock();
+      if (--busy_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex loop_;  // held by whoever runs a loop
+  std::mutex mutex_;  // of everything below
+  std::condition_variable begin_, done_;
+  const std::function<void(int)>* task_ = nullptr;
+  std::atomic<int> next_{0};
+  int end_ = 0, busy_ = 0;
+  long round_ = 0;
+};
+
+int processors() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+#endif
+  return static_cast<int>(std::thread::hardware_concurrency());
+}
+
+// What the pool has.
+int all_threads() {
+  static const int count = [] {
+    const char* text = std::getenv("LEANKV_THREADS");
+    const int wanted = text ? std::atoi(text) : 0;
+    return std::clamp(wanted > 0 ? wanted : processors(), 1, 256);
+  }();
+  return count;
+}
+
+std::atomic<bool> one_thread{false};
+
+// Never destroyed: at exit the workers may still be asleep in it.
+std::atomic<Pool*> instance{nullptr};
+std::mutex starting;
+
+Pool& pool() {
+  if (Pool* ready = instance.load(std::memory_order_acquire)) return *ready;
+  std::lock_guard<std::mutex> lock(starting);
+  if (!instance.load(std::memory_order_relaxed)) {
+    // A forked child has none of the workers: it starts over with a pool of its own.
+    static const int registered = pthread_atfork(
+        [] { starting.lock(); }, [] { starting.unlock(); },
+        [] {
+          instance.store(nullptr, std::memory_order_relaxed);
+          starting.unlock();
+        });
+    (void)registered;
+    instance.store(new Pool(all_threads()), std::memory_order_release);
+  }
+  return *instance.load(std::memory_order_relaxed);
+}
+
+}  // namespace
+
+int thread_count() { return one_thread.load(std::memory_order_relaxed) ? 1 : all_threads(); }
+
+void use_one_thread(bool on) { one_thread.store(on, std::memory_order_relaxed); }
+
+void parallel_for(int n, const std::function<void(int)>& task) {
+  if (n > 1 && thread_count() > 1 && pool().try_run(n, task)) return;
+  for (int i = 0; i < n; ++i) task(i);
+}
+
+}  // namespace leankv

@@ -1,0 +1,198 @@
+"""Every backend, and every instruction set of it that runs here, against the reference.
+
+A new backend is a row of `IMPLEMENTATIONS` in cases.py and nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from leankv_mlx.codec.format import Format
+from leankv_mlx.codec.packing import unpack_k, unpack_v
+from leankv_mlx.codec.rotation import hadamard
+from leankv_mlx.config import Rounding
+from leankv_mlx.kernels import Attention, Backend, Centers, Rows, resolve_backend
+from leankv_mlx.kernels.append import append
+from leankv_mlx.kernels.decode_attention import decode_attention
+from leankv_mlx.kernels.dequantize import dequantize
+from leankv_mlx.kernels.encode import encode
+from leankv_mlx.kernels.gather import gather
+from leankv_mlx.kernels.repack import repack
+from tests.kernels import cases
+from tests.kernels.cases import FACTORS, MIXED, TOLERANCE, Case, error
+
+REFERENCE = resolve_backend("reference")
+VARIANTS = [
+    pytest.param(v, marks=getattr(pytest.mark, v[0])) if v[0] in ("metal", "cuda") else v
+    for v in cases.variants()
+]
+MATRIX = [
+    *cases.pairwise(FACTORS),
+    *(pytest.param(row, marks=pytest.mark.slow) for row in cases.full(FACTORS)),
+]
+
+
+def name_of(row: Any) -> str:
+    return cases.identify(row) if isinstance(row, dict) else str(row)
+
+
+@pytest.fixture(params=VARIANTS or [None], ids=lambda v: "-".join(v) if v else "none")
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    if request.param is None:
+        pytest.skip("only the reference backend runs here")
+    name, variant = request.param
+    with cases.IMPLEMENTATIONS[name][1](variant) as backend:
+        yield backend
+
+
+def attention(case: Case, backend: Backend) -> Attention:
+    arguments = {field.name: getattr(case, field.name) for field in fields(case)}
+    result = decode_attention(**arguments, backend=backend)
+    mx.eval(result)
+    return result
+
+
+def check_attention(case: Case, backend: Backend) -> None:
+    ours, reference = attention(case, backend), attention(case, REFERENCE)
+    out_dtype = case.queries.dtype if case.rotations else mx.float32
+    assert error(ours.out, reference.out) < TOLERANCE[out_dtype]
+    assert error(ours.lse, reference.lse) < 2e-5
+
+
+@pytest.mark.parametrize("row", MATRIX, ids=name_of)
+def test_decode_attention(row: dict[str, Any], backend: Backend) -> None:
+    check_attention(cases.case(**row), backend)
+
+
+@pytest.mark.parametrize("heads", [1, 5])
+def test_decode_attention_split_over_threads(heads: int, backend: Backend) -> None:
+    row = cases.pairwise(FACTORS)[0] | {"tiers": 2, "lengths": "partial", "new": 2, "exact": 103}
+    check_attention(cases.case(**row, heads=heads, blocks=130), backend)
+
+
+def test_one_head_has_more_query_rows_than_any_other_test(backend: Backend) -> None:
+    row = cases.pairwise(FACTORS)[0] | {"group": 71, "new": 8, "exact": 40, "tiers": 1}
+    check_attention(cases.case(**row, heads=1), backend)
+
+
+def test_an_array_as_mask(backend: Backend) -> None:
+    row = cases.pairwise(FACTORS)[0] | {"tiers": 1, "lengths": "full", "exact": 40, "new": 3}
+    case = cases.case(**row)
+    mask = mx.arange(128 + 40) % 3 > 0
+    masked = Case(**vars(case) | {"mask": mx.broadcast_to(mask, (3, 168))})
+    check_attention(masked, backend)
+
+
+SHAPES = cases.pairwise({k: FACTORS[k] for k in ("k_bits", "v_bits", "dims", "dtype")})
+
+
+@pytest.mark.parametrize("row", SHAPES, ids=name_of)
+def test_dequantize_and_gather(row: dict[str, Any], backend: Backend) -> None:
+    dtype = row["dtype"]
+    draw = np.random.default_rng(3)
+    other = {"group": 1, "new": 1, "exact": 39, "sink_logits": False, "mask": None}
+    case = cases.case(**row, **other, lengths="partial", tiers=2, rotated=False)
+    for body in case.bodies:
+        used = mx.array(cases.used(body))[..., None]
+        pair = (dequantize(body, case.centers, dtype, b) for b in (backend, REFERENCE))
+        for ours, reference in zip(*pair, strict=True):
+            assert error(ours * used, mx.where(used, reference, 0)) < TOLERANCE[dtype]
+    ends = ((0, 4), (4, 39))
+    parts = [np.ones((3, b - a), bool) for a, b in ends]
+    seen = mx.array(np.concatenate([parts[0], *map(cases.used, case.bodies), parts[1]], axis=1))
+    for rotations in (None, tuple(hadamard(dim - draw.integers(0, 9)) for dim in row["dims"])):
+        pair = (
+            gather(case.bodies, case.exact, case.centers, sinks=4, rotations=rotations, backend=b)
+            for b in (backend, REFERENCE)
+        )
+        for ours, reference in zip(*pair, strict=True):
+            wanted = mx.where(seen[..., None], reference, 0)
+            assert error(mx.where(seen[..., None], ours, 0), wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rounding", ["search", "rms"])
+@pytest.mark.parametrize("tokens", [1, 32, 77])
+@pytest.mark.parametrize("row", SHAPES, ids=name_of)
+def test_encode(row: dict[str, Any], tokens: int, rounding: Rounding, backend: Backend) -> None:
+    check_encode(row, tokens, rounding, backend)
+
+
+def test_encode_with_optimal_rounding(backend: Backend) -> None:
+    row = {"k_bits": 4, "v_bits": MIXED, "dims": (64, 64), "dtype": mx.float32}
+    check_encode(row, 32, "optimal", backend)
+
+
+def check_encode(row: dict[str, Any], tokens: int, rounding: Rounding, backend: Backend) -> None:
+    draw = np.random.default_rng(tokens)
+    k_dim, v_dim = row["dims"]
+    format = Format(cases.bits_of(row["k_bits"], k_dim, 0), cases.bits_of(row["v_bits"], v_dim, 0))
+    # Rows as the cache hands them over: a slice, and a vector of zeros among them.
+    rows = Rows(*(cases.normal(draw, (2, tokens + 5, d))[:, 5:] for d in row["dims"]))
+    centers = Centers(*(0.1 * cases.normal(draw, (2, d)) for d in row["dims"]))
+    rows = Rows(
+        *(
+            mx.concatenate([center[:, None], x[:, 1:]], axis=1).astype(row["dtype"])
+            for x, center in zip(rows, centers, strict=True)
+        )
+    )
+    ours, reference = (encode(rows, centers, format, rounding, b) for b in (backend, REFERENCE))
+    assert ours.shape == reference.shape and ours.dtype == reference.dtype
+    for unpack in (unpack_k, unpack_v):
+        (codes, scales), (codes_r, scales_r) = unpack(ours, format), unpack(reference, format)
+        assert (np.array(codes) != np.array(codes_r)).mean() < 1e-3
+        ulps = np.array(scales).view(np.int16) - np.array(scales_r).view(np.int16).astype(int)
+        assert (np.abs(ulps) > 1).mean() < 0.01
+
+
+@pytest.mark.parametrize("kept", [1, 32, 77])
+@pytest.mark.parametrize("row", SHAPES, ids=name_of)
+def test_repack(row: dict[str, Any], kept: int, backend: Backend) -> None:
+    draw = np.random.default_rng(kept)
+    bits = (cases.bits_of(row[f"{side}_bits"], row["dims"][i], 0) for i, side in enumerate("kv"))
+    body = cases.body(draw, *bits, heads=2, blocks=3, lengths="full")
+    index = mx.array(draw.integers(-1, 96, (2, kept)).astype(np.int32))
+    assert mx.array_equal(repack(body, index, backend), repack(body, index, REFERENCE))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("head_dims", [(64, 64), (128, 80), (100, 256)])
+def test_append(head_dims: tuple[int, int], dtype: mx.Dtype, backend: Backend) -> None:
+    draw = np.random.default_rng(5)
+    rotations = hadamard(head_dims[0]), hadamard(head_dims[1])
+    for exact, new in ((0, 1), (70, 1), (3, 500)):
+        old = Rows(*(cases.normal(draw, (2, exact, r.dim)).astype(dtype) for r in rotations))
+        rows = Rows(  # strided as in a model: [T, H, D] with the heads in front
+            *(cases.normal(draw, (new, 2, d)).astype(dtype).swapaxes(0, 1) for d in head_dims)
+        )
+        pair = (append(old, rows, rotations, b) for b in (backend, REFERENCE))
+        for ours, reference in zip(*pair, strict=True):
+            assert error(ours, reference) < TOLERANCE[dtype]
+
+
+def test_512_steps_do_not_drift(backend: Backend) -> None:
+    """Fused attention stays what attention over the decoded arrays is."""
+    from leankv_mlx.cache import CompressedKVCache, owner_of
+
+    cache = CompressedKVCache("leankv:backend=reference")
+    cache._backend = backend  # msl-check has no name that a user could give
+    draw, errors = np.random.default_rng(7), []
+    for _ in range(512):
+        q, k, v = (cases.normal(draw, (1, heads, 1, 64)) for heads in (4, 2, 2))
+        keys, values = cache.update_and_fetch(k, v)
+        owner = owner_of(keys, values)
+        assert owner is not None
+        fused = owner.attend(q, scale=0.125, mask=None)
+        plain = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.125)
+        errors.append(error(fused, plain))
+    assert max(errors) < 2e-5
+    assert max(errors[-64:]) < 4 * max(errors[:64]) + 1e-6
+
+
+def test_mixed_bits_leave_a_group_out() -> None:
+    assert 0 in cases.bits_of(MIXED, 64, 0)
