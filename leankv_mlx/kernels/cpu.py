@@ -1,0 +1,182 @@
+"""The native CPU backend: MLX primitives from the extension `leankv_mlx._native` (see native/).
+
+Three cases run as plain MLX ops instead: an array as mask, rounding=optimal, and a rotation that
+is not a Hadamard transform.
+"""
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx  # before the extension, which links to its library
+
+from leankv_mlx.codec.format import Format
+from leankv_mlx.codec.rotation import Hadamard
+from leankv_mlx.config import Rounding
+from leankv_mlx.errors import BackendUnavailableError
+from leankv_mlx.kernels.append import append_ops
+from leankv_mlx.kernels.decode_attention import between_rotations, decode_attention_ops
+from leankv_mlx.kernels.encode import encode_ops
+from leankv_mlx.kernels.gather import gather_ops
+from leankv_mlx.kernels.repack import repack_ops
+from leankv_mlx.kernels.types import Attention, Backend, Body, Centers, Mask, Rotations, Rows
+
+
+def make() -> Backend:
+    """The backend.
+
+    Raises:
+        BackendUnavailableError: the extension is not there or does not fit, or MLX computes on
+            another device.
+    """
+    if mx.default_device().type != mx.DeviceType.cpu:
+        raise BackendUnavailableError("MLX computes on another device than the CPU.")
+    load()
+    return Backend(
+        name="cpu",
+        encode=_encode,
+        dequantize=_dequantize,
+        decode_attention=_decode_attention,
+        gather=_gather,
+        append=_append,
+        repack=repack_ops,
+    )
+
+
+@lru_cache(maxsize=1)
+def load() -> Any:
+    """The extension.
+
+    Raises:
+        BackendUnavailableError: it is not there, or was built for another MLX.
+    """
+    try:
+        native = import_module("leankv_mlx._native")
+    except ModuleNotFoundError:
+        raise BackendUnavailableError(
+            "the native extension was not built; install again where a C++ compiler is present."
+        ) from None
+    except (ImportError, ValueError) as error:  # ValueError: LEANKV_CPU_ISA
+        raise BackendUnavailableError(f"the native extension does not load: {error}") from None
+    built_for = ".".join(map(str, native.mlx_version))
+    installed = version("mlx")
+    if not re.match(re.escape(built_for) + r"(?!\d)", installed):
+        raise BackendUnavailableError(
+            f"the native extension was built for mlx {built_for}, but {installed} is installed; "
+            "install again."
+        )
+    return native
+
+
+@lru_cache(maxsize=64)
+def _format(format: Format) -> Any:
+    return load().Format(format.k_bits, format.v_bits)
+
+
+@lru_cache(maxsize=64)
+def _rotation(rotation: Hadamard) -> Any:
+    return load().Rotation(rotation.signs, rotation.block, rotation.head_dim)
+
+
+def _rotations(rotations: Rotations) -> tuple[Any, Any] | None:
+    """None if one of them is of a kind that the extension does not know."""
+    k, v = rotations
+    if isinstance(k, Hadamard) and isinstance(v, Hadamard):
+        return _rotation(k), _rotation(v)
+    return None
+
+
+def _body(body: Body) -> Any:
+    return load().Body(body.pool, body.table, body.lengths, _format(body.format))
+
+
+def _centers(centers: Centers | None) -> Any:
+    return None if centers is None else load().Centers(centers.k, centers.v)
+
+
+def _encode(rows: Rows, centers: Centers, format: Format, rounding: Rounding) -> mx.array:
+    if rounding == "optimal":
+        return encode_ops(rows, centers, format, rounding)
+    blocks: mx.array = load().encode(*rows, _centers(centers), _format(format), rounding)
+    return blocks
+
+
+def _dequantize(body: Body, centers: Centers, dtype: mx.Dtype) -> Rows:
+    heads, dims = body.table.shape[0], (body.format.k_dim, body.format.v_dim)
+    none = (mx.zeros((heads, 0, dim), dtype) for dim in dims)
+    return Rows(*load().decode([_body(body)], *none, _centers(centers), 0, dtype, None))
+
+
+def _gather(
+    bodies: Sequence[Body],
+    exact: Rows,
+    centers: Centers | None,
+    *,
+    sinks: int,
+    rotations: Rotations | None,
+) -> Rows:
+    native = None
+    if rotations is not None:
+        native = _rotations(rotations)
+        if native is None:
+            return gather_ops(bodies, exact, centers, sinks=sinks, rotations=rotations)
+    elif not bodies:
+        return exact
+    return Rows(
+        *load().decode(
+            [_body(body) for body in bodies],
+            *exact,
+            _centers(centers),
+            sinks,
+            exact.k.dtype,
+            native,
+        )
+    )
+
+
+def _append(exact: Rows, new: Rows, rotations: Rotations) -> Rows:
+    native = _rotations(rotations)
+    if native is None:
+        return append_ops(exact, new, rotations)
+    return Rows(*load().append(*exact, *new, native))
+
+
+def _decode_attention(
+    queries: mx.array,
+    bodies: Sequence[Body],
+    exact: Rows,
+    centers: Centers | None,
+    *,
+    scale: float,
+    sinks: int,
+    mask: Mask,
+    sink_logits: mx.array | None,
+    rotations: Rotations | None,
+) -> Attention:
+    native = _rotations(rotations) if rotations else None
+    if isinstance(mask, mx.array):
+        return decode_attention_ops(
+            queries, bodies, exact, centers, scale=scale, sinks=sinks, mask=mask,
+            sink_logits=sink_logits, rotations=rotations,
+        )  # fmt: skip
+
+    def attend(queries: mx.array) -> Attention:
+        return Attention(
+            *load().decode_attention(
+                queries,
+                [_body(body) for body in bodies],
+                *exact,
+                _centers(centers),
+                scale,
+                mask == "causal",
+                sink_logits,
+                native,
+            )
+        )
+
+    if rotations and native is None:
+        return between_rotations(attend, queries, rotations)
+    return attend(queries)

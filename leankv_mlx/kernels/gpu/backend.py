@@ -1,0 +1,23 @@
+"""All operations of a GPU backend."""
+
+from leankv_mlx.kernels.gpu.append import Append
+from leankv_mlx.kernels.gpu.attention import DecodeAttention
+from leankv_mlx.kernels.gpu.dequantize import Dequantize
+from leankv_mlx.kernels.gpu.encode import Encode
+from leankv_mlx.kernels.gpu.launch import Launcher
+from leankv_mlx.kernels.gpu.repack import Repack
+from leankv_mlx.kernels.types import Backend
+
+
+def make_backend(name: str, launch: Launcher) -> Backend:
+    """The operations, launched by `launch`."""
+    dequantize = Dequantize(launch)
+    return Backend(
+        name=name,
+        encode=Encode(launch),
+        dequantize=dequantize,
+        decode_attention=DecodeAttention(launch),
+        gather=dequantize.gather,
+        append=Append(launch),
+        repack=Repack(launch),
+    )

@@ -1,0 +1,2 @@
+// In place of MLX's header, whose functions are Apple's internal ones: ours are in msl/math.h.
+#pragma once
