@@ -1,0 +1,131 @@
+"""What is compared: the uncompressed cache, always there, and settings of the compressed one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from leankv_mlx.config import CompressionConfig
+from leankv_mlx.errors import ModelError
+from leankv_mlx.mlx_lm.attachment import attach, make_caches
+from leankv_mlx.mlx_lm.loading import LoadedModel
+from leankv_mlx.mlx_lm.usage import measure
+
+NONE = "none"
+DEFAULT_KV = ("k8v8", "k8v4", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2")
+PREFILL_CHUNK = 512
+"""Tokens per prefill call: small, so that most of a prompt re-reads the compressed cache."""
+
+_PREFIX = "leankv:"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One cache; `config` is None for the uncompressed one."""
+
+    kv: str
+    config: CompressionConfig | None
+
+    @classmethod
+    def parse(cls, text: str) -> Arm:
+        """Read a `--kv`: none, leankv, leankv:SPEC or just SPEC.
+
+        Raises:
+            ConfigError: it is not understood.
+        """
+        text = text.strip()
+        if text == NONE:
+            return cls(NONE, None)
+        if text == _PREFIX.rstrip(":"):
+            return cls(text, CompressionConfig())
+        name = text.removeprefix(_PREFIX)
+        return cls(name, CompressionConfig.parse(_PREFIX + name))
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """The model has this arm's cache inside of the block.
+
+        Raises:
+            ModelError: no layer of the model can be compressed.
+        """
+        if self.config is None:
+            yield
+            return
+        with attach(model, self.config) as attachment:
+            if not attachment.compressed_layers:
+                reasons = "; ".join(dict.fromkeys(row.reason for row in attachment.report))
+                raise ModelError(f"nothing to compress in this model: {reasons}.")
+            yield
+
+
+def parse_arms(texts: Sequence[str]) -> list[Arm]:
+    """The arms of repeated `--kv`, the uncompressed one first, each once."""
+    arms = [Arm.parse(text) for text in (NONE, *(texts or DEFAULT_KV))]
+    return list({arm.kv: arm for arm in arms}.values())
+
+
+def varied(arm: Arm, setting: str, **changes: Any) -> Arm:
+    """An arm with some fields of its config changed; `setting` is how the name tells it."""
+    assert arm.config is not None  # there is nothing to vary in the uncompressed cache
+    return Arm(f"{arm.kv},{setting}", replace(arm.config, **changes))
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of an arm's caches at some context, counted from the buffers.
+
+    Attributes:
+        bits_per_element: bits per key or value element: codes, scales, tables, centers and
+            exact tokens.
+        ratio: how many times smaller than the uncompressed cache in the model's own dtype.
+    """
+
+    bits_per_element: float
+    ratio: float
+
+
+def sizes(loaded: LoadedModel, arms: Sequence[Arm], context: int) -> dict[str, Size]:
+    """The size of every arm after `context` tokens, by name. `arms` has the uncompressed one."""
+    used: dict[str, int] = {}
+    elements = 1
+    tokens = mx.zeros(context, mx.int32)
+    for arm in arms:
+        with arm.attached(loaded.model):
+            caches = make_caches(loaded.model)
+            prefill(loaded.model, tokens, caches)
+            usage = measure(caches)
+        used[arm.kv] = usage.used
+        elements = usage.fp16 // 2
+    return {kv: Size(8 * n / elements, used[NONE] / n) for kv, n in used.items()}
+
+
+def prefill(model: nn.Module, tokens: mx.array, caches: list[Any]) -> None:
+    """Read tokens [N] in chunks of `PREFILL_CHUNK`."""
+    for start in range(0, tokens.shape[0], PREFILL_CHUNK):
+        model(tokens[None, start : start + PREFILL_CHUNK], cache=caches)
+        mx.eval([cache.state for cache in caches])
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """The model computes in float32 inside of the block; afterwards it is as it was.
+
+    float16 and bfloat16 values survive the way there and back.
+    """
+    dtypes = {name: array.dtype for name, array in _flat(model)}
+    model.set_dtype(mx.float32)
+    try:
+        yield
+    finally:
+        restored = [(name, array.astype(dtypes[name])) for name, array in _flat(model)]
+        model.update(tree_unflatten(restored))
+
+
+def _flat(model: nn.Module) -> list[tuple[str, mx.array]]:
+    return cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))

@@ -1,0 +1,277 @@
+"""The demonstration: one model answers from an uncompressed and from a compressed cache.
+
+The document is read once per cache; every question goes to a copy of that cache, alternating
+between the two so that a change in the machine's load hits both.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from difflib import SequenceMatcher
+from itertools import pairwise
+from typing import Any
+
+import mlx.core as mx
+
+from leankv_mlx.config import CompressionConfig
+from leankv_mlx.errors import ModelError, UsageError
+from leankv_mlx.evaluation.tasks import (
+    SUMMARY_QUESTION,
+    DocumentChat,
+    Sample,
+    document_chat,
+    document_turn,
+    score,
+    seeded,
+)
+from leankv_mlx.mlx_lm.attachment import attach, make_caches
+from leankv_mlx.mlx_lm.loading import LoadedModel, check_context, load
+from leankv_mlx.mlx_lm.usage import Usage, measure
+
+ANSWER_TOKENS = 96
+PREFILL_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`score` is 1 for a right answer; a summary's is its likeness to the expected one."""
+
+    text: str
+    score: float
+    tokens: int
+
+    @property
+    def mark(self) -> str:
+        """Right, wrong, or how near a summary is."""
+        if self.score in (0.0, 1.0):
+            return "✓" if self.score else "✗"
+        return f"✗ ({self.score:.0%} alike)"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What was asked and what each arm answered."""
+
+    text: str
+    expected: str
+    answers: list[Answer]
+
+
+@dataclass
+class Arm:
+    """One cache: its bytes after the document was read, and how fast it was."""
+
+    title: str
+    kv: str
+    backend: str
+    usage: Usage = field(default_factory=Usage)
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def prefill_speed(self) -> float:
+        """Tokens of the document per second."""
+        return self.prefill_tokens / self.prefill_seconds
+
+    @property
+    def decode_speed(self) -> float:
+        """Answer tokens per second, after the first of each answer."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Everything that was shown; `arms` are the uncompressed and the compressed cache."""
+
+    model: str
+    document_tokens: int
+    questions: list[Question]
+    arms: list[Arm]
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the compressed cache is, bytes in use of both."""
+        plain, compressed = (arm.usage.used for arm in self.arms)
+        return plain / compressed if compressed else 1.0
+
+    def right(self, arm: int) -> int:
+        """Questions that an arm answered exactly."""
+        return sum(question.answers[arm].score == 1 for question in self.questions)
+
+    def numbers(self) -> list[tuple[str, list[str]]]:
+        """Rows of the table of numbers."""
+        n = len(self.questions)
+        return [
+            ("right answers", [f"{self.right(i)} of {n}" for i in range(len(self.arms))]),
+            ("KV bytes in use", [f"{arm.usage.used / 1e6:.3f} MB" for arm in self.arms]),
+            ("allocated", [f"{arm.usage.allocated / 1e6:.3f} MB" for arm in self.arms]),
+            ("prefill", [f"{arm.prefill_speed:.0f} tokens/s" for arm in self.arms]),
+            ("decode", [f"{arm.decode_speed:.1f} tokens/s" for arm in self.arms]),
+            ("backend", [arm.backend for arm in self.arms]),
+        ]
+
+    @property
+    def conclusion(self) -> str:
+        """The line at the end."""
+        tokens = self.arms[0].usage.tokens
+        return (
+            f"{self.ratio:.2f}x smaller at {tokens} tokens. Bytes are those of the buffers' parts "
+            "in use: codes, scales, tables, exact tokens and centers; keys and values when "
+            "uncompressed."
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        arms = [
+            {
+                **asdict(arm),
+                "right": self.right(i),
+                "prefill_tokens_per_second": arm.prefill_speed,
+                "decode_tokens_per_second": arm.decode_speed,
+            }
+            for i, arm in enumerate(self.arms)
+        ]
+        return {
+            "model": self.model,
+            "document_tokens": self.document_tokens,
+            "ratio": self.ratio,
+            "counted": self.conclusion,
+            "arms": arms,
+            "questions": [asdict(question) for question in self.questions],
+        }
+
+
+def run_demo(
+    name: str | None, config: CompressionConfig, tokens: int = 3000, seed: int = 1
+) -> Demo:
+    """Ask the questions of a generated document of `tokens` tokens.
+
+    Raises:
+        ModelError: the model cannot be loaded or has no chat template.
+        UsageError: the length does not suit the document or the model.
+    """
+    loaded = load(name)
+    if not loaded.tokenizer.has_chat_template:
+        raise ModelError(f"{loaded.path} has no chat template; the demo needs a chat model.")
+    check_context(loaded.config, tokens, ANSWER_TOKENS)
+    chat = demo_document(loaded, tokens, seed)
+    prompts = [_prompt(loaded, document_turn(chat.document, ask)) for ask, _ in chat.turns]
+    prefix = _common(prompts)
+    attachment = attach(loaded.model, config)
+    arms = [
+        _Runner(loaded, Arm("uncompressed", "none", "mlx"), nullcontext),
+        _Runner(loaded, Arm(config.spec(), config.spec(), attachment.backend), lambda: attachment),
+    ]
+    for arm in arms:
+        arm.warm_up(prompts[0])
+    for arm in arms:
+        arm.read(prompts[0][:prefix])
+    questions = []
+    for (ask, expected), prompt in zip(chat.turns, prompts, strict=True):
+        replies = [arm.answer(prompt[prefix:]) for arm in arms]
+        graded = [Answer(text, _grade(chat, ask, expected, text), n) for text, n in replies]
+        questions.append(Question(ask, expected, graded))
+    return Demo(loaded.path.name, prefix, questions, [arm.arm for arm in arms])
+
+
+def demo_document(loaded: LoadedModel, tokens: int, seed: int) -> DocumentChat:
+    """The document, at most `tokens` long with its first question, and its questions.
+
+    Raises:
+        UsageError: there is no room for the facts.
+    """
+    try:
+        return document_chat(
+            seeded("test", "demo", seed), tokens, lambda turn: len(_prompt(loaded, turn))
+        )
+    except ValueError as error:
+        raise UsageError(
+            f"--tokens {tokens} is too short for the facts; use 400 or more."
+        ) from error
+
+
+def _prompt(loaded: LoadedModel, turn: str) -> list[int]:
+    tokens: list[int] = loaded.tokenizer.apply_chat_template(
+        [{"role": "user", "content": turn}], add_generation_prompt=True, return_dict=False
+    )
+    return tokens
+
+
+def _common(prompts: Sequence[Sequence[int]]) -> int:
+    """Length of the prefix that all prompts share, at least one token of each left over."""
+    length = min(map(len, prompts)) - 1
+    for a, b in pairwise(prompts):
+        same = next((i for i in range(length) if a[i] != b[i]), length)
+        length = min(length, same)
+    return length
+
+
+def _grade(chat: DocumentChat, ask: str, expected: str, reply: str) -> float:
+    if ask != SUMMARY_QUESTION:
+        value = next(fact.value for fact in chat.asked if fact.sentence == expected)
+        return score(Sample(chat.document, ask, (value,)), reply)
+    want, got = expected.split(), reply.split()
+    return 1.0 if want == got else min(0.99, SequenceMatcher(None, want, got).ratio())
+
+
+class _Runner:
+    """Runs one arm; `attached` gives the context in which the model has this arm's cache."""
+
+    def __init__(
+        self, loaded: LoadedModel, arm: Arm, attached: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        self.arm = arm
+        self._loaded = loaded
+        self._attached = attached
+        self._caches: list[Any] = []
+
+    def warm_up(self, tokens: Sequence[int]) -> None:
+        """Run once what will be timed, so that no kernel is compiled within a timing."""
+        with self._attached():
+            caches = make_caches(self._loaded.model)
+            self._forward(tokens[:128], caches)
+            self._forward(tokens[128:129], caches)
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Fill this arm's cache with the document."""
+        with self._attached():
+            self._caches = make_caches(self._loaded.model)
+            start = time.perf_counter()
+            for i in range(0, len(tokens), PREFILL_CHUNK):
+                self._forward(tokens[i : i + PREFILL_CHUNK], self._caches)
+            self.arm.prefill_seconds = time.perf_counter() - start
+        self.arm.prefill_tokens = len(tokens)
+        self.arm.usage = measure(self._caches)
+
+    def answer(self, question: Sequence[int]) -> tuple[str, int]:
+        """The answer to one question about the document, greedily, and its tokens."""
+        from mlx_lm.generate import generate_step
+
+        tokenizer = self._loaded.tokenizer
+        reply: list[int] = []
+        times: list[float] = []
+        with self._attached():
+            steps = generate_step(
+                mx.array(list(question)),
+                self._loaded.model,
+                max_tokens=ANSWER_TOKENS,
+                prompt_cache=copy.deepcopy(self._caches),
+            )
+            for token, _ in steps:
+                times.append(time.perf_counter())
+                if token in tokenizer.eos_token_ids:
+                    break
+                reply.append(token)
+        self.arm.decode_tokens += len(times) - 1
+        self.arm.decode_seconds += times[-1] - times[0]
+        return " ".join(tokenizer.decode(reply, skip_special_tokens=True).split()), len(reply)
+
+    def _forward(self, tokens: Sequence[int], caches: list[Any]) -> None:
+        self._loaded.model(mx.array(list(tokens))[None], cache=caches)
+        mx.eval([cache.state for cache in caches])

@@ -1,0 +1,175 @@
+"""Retrieval: the tasks of `evaluation.tasks`, answered greedily from the real cache.
+
+A prompt goes through the chat template and is prefilled in chunks of 512 tokens, so the question
+and most of the document attend to compressed tokens; the answer is decoded from the codes. All
+arms get the same prompts, and a difference from the uncompressed arm is only told where that arm
+scores at least 0.8: below, both mostly fail and the difference says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from leankv_mlx.errors import ModelError, UsageError
+from leankv_mlx.evaluation.arms import PREFILL_CHUNK, Arm
+from leankv_mlx.evaluation.tasks import TASKS, Sample, score, seeded, user_turn
+from leankv_mlx.mlx_lm.loading import LoadedModel, check_context
+
+SOLVED = 0.8
+"""Score of the uncompressed arm from which on a difference means something."""
+DEPTHS = 11
+"""Needles are placed at 0%, 10%, .. 100% of the document, one depth after the other."""
+
+_SPARE_TOKENS = 32
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """A task at a prompt length in tokens."""
+
+    task: str
+    length: int
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Prompts answered fully by both arms, by one of them, by neither (for McNemar's test)."""
+
+    both: int
+    only_base: int
+    only_arm: int
+    neither: int
+
+
+Scores = Mapping[str, Mapping[Cell, Sequence[float]]]
+"""Arm -> cell -> score of each prompt, 0..1."""
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Scores of all arms; `base` names the uncompressed one."""
+
+    scores: Scores
+    base: str
+
+    def means(self, kv: str) -> dict[str, dict[str, float]]:
+        """Mean score of an arm, by task and length."""
+        means: dict[str, dict[str, float]] = {}
+        for cell, values in self.scores[kv].items():
+            means.setdefault(cell.task, {})[str(cell.length)] = sum(values) / len(values)
+        return means
+
+    def solved(self) -> list[Cell]:
+        """Cells where the uncompressed arm scores at least `SOLVED`."""
+        scores = self.scores[self.base].items()
+        return [cell for cell, values in scores if sum(values) >= SOLVED * len(values)]
+
+    def pairs(self, kv: str, cells: Sequence[Cell]) -> Pairs:
+        """Paired counts of an arm beside the uncompressed one over some cells."""
+        wins = [
+            (base == 1.0, arm == 1.0)
+            for cell in cells
+            for base, arm in zip(self.scores[self.base][cell], self.scores[kv][cell], strict=True)
+        ]
+        outcomes = ((True, True), (True, False), (False, True), (False, False))
+        return Pairs(*map(wins.count, outcomes))
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    sample: Sample
+    tokens: mx.array
+    limit: int
+
+
+def cells_of(tasks: Sequence[str], lengths: Sequence[int]) -> list[Cell]:
+    """Every task at every length.
+
+    Raises:
+        UsageError: a task is unknown.
+    """
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown:
+        raise UsageError(f"unknown task {', '.join(unknown)}; known are {', '.join(TASKS)}.")
+    return [Cell(task, length) for task in tasks for length in lengths]
+
+
+def run_retrieval(
+    loaded: LoadedModel,
+    arms: Sequence[Arm],
+    cells: Sequence[Cell],
+    samples: int,
+    advance: Callable[[str, int], None],
+) -> Retrieval:
+    """Ask every arm every prompt, arms in turn on each; the first arm is the uncompressed one.
+
+    Raises:
+        ModelError: the model has no chat template.
+        UsageError: a length does not suit the task or the model.
+    """
+    if cells and not loaded.tokenizer.has_chat_template:
+        raise ModelError(
+            f"{loaded.path} has no chat template, which retrieval needs; use --tasks none."
+        )
+    scores: dict[str, dict[Cell, list[float]]] = {
+        arm.kv: {cell: [] for cell in cells} for arm in arms
+    }
+    for cell in cells:
+        for i in range(samples):
+            prompt = _make(loaded, cell, i)
+            for arm in arms:
+                with arm.attached(loaded.model):
+                    reply = _answer(loaded, prompt)
+                scores[arm.kv][cell].append(score(prompt.sample, reply))
+                advance(f"{cell.task} {cell.length} {arm.kv}", cell.length)
+    return Retrieval(scores, arms[0].kv)
+
+
+def _make(loaded: LoadedModel, cell: Cell, i: int) -> _Prompt:
+    depth = (i % DEPTHS) / (DEPTHS - 1)
+    rng = seeded("test", cell.task, cell.length, i)
+    try:
+        sample = TASKS[cell.task].make(
+            rng, cell.length, lambda turn: len(_tokens(loaded, turn)), depth
+        )
+    except ValueError as error:
+        raise UsageError(f"{cell.task} does not fit into {cell.length} tokens.") from error
+    tokens = _tokens(loaded, user_turn(sample))
+    reply = len(loaded.tokenizer.encode(sample.reply, add_special_tokens=False))
+    limit = check_context(loaded.config, len(tokens), 2 * reply + _SPARE_TOKENS)
+    return _Prompt(sample, mx.array(tokens), limit)
+
+
+def _tokens(loaded: LoadedModel, turn: str) -> list[int]:
+    tokens: list[int] = loaded.tokenizer.apply_chat_template(
+        [{"role": "user", "content": turn}],
+        add_generation_prompt=True,
+        return_dict=False,
+        enable_thinking=False,
+    )
+    return tokens
+
+
+def _answer(loaded: LoadedModel, prompt: _Prompt) -> str:
+    """The greedy reply; it ends early once it holds every answer."""
+    from mlx_lm.generate import generate_step
+
+    tokenizer = loaded.tokenizer
+    reply: list[int] = []
+    text = ""
+    steps = generate_step(
+        prompt.tokens, loaded.model, max_tokens=prompt.limit, prefill_step_size=PREFILL_CHUNK
+    )
+    for token, _ in steps:
+        if token in tokenizer.eos_token_ids:
+            break
+        reply.append(token)
+        text = tokenizer.decode(reply, skip_special_tokens=True)
+        # The last word may go on: "48" could become "4821".
+        if score(prompt.sample, " ".join(text.split()[:-1])) == 1.0:
+            break
+    steps.close()
+    return text

@@ -1,0 +1,94 @@
+"""A report as tables of text, for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from leankv_mlx.evaluation.lab import ArmResult, Report
+from leankv_mlx.evaluation.retrieval import SOLVED
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One table; the first column is text, the others are numbers."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def tables(report: Report) -> list[Grid]:
+    """Every table that the report has something for."""
+    grids = [_fidelity(report)]
+    if report.settings.tasks:
+        grids += [_retrieval(report), _pairs(report)]
+    if report.ablation:
+        note = "one part of the codec switched off at a time"
+        grids.append(Grid("Ablation", *_columns(report.ablation), note))
+    for stress, arms in report.stress:
+        grids.append(Grid(f"Stress, {stress.name}", *_columns(arms)))
+    return grids
+
+
+def _fidelity(report: Report) -> Grid:
+    settings = report.settings
+    base = report.arms[0].fidelity
+    note = (
+        f"{base.tokens} tokens scored in contexts of {settings.context}; float32; perplexity "
+        f"without compression {base.ppl:.3f}, {base.bits_per_byte:.3f} bits per byte"
+    )
+    if not report.windows:
+        note += "; arms differ in window or sink tokens, so they do not compare only their codecs"
+    return Grid(f"Fidelity, {report.model}", *_columns(report.arms), note)
+
+
+def _columns(arms: Sequence[ArmResult]) -> tuple[Sequence[str], list[list[str]]]:
+    header = ("kv", "bits", "ratio", "KLD mean", "p50", "p90", "p99", "p99.9", "top-1 %", "ppl",
+              "ln ratio", "bits/byte")  # fmt: skip
+    rows = []
+    for arm in arms:
+        found = arm.fidelity
+        rows.append([
+            arm.kv,
+            f"{arm.size.bits_per_element:.2f}",
+            f"{arm.size.ratio:.2f}",
+            f"{found.kld['mean']:.5f} ±{found.kld_error:.5f}",
+            *(f"{found.kld[name]:.5f}" for name in ("p50", "p90", "p99", "p999")),
+            f"{100 * found.top1:.1f} ±{100 * found.top1_error:.1f}",
+            f"{found.ppl:.3f}",
+            f"{found.ln_ratio:+.4f}",
+            f"{found.bits_per_byte:.4f}",
+        ])  # fmt: skip
+    return header, rows
+
+
+def _retrieval(report: Report) -> Grid:
+    cells = [(task, length) for task, by in report.arms[0].retrieval.items() for length in by]
+    rows = [
+        [arm.kv, *(f"{arm.retrieval[task][length]:.2f}" for task, length in cells)]
+        for arm in report.arms
+    ]
+    note = f"mean score of {report.settings.samples} prompts per cell"
+    header = ["kv", *(f"{task} {length}" for task, length in cells)]
+    return Grid("Retrieval", header, rows, note)
+
+
+def _pairs(report: Report) -> Grid:
+    """Differences, where the uncompressed model is able to answer."""
+    title = "Prompts answered fully, beside the uncompressed cache"
+    header = ("kv", "both", "only uncompressed", "only this", "neither")
+    solved = report.retrieval.solved()
+    if not solved:
+        note = f"the uncompressed model scores below {SOLVED} in every cell: no difference to tell"
+        return Grid(title, header, [], note)
+    rows = []
+    for arm in report.arms[1:]:
+        pairs = report.retrieval.pairs(arm.kv, solved)
+        counts = (pairs.both, pairs.only_base, pairs.only_arm, pairs.neither)
+        rows.append([arm.kv, *map(str, counts)])
+    names = ", ".join(f"{cell.task} {cell.length}" for cell in solved)
+    return Grid(
+        title, header, rows, f"cells where the uncompressed cache scores at least {SOLVED}: {names}"
+    )
