@@ -1,0 +1,151 @@
+"""A report as tables of text, for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+
+from leankv_mlx.benchmarks import static
+from leankv_mlx.benchmarks.fill import DTYPES, STOCK
+from leankv_mlx.benchmarks.settings import Row
+from leankv_mlx.benchmarks.suite import Report
+from leankv_mlx.evaluation.tables import Grid
+
+_BASELINES = (*DTYPES, *STOCK)
+_Column = tuple[str, Callable[[Row], str]]
+
+
+def tables(report: Report) -> list[Grid]:
+    """Every table that the report has something for."""
+    grids = []
+    if report.attention:
+        grids.append(_attention(report.attention))
+    for title, rows, columns, note in (
+        ("Decode steps", report.steps, _STEPS, _STEPS_NOTE),
+        ("Prefill", report.prefill, _PREFILL, "needs: bytes beyond weights and caches, at most"),
+        ("Encoding", report.encode, _ENCODE, _ENCODE_NOTE),
+    ):
+        for shape, of_shape in groupby(rows, lambda row: row["shape"]):
+            grids.append(_grid(f"{title}, {shape}", list(of_shape), columns, note))
+    return grids
+
+
+def _grid(title: str, rows: Sequence[Row], columns: Sequence[_Column], note: str) -> Grid:
+    used = [base for base in _BASELINES if any(base in row["baseline_ms"] for row in rows)]
+    at = next(i for i, (name, _) in enumerate(columns) if name == "ms") + 1
+    baselines = [(base, _baseline(base)) for base in used]
+    every = [*columns[:at], *baselines, *columns[at:]]
+    return Grid(
+        title,
+        [name for name, _ in every],
+        [[text(row) for _, text in every] for row in rows],
+        note,
+    )
+
+
+def _attention(rows: Sequence[Row]) -> Grid:
+    columns: list[_Column] = [
+        ("heads", lambda row: f"{row['query_heads']}x{row['kv_heads']}x{row['head_dim']}"),
+        ("tokens", lambda row: f"{row['tokens']}"),
+        ("format", lambda row: row["format"]),
+        ("ms", lambda row: _ms(row["ms"])),
+        ("speedup", lambda row: _times(row["speedup"])),
+    ]
+    note = "milliseconds; speedup: the fastest of the others over ours"
+    if any("bound_share" in row for row in rows):
+        columns += [
+            ("of bound", lambda row: f"{row['bound_share']:.0%}" if "bound_share" in row else ""),
+            (
+                "threads",
+                lambda row: _times(row["thread_speedup"]) if "thread_speedup" in row else "",
+            ),
+        ]
+        note += (
+            "; of bound: of the multiply-adds that the processor could do in that time; threads: "
+            "one thread's time over that of all"
+        )
+    return _grid("Decode attention", rows, columns, note)
+
+
+def _baseline(name: str) -> Callable[[Row], str]:
+    return lambda row: _ms(row["baseline_ms"][name]) if name in row["baseline_ms"] else ""
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+def _mb(value: float) -> str:
+    return f"{value / 1e6:.1f} MB"
+
+
+_FIRST: tuple[_Column, ...] = (
+    ("tokens", lambda row: f"{row['tokens']}"),
+    ("dtype", lambda row: row["dtype"]),
+    ("format", lambda row: row["format"]),
+)
+_STEPS: tuple[_Column, ...] = (
+    *_FIRST,
+    ("ms", lambda row: _ms(row["ms"])),
+    ("tokens/s", lambda row: f"{1e3 / row['ms']:.1f}"),
+    ("same dtype", lambda row: _times(row["ratios"][row["dtype"]])),
+    ("speedup", lambda row: _times(row["speedup"])),
+    ("KV", lambda row: _mb(row["kv_bytes"])),
+    ("uncompressed KV", lambda row: _mb(row["baseline_kv_bytes"][row["dtype"]])),
+)
+_STEPS_NOTE = (
+    "milliseconds, random weights; same dtype: median ratio of the uncompressed cache in that "
+    "dtype to ours; speedup: the fastest of the others over ours"
+)
+_PREFILL: tuple[_Column, ...] = (
+    *_FIRST,
+    ("ms", lambda row: _ms(row["ms"])),
+    ("tokens/s", lambda row: f"{1e3 * row['tokens'] / row['ms']:.1f}"),
+    ("ours / uncompressed", lambda row: f"{1 / row['ratios'][row['dtype']]:.3f}"),
+    ("needs", lambda row: _mb(row["working_bytes"])),
+    ("uncompressed needs", lambda row: _mb(row["baseline_working_bytes"][row["dtype"]])),
+)
+_ENCODE: tuple[_Column, ...] = (
+    *_FIRST,
+    ("ms", lambda row: f"{row['ms']:.3f}"),
+    ("step ms", lambda row: _ms(row["baseline_ms"]["step"])),
+    ("share of a step", lambda row: f"{row['share']:.2%}"),
+)
+_ENCODE_NOTE = "ms: encoding a block of 32 tokens in every layer, by token"
+
+
+def static_table(rows: Sequence[static.Row]) -> Grid:
+    """What nvcc makes of the kernels."""
+    header = ("kv", "head_dim", "group", "strategy", "registers", "spilled", "shared",
+              "per key code", "per value code")  # fmt: skip
+    cells = [
+        [
+            row.format,
+            f"{row.head_dim}",
+            f"{row.group}",
+            row.strategy,
+            f"{row.resources.registers}",
+            f"{row.resources.spilled_bytes} B",
+            f"{row.resources.shared_bytes} B",
+            *("?" if n is None else f"{n:.2f}" for n in (row.scores, row.values)),
+        ]
+        for row in rows
+    ]
+    note = "instructions per code and thread, the multiply-adds of all query heads included"
+    if any(row.scores is None for row in rows):
+        note += "; ? needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump "
+        note += "nvidia-cuda-nvdisasm"
+    return Grid("Decode attention on CUDA, compiled and not run", header, cells, note)
+
+
+def ui_table(found: Mapping[str, float | bool]) -> Grid:
+    """Figures of the chat app."""
+    cells = [
+        [name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)]
+        for name, value in found.items()
+    ]
+    return Grid("Chat app", ("figure", "value"), cells)
