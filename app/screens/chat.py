@@ -1,0 +1,399 @@
+"""The main screen: the conversation, the prompt, the memory panel."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from textual.app import ComposeResult
+from textual.containers import Horizontal, Vertical
+from textual.screen import Screen
+from textual.widgets import Footer, Static
+
+from leankv_app.chat import CHECKPOINT_SECONDS, Chat
+from leankv_app.commands import COMMANDS, complete
+from leankv_app.documents import Document
+from leankv_app.format import megabytes
+from leankv_app.link import EngineEvents
+from leankv_app.options import Options
+from leankv_app.settings import Settings
+from leankv_app.slash import Slash
+from leankv_app.store import Message, SessionInfo, StoreError
+from leankv_app.widgets.completions import CompletionList
+from leankv_app.widgets.conversation import Conversation
+from leankv_app.widgets.memory_panel import MemoryPanel
+from leankv_app.widgets.message import Notice, ReplyMessage, UserMessage
+from leankv_app.widgets.progress import ProgressLine
+from leankv_app.widgets.prompt import Prompt
+from leankv_app.widgets.status import StatusLine
+from leankv_mlx.engine.events import (
+    Done,
+    Downloading,
+    Event,
+    Failed,
+    Loaded,
+    Loading,
+    Prefill,
+    Recoded,
+    Snapshot,
+    Stopped,
+    Text,
+)
+
+if TYPE_CHECKING:
+    from leankv_app.app import ChatApp
+    from leankv_app.screens.models import Choice
+
+WELCOME = "Type a question, /file PATH to put a document in context, or F1 for help."
+NOT_SAVED = "Chats of this run are kept in memory only. Export with Ctrl+E what you want to keep."
+
+
+class ChatScreen(Screen[None]):
+    """Shows what the chat and the engine say, and hands on what the user does."""
+
+    def __init__(self, chat: Chat) -> None:
+        super().__init__()
+        self.chat = chat
+        self.slash = Slash(self)
+        self.loaded: Loaded | None = None
+        self.snapshot: Snapshot | None = None
+        self.done: Done | None = None
+        self._reply: ReplyMessage | None = None
+        self._reading = ""
+        self._asked_aside = False
+
+    def compose(self) -> ComposeResult:
+        with Horizontal(id="main"):
+            with Vertical(id="talk"):
+                yield Static("leankv-chat", id="title", markup=False)
+                yield Conversation()
+                yield ProgressLine()
+                yield CompletionList()
+                yield Prompt(complete, self._history())
+            yield MemoryPanel()
+        yield StatusLine()
+        yield Footer(show_command_palette=False)
+
+    def on_mount(self) -> None:
+        self.panel.set_class(not self.chat.settings.panel, "hidden")
+        self.prompt.focus()
+        self.set_interval(CHECKPOINT_SECONDS, self.chat.checkpoint)
+
+    @property
+    def chat_app(self) -> ChatApp:
+        """The app with its own attributes."""
+        return cast("ChatApp", self.app)
+
+    @property
+    def conversation(self) -> Conversation:
+        """The messages."""
+        return self.query_one(Conversation)
+
+    @property
+    def prompt(self) -> Prompt:
+        """Where the user types."""
+        return self.query_one(Prompt)
+
+    @property
+    def panel(self) -> MemoryPanel:
+        """The memory panel."""
+        return self.query_one(MemoryPanel)
+
+    @property
+    def progress(self) -> ProgressLine:
+        """The line that says what is waited for."""
+        return self.query_one(ProgressLine)
+
+    def begin(self, options: Options) -> None:
+        """Resume and read what the command line asks for."""
+        self.run_worker(self._begin(options))
+
+    async def _begin(self, options: Options) -> None:
+        if options.resume:
+            await self.slash.resume(options.resume)
+        else:
+            await self.note(WELCOME)
+        for file in options.files:
+            await self.slash.file(str(file))
+
+    def _history(self) -> list[str]:
+        try:
+            sessions = self.chat.store.sessions(limit=5)
+            messages = [m for info in sessions[::-1] for m in self.chat.store.messages(info.id)]
+        except StoreError:
+            return []
+        return [m.text for m in messages if m.role == "user" and not m.shown][-100:]
+
+    # What the user does
+
+    async def on_prompt_submitted(self, event: Prompt.Submitted) -> None:
+        if event.text.startswith("/"):
+            await self.slash.run(event.text)
+        elif self.chat.busy:
+            self.prompt.text = event.text
+            self.notify("a reply is on its way; Esc stops it")
+        else:
+            await self.ask(event.text)
+
+    def on_prompt_completions(self, event: Prompt.Completions) -> None:
+        self.query_one(CompletionList).offer(event.choices, event.chosen, COMMANDS)
+
+    def on_prompt_scroll(self, event: Prompt.Scroll) -> None:
+        messages = self.conversation.messages
+        if event.pages < 0:
+            messages.scroll_page_up(animate=False)
+        else:
+            messages.scroll_page_down(animate=False)
+
+    async def ask(self, text: str) -> None:
+        """Send a question."""
+        if self.chat.busy:
+            self.notify("a reply is on its way; Esc stops it")
+            return
+        reply = self.chat.ask(text)
+        question = self.chat.messages[-2]
+        await self.conversation.add(UserMessage(question.shown or question.text))
+        await self.follow(reply)
+        self.show_title()
+
+    async def follow(self, reply: Message, who: str = "Model") -> None:
+        """Show a reply that begins to run."""
+        self._reply = ReplyMessage(who=who)
+        await self.conversation.add(self._reply)
+        self.conversation.latest()
+
+    async def regenerate(self) -> None:
+        """Ask for the last reply again."""
+        reply = self.chat.regenerate()
+        if reply is None:
+            await self.note("There is nothing to ask again.", error=True)
+            return
+        await self.conversation.show(self.chat.messages[:-1])
+        await self.follow(reply)
+
+    async def read(self, document: Document) -> None:
+        """Put a document in context."""
+        self._reading = document.name
+        self.chat.attach(document)
+        await self.note(f"{document.name}: {len(document.text):,} characters; ask about it.")
+
+    def stop(self) -> None:
+        """Stop what is running."""
+        self.chat.stop()
+
+    async def new_chat(self) -> None:
+        """Begin another conversation."""
+        self.chat.new()
+        self._reply = None
+        self.progress.end()
+        await self.conversation.show([])
+        await self.note(WELCOME)
+        self.show_title()
+
+    async def resume(self, info: SessionInfo) -> None:
+        """Continue a saved conversation."""
+        self.chat.resume(info)
+        self._reply = None
+        await self.conversation.show(self.chat.messages)
+        if info.busy:
+            await self.note("This session is also open in another window.", error=True)
+        self.show_title()
+        self.conversation.latest()
+
+    def load(self, model: str, kv: str = "") -> None:
+        """Load another model; the conversation goes on with it."""
+        self.chat_app.load(model, kv or self.chat.kv)
+
+    def toggle_panel(self) -> None:
+        """Show or hide the memory panel."""
+        self.panel.toggle_class("hidden")
+        if self.panel.has_class("hidden") and self.panel.has_focus:
+            self.prompt.focus()
+
+    def focus_panel(self) -> None:
+        """Give the panel its keys, or the prompt its own."""
+        if self.panel.has_focus or not self.panel.display:
+            self.prompt.focus()
+        else:
+            self.panel.focus()
+
+    # Other screens
+
+    def open_sessions(self) -> None:
+        """The list of sessions."""
+        from leankv_app.screens.sessions import SessionsScreen
+
+        store = self.chat.store
+
+        def load() -> Sequence[SessionInfo]:
+            try:
+                return store.sessions()
+            except StoreError as error:
+                self.say_error("Chats", str(error))
+                return []
+
+        def rename(info: SessionInfo, title: str) -> None:
+            if info.id == self.chat.session:
+                self.chat.rename(title)
+                self.show_title()
+            else:
+                store.change(info.id, title=title)
+
+        def delete(info: SessionInfo) -> None:
+            if info.id == self.chat.session:
+                self.run_worker(self.new_chat())
+            store.delete(info.id)
+
+        async def opened(info: SessionInfo | None) -> None:
+            if info is not None:
+                await self.resume(info)
+
+        self.app.push_screen(SessionsScreen(load, rename, delete), opened)
+
+    def open_models(self) -> None:
+        """The model picker."""
+        from leankv_app.screens.models import ModelsScreen
+
+        def chosen(choice: Choice | None) -> None:
+            if choice is not None:
+                kv = f"leankv:{choice.kv}" if choice.kv else self.chat.kv
+                self.load(choice.model, kv)
+
+        self.app.push_screen(ModelsScreen(), chosen)
+
+    def open_settings(self) -> None:
+        """The settings."""
+        from leankv_app.screens.settings import SettingsScreen
+
+        def changed(settings: Settings | None) -> None:
+            if settings is not None:
+                self.chat_app.change_settings(settings)
+
+        self.app.push_screen(SettingsScreen(self.chat_app.settings), changed)
+
+    def say_error(self, title: str, text: str) -> None:
+        """An error dialog."""
+        from leankv_app.screens.dialog import MessageDialog
+
+        self.app.push_screen(MessageDialog(title, text))
+
+    def store_failed(self, text: str) -> None:
+        """Chats cannot be saved: say so, and offer a way out for a damaged database."""
+        from leankv_app.screens.dialog import ConfirmDialog
+
+        if "damaged" not in text or self._asked_aside:
+            self.say_error("Chats are not saved", f"{text}\n\n{NOT_SAVED}")
+            return
+        self._asked_aside = True
+
+        def done(yes: bool | None) -> None:
+            if not yes or not self.chat_app.set_aside():
+                self.notify(NOT_SAVED, severity="warning", timeout=10)
+
+        question = f"{text}\n\nSet the file aside and begin a new one? {NOT_SAVED}"
+        self.app.push_screen(ConfirmDialog("Chats are not saved", question, "Set aside"), done)
+
+    async def note(self, text: str, error: bool = False) -> None:
+        """A line of the app's own in the conversation."""
+        await self.conversation.add(Notice(text, error))
+
+    def show_title(self) -> None:
+        """The title of the chat."""
+        title = f" · {self.chat.title}" if self.chat.title else ""
+        self.query_one("#title", Static).update(f"leankv-chat{title}")
+
+    # What the engine says
+
+    async def on_engine_events(self, message: EngineEvents) -> None:
+        for event in message.events:
+            await self._handle(event)
+
+    async def _handle(self, event: Event) -> None:
+        match event:
+            case Text():
+                if self.chat.text(event) and self._reply is not None:
+                    self.progress.end()
+                    await self._reply.write(event.text)
+            case Snapshot():
+                self.snapshot = event
+                self.panel.memory(event)
+                self.query_one(StatusLine).memory(event)
+            case Prefill():
+                self._prefill(event)
+            case Loading():
+                self.progress.wait(f"loading {event.model or 'the demo model'} …")
+            case Downloading():
+                self._downloading(event)
+            case Loaded():
+                await self._model_loaded(event)
+            case Recoded():
+                await self._recoded(event)
+            case Done() | Stopped() | Failed():
+                await self._ended(event)
+
+    def _prefill(self, event: Prefill) -> None:
+        if event.done >= event.total:
+            self.progress.end()
+        elif event.request == self.chat.reading:
+            self.progress.wait(f"reading {self._reading}", event.done, event.total)
+        elif event.request == self.chat.request and event.total > 64:
+            self.progress.wait("reading the prompt", event.done, event.total)
+
+    def _downloading(self, event: Downloading) -> None:
+        of = f" of {megabytes(event.total)}" if event.total else ""
+        text = f"downloading {event.model}: {megabytes(event.done)}{of}"
+        self.progress.wait(text, event.done, event.total or None)
+
+    async def _model_loaded(self, event: Loaded) -> None:
+        self.progress.end()
+        self.loaded = event
+        gc.freeze()  # modules and the model: they stay
+        self.chat.model, self.chat.kv = event.model, event.kv
+        self.panel.loaded(event)
+        self.query_one(StatusLine).loaded(event, event.kv)
+        if not event.compressed:
+            await self.note(f"{event.name} runs with an uncompressed cache: {event.note}.")
+
+    async def _recoded(self, event: Recoded) -> None:
+        name = self.loaded.name if self.loaded else "no model"
+        self.query_one(StatusLine).model(name, event.kv, event.backend)
+        if event.reread:
+            await self.note(
+                f"{event.kv}: more bits cannot be won back from fewer, so the conversation is "
+                "read again with your next message."
+            )
+        elif event.before:
+            await self.note(
+                f"{event.kv}: re-encoded, {megabytes(event.before)} -> {megabytes(event.after)}."
+            )
+        else:
+            await self.note(f"{event.kv} from now on.")
+
+    async def _ended(self, event: Done | Stopped | Failed) -> None:
+        self.progress.end()
+        if isinstance(event, Done) and event.tokens:
+            self.done = event
+        ended = self.chat.ended(event)
+        if ended is not None and self._reply is not None:
+            view, self._reply = self._reply, None
+            if ended in self.chat.messages:
+                await view.finish(ended.text, ended.status)
+            else:
+                await view.remove()
+                self._mark_unanswered()
+        if isinstance(event, Failed):
+            if self.loaded is None:
+                self.query_one(StatusLine).no_model()
+            self.say_error(_TITLES[event.kind], event.message[:1].upper() + event.message[1:])
+        elif isinstance(event, Stopped) and ended is None:
+            await self.note("Stopped; the document is not in context.")
+
+    def _mark_unanswered(self) -> None:
+        messages = self.chat.messages
+        views = list(self.conversation.query(UserMessage))
+        if views and messages and messages[-1].status == "failed":
+            views[-1].mark("failed")
+
+
+_TITLES = {"load": "Model", "reply": "No reply", "kv": "Compression"}

@@ -1,0 +1,200 @@
+"""What the slash commands do."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from leankv_app.commands import COMMANDS
+from leankv_app.documents import DocumentError, read_document
+from leankv_app.factory import full_kv
+from leankv_app.format import megabytes
+from leankv_app.settings import checked
+from leankv_app.store import StoreError, export
+from leankv_mlx.errors import ConfigError
+
+if TYPE_CHECKING:
+    from leankv_app.screens.chat import ChatScreen
+
+SUMMARIZE = "Summarize the document."
+
+
+class Slash:
+    """One method per command; each gets what follows the command's name."""
+
+    def __init__(self, screen: ChatScreen) -> None:
+        self._screen = screen
+
+    async def run(self, line: str) -> None:
+        """Carry out a line that begins with a slash."""
+        name, _, rest = line.partition(" ")
+        if name not in COMMANDS:
+            await self._screen.note(f"There is no command {name}; /help lists them.", error=True)
+            return
+        done = getattr(self, name[1:])(rest.strip())
+        if inspect.isawaitable(done):
+            await done
+
+    def help(self, rest: str) -> None:
+        """Keys and commands."""
+        from leankv_app.screens.help import HelpScreen
+
+        self._screen.app.push_screen(HelpScreen(COMMANDS))
+
+    def model(self, rest: str) -> None:
+        """The picker, or a model by name."""
+        if rest:
+            self._screen.load(rest)
+        else:
+            self._screen.open_models()
+
+    async def system(self, rest: str) -> None:
+        """Set or show the system prompt."""
+        chat = self._screen.chat
+        if rest:
+            chat.set_system(rest)
+            await self._screen.note("The system prompt is set; it holds from the next message.")
+        else:
+            await self._screen.note(f"System prompt: {chat.system or '(none)'}")
+
+    async def set(self, rest: str) -> None:
+        """Change one setting."""
+        name, _, value = rest.partition(" ")
+        app = self._screen.chat_app
+        try:
+            kept = checked(name, value.strip())
+            changed = replace(app.settings, **{name: kept})
+        except ValueError as error:
+            await self._screen.note(f"{error}.", error=True)
+            return
+        app.change_settings(changed)
+        await self._screen.note(f"{name} is now {kept}.")
+
+    async def file(self, rest: str) -> bool:
+        """Put a document in context; True if it could be read."""
+        if not rest:
+            await self._screen.note("Name a text file: /file PATH", error=True)
+            return False
+        try:
+            document = read_document(rest)
+        except DocumentError as error:
+            self._screen.say_error("Document", str(error))
+            return False
+        await self._screen.read(document)
+        return True
+
+    async def summarize(self, rest: str) -> None:
+        """Summarize a document."""
+        chat = self._screen.chat
+        if rest and not await self.file(rest):
+            return
+        if not chat.documents and not any(m.shown for m in chat.messages):
+            await self._screen.note("There is no document yet: /summarize PATH", error=True)
+            return
+        await self._screen.ask(SUMMARIZE)
+
+    async def kv(self, rest: str) -> None:
+        """Show or change the compression."""
+        screen = self._screen
+        if not rest:
+            await screen.note(f"Compression: {screen.chat.kv}. Change it with /kv small or k3v2.")
+            return
+        try:
+            screen.chat.recode(full_kv(rest))
+        except ConfigError as error:
+            await screen.note(str(error), error=True)
+
+    async def stats(self, rest: str) -> None:
+        """Numbers of the cache and the last reply."""
+        screen = self._screen
+        lines = []
+        if (loaded := screen.loaded) is not None:
+            lines.append(
+                f"{loaded.name}: {loaded.compressed} of {loaded.layers} layers compressed, "
+                f"weights {megabytes(loaded.weights)}, budget {megabytes(loaded.budget)}"
+            )
+        if (now := screen.snapshot) is not None:
+            lines.append(
+                f"{now.tokens:,} tokens in {megabytes(now.used)} (fp16 {megabytes(now.fp16)}, "
+                f"{now.ratio:.2f}x), allocated {megabytes(now.allocated)}, "
+                f"process peak {megabytes(now.process_peak)}, {now.context_left:,} tokens left"
+            )
+        if (done := screen.done) is not None:
+            read = done.prompt_tokens - done.reused
+            lines.append(
+                f"last reply: {done.tokens} tokens in {done.decode_seconds:.1f} s; {read} prompt "
+                f"tokens read in {done.prefill_seconds:.1f} s, {done.reused} reused"
+            )
+        await screen.note("\n".join(lines) or "Nothing has happened yet.")
+
+    async def compact(self, rest: str) -> None:
+        """Replace the conversation by its summary."""
+        screen = self._screen
+        if screen.chat.busy:
+            await screen.note("Wait for the reply, or stop it with Esc.", error=True)
+        elif (summary := screen.chat.compact()) is None:
+            await screen.note("There is nothing to summarize yet.", error=True)
+        else:
+            await screen.follow(summary, "Summary of the conversation")
+
+    async def clear(self, rest: str) -> None:
+        """A new chat."""
+        await self._screen.new_chat()
+
+    async def regenerate(self, rest: str) -> None:
+        """Ask for the last reply again."""
+        await self._screen.regenerate()
+
+    async def copy(self, rest: str) -> None:
+        """Copy the n-th last reply."""
+        replies = [m for m in self._screen.chat.messages if m.role == "assistant" and m.text]
+        number = int(rest) if rest.isdigit() and int(rest) else 1
+        if number > len(replies):
+            await self._screen.note("There is no such reply.", error=True)
+            return
+        self._screen.app.copy_to_clipboard(replies[-number].text)
+        self._screen.notify("copied")
+
+    async def export(self, rest: str) -> None:
+        """Write the chat to Markdown."""
+        screen, chat = self._screen, self._screen.chat
+        if not chat.messages:
+            await screen.note("There is nothing to export yet.", error=True)
+            return
+        text = export.markdown(chat.title or "Chat", chat.model, chat.kv, chat.messages)
+        default = screen.chat_app.paths.exports / export.file_name(chat.title)
+        path = Path(rest).expanduser() if rest else default
+        try:
+            await screen.note(f"Written to {export.write(path, text)}")
+        except OSError as error:
+            screen.say_error("Export", f"{path} cannot be written: {error.strerror}.")
+
+    async def resume(self, rest: str) -> None:
+        """The list of sessions, or one by number."""
+        screen = self._screen
+        if not rest:
+            screen.open_sessions()
+            return
+        try:
+            found = screen.chat.store.find(rest)
+        except StoreError as error:
+            screen.say_error("Chats", str(error))
+            return
+        if found is None:
+            await screen.note(f"There is no session {rest}.", error=True)
+        else:
+            await screen.resume(found)
+
+    async def rename(self, rest: str) -> None:
+        """Another title."""
+        if not rest:
+            await self._screen.note("Say the title: /rename TEXT", error=True)
+            return
+        self._screen.chat.rename(rest)
+        self._screen.show_title()
+
+    def quit(self, rest: str) -> None:
+        """Leave."""
+        self._screen.app.exit()
