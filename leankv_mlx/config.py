@@ -1,23 +1,36 @@
 """What to compress and how: `CompressionConfig` and its text form, the `--kv` SPEC."""
 
+import math
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from leankv_mlx.errors import ConfigError
 from leankv_mlx.resources import models_toml
 
 Rounding = Literal["search", "rms", "optimal"]
 BackendName = Literal["auto", "metal", "cuda", "cpu", "reference"]
-PolicyName = Literal["keep_all"]
+PolicyName = Literal["keep_all", "threshold", "budget", "streaming"]
+When = Literal["prompt", "chunk"]
+Scores = Literal["queries", "repeat"]
+Scope = Literal["layer", "model"]
 RotationName = Literal["hadamard", "none"]
 
 BITS = (2, 3, 4, 8)
 BLOCK_SLOTS = 32
 """Tokens per block, and the number of rows that leave the window at a time."""
 
+Bits = tuple[int, int]
+"""Of keys and of values."""
+
 _BITS_RE = re.compile(r"k(\d+)v(\d+)")
+_SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_SIZE_RE = re.compile(r"(\d+)([KMG]?)")
+_STEP_DOWN = {8: 4, 4: 3, 3: 2, 2: 2}, {8: 4, 4: 2, 3: 2, 2: 2}
+"""Bits of keys and of values in the low tier, from those of the high one: k8v4 -> k4v2 as in the
+LeanKV paper, k4v4 -> k3v2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +51,20 @@ class CompressionConfig:
             `kernels.types.Centers`).
         equalize: also divide unusually large key channels before encoding, and multiply the same
             channels of the queries (exact too).
-        policy: which tokens are kept; "keep_all" keeps every token.
+        policy: which tokens are kept, see `sparsity.policies`; "keep_all" keeps every token.
+        low: bits of the low tier, or "none" for a single tier; "auto" is a step below k_bits and
+            v_bits for policy=threshold, and no low tier for the others.
+        alpha_high: policy=threshold: above alpha_high / N a token stays in the high tier.
+        alpha_low: and above alpha_low / N in the low one.
+        ratio: policy=budget: bytes of an uncompressed fp16 cache over those that may stay.
+        budget: policy=budget: bytes of all compressed layers together; 0 for no such limit.
+        high: policy=budget: share of the bytes for the high tier, if there is a low one.
+        scope: policy=budget: whether the heads of a layer or of the model share its bytes.
+        at: when tokens are dropped: once the "prompt" is in, or also after each "chunk" of it.
+        scores: what tokens are judged by: the last "queries" of the prompt, or, for a document
+            that will be asked many things, a pass in which the model is made to "repeat" it.
+        pooling: tokens, an odd number: a score is the largest among so many neighbours.
+        layer_bits: bits of each layer in place of k_bits and v_bits; () for all alike.
         backend: which implementation runs the kernels; "auto" takes the best one present.
 
     Raises:
@@ -54,11 +80,27 @@ class CompressionConfig:
     center: bool = True
     equalize: bool = False
     policy: PolicyName = "keep_all"
+    low: Bits | Literal["auto", "none"] = "auto"
+    alpha_high: float = 1.0
+    alpha_low: float = 0.05
+    ratio: float = 8.0
+    budget: int = 0
+    high: float = 0.5
+    scope: Scope = "layer"
+    at: When = "prompt"
+    scores: Scores = "queries"
+    pooling: int = 15
+    layer_bits: tuple[Bits, ...] = ()
     backend: BackendName = "auto"
 
     def __post_init__(self) -> None:
-        for side, bits in (("k", self.k_bits), ("v", self.v_bits)):
-            _check_bits(side, bits)
+        low = () if isinstance(self.low, str) else (self.low,)
+        for k_bits, v_bits in ((self.k_bits, self.v_bits), *low, *self.layer_bits):
+            _check_bits("k", k_bits)
+            _check_bits("v", v_bits)
+        if isinstance(self.low, str) and self.low not in ("auto", "none"):
+            raise ConfigError(f"low={self.low} is not understood; use kNvM, auto or none.")
+        self._check_policy()
         if self.window < BLOCK_SLOTS:
             raise ConfigError(f"window={self.window} is too small; use at least {BLOCK_SLOTS}.")
         if not 0 <= self.sink_tokens <= 128:
@@ -67,11 +109,58 @@ class CompressionConfig:
             ("rounding", Rounding),
             ("rotation", RotationName),
             ("policy", PolicyName),
+            ("at", When),
+            ("scores", Scores),
+            ("scope", Scope),
             ("backend", BackendName),
         ):
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
                 raise ConfigError(f"{name}={getattr(self, name)} is unknown; use one of {choices}.")
+
+    def _check_policy(self) -> None:
+        if not 0 <= self.alpha_low <= self.alpha_high < math.inf:
+            raise ConfigError(
+                f"alpha_low={self.alpha_low:g} and alpha_high={self.alpha_high:g} make no sense; "
+                "use 0 <= alpha_low <= alpha_high."
+            )
+        if not 1 < self.ratio < math.inf:
+            raise ConfigError(f"ratio={self.ratio:g} is out of range; use a number above 1.")
+        if not 0 <= self.high <= 1:
+            raise ConfigError(f"high={self.high:g} is out of range; use 0 to 1.")
+        if self.budget < 0:
+            raise ConfigError(f"budget={self.budget} is out of range; use bytes, for example 64M.")
+        if not 1 <= self.pooling <= 255 or self.pooling % 2 == 0:
+            raise ConfigError(f"pooling={self.pooling} is out of range; use an odd number to 255.")
+
+    @property
+    def tiers(self) -> tuple[tuple[int | tuple[int, ...], int | tuple[int, ...]], ...]:
+        """Bits of keys and values of the high tier, and of the low one if there is one."""
+        high = self.k_bits, self.v_bits
+        if self.policy == "keep_all" or self.low == "none":
+            return (high,)
+        if isinstance(self.low, tuple):
+            return high, self.low
+        if self.policy != "threshold":
+            return (high,)
+        k, v = (_stepped(bits, down) for bits, down in zip(high, _STEP_DOWN, strict=True))
+        return high, (k, v)
+
+    def for_layer(self, index: int, layers: int) -> "CompressionConfig":
+        """The settings of one of the compressed layers of a model.
+
+        Raises:
+            ConfigError: layer_bits is for a model with another number of them.
+        """
+        if not self.layer_bits:
+            return self
+        if len(self.layer_bits) != layers:
+            raise ConfigError(
+                f"layer_bits names {len(self.layer_bits)} layers, but this model has {layers} that "
+                "are compressed; use a profile that was calibrated for it (leankv calibrate)."
+            )
+        k_bits, v_bits = self.layer_bits[index]
+        return replace(self, k_bits=k_bits, v_bits=v_bits, layer_bits=())
 
     @classmethod
     def parse(cls, text: str) -> "CompressionConfig":
@@ -138,28 +227,9 @@ def _apply(config: CompressionConfig, item: str) -> CompressionConfig:
             config = _apply(config, part)
         return config
     name, value = name.strip(), value.strip()
-    if name in ("k_bits", "v_bits"):
-        groups = tuple(_integer(name, part) for part in value.split("."))
-        bits = groups if len(groups) > 1 else groups[0]
-        return replace(config, k_bits=bits) if name == "k_bits" else replace(config, v_bits=bits)
-    if name == "sink_tokens":
-        return replace(config, sink_tokens=_integer(name, value))
-    if name == "window":
-        return replace(config, window=_integer(name, value))
-    if name == "rounding":
-        return replace(config, rounding=cast(Rounding, value))
-    if name == "rotation":
-        return replace(config, rotation=cast(RotationName, value))
-    if name == "center":
-        return replace(config, center=_switch(name, value))
-    if name == "equalize":
-        return replace(config, equalize=_switch(name, value))
-    if name == "policy":
-        return replace(config, policy=cast(PolicyName, value))
-    if name == "backend":
-        return replace(config, backend=cast(BackendName, value))
-    known = ", ".join(field.name for field in fields(config))
-    raise ConfigError(f"unknown KV setting '{name}'; known are {known}.")
+    if name not in _READERS:
+        raise ConfigError(f"unknown KV setting '{name}'; known are {', '.join(_READERS)}.")
+    return replace(config, **{name: _READERS[name](name, value)})
 
 
 def _integer(name: str, value: str) -> int:
@@ -175,8 +245,85 @@ def _switch(name: str, value: str) -> bool:
     return value == "on"
 
 
+def _number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError(f"{name}={value} is not a number.") from None
+
+
+def _size(name: str, value: str) -> int:
+    match = _SIZE_RE.fullmatch(value)
+    if match is None:
+        raise ConfigError(f"{name}={value} is not a size; use bytes, or 64M or 2G.")
+    return int(match[1]) * _SIZES[match[2]]
+
+
+def _groups(name: str, value: str) -> int | tuple[int, ...]:
+    groups = tuple(_integer(name, part) for part in value.split("."))
+    return groups if len(groups) > 1 else groups[0]
+
+
+def _pair(name: str, value: str) -> Bits:
+    match = _BITS_RE.fullmatch(value)
+    if match is None:
+        raise ConfigError(f"{name}={value} is not understood; use kNvM, for example k3v2.")
+    return int(match[1]), int(match[2])
+
+
+def _low(name: str, value: str) -> Bits | str:
+    return value if value in ("auto", "none") else _pair(name, value)
+
+
+def _layers(name: str, value: str) -> tuple[Bits, ...]:
+    return tuple(_pair(name, part) for part in value.split("/"))
+
+
+def _word(name: str, value: str) -> str:
+    return value
+
+
+_READERS: dict[str, Callable[[str, str], Any]] = {
+    "k_bits": _groups,
+    "v_bits": _groups,
+    "sink_tokens": _integer,
+    "window": _integer,
+    "rounding": _word,
+    "rotation": _word,
+    "center": _switch,
+    "equalize": _switch,
+    "policy": _word,
+    "low": _low,
+    "alpha_high": _number,
+    "alpha_low": _number,
+    "ratio": _number,
+    "budget": _size,
+    "high": _number,
+    "scope": _word,
+    "at": _word,
+    "scores": _word,
+    "pooling": _integer,
+    "layer_bits": _layers,
+    "backend": _word,
+}
+
+
+def _stepped(bits: int | tuple[int, ...], down: dict[int, int]) -> int | tuple[int, ...]:
+    if isinstance(bits, int):
+        return down[bits]
+    return tuple(down.get(group, 0) for group in bits)
+
+
 def _text(value: object) -> str:
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        short = f"{value:g}"
+        return short if float(short) == value else repr(value)
+    if isinstance(value, tuple):
+        pairs = value if isinstance(value[0], tuple) else (value,)
+        return "/".join(f"k{k}v{v}" for k, v in pairs)
+    return str(value)
 
 
 def _join(bits: int | tuple[int, ...]) -> str:

@@ -14,8 +14,9 @@ def attend_codes(
     scale: float,
     mask: Mask,
     sink_logits: mx.array | None,
-) -> mx.array:
-    """queries: [1, Hq, L, head_dim], the last L tokens of the view -> [1, Hq, L, v_head_dim]."""
+) -> tuple[mx.array, mx.array]:
+    """queries: [1, Hq, L, head_dim], the last L tokens of the view -> [1, Hq, L, v_head_dim], and
+    the log-sum-exp of their scores, float32 [Hq, L]."""
     attention = decode_attention(
         queries[0],
         view.bodies,
@@ -28,4 +29,4 @@ def attend_codes(
         backend=view.backend,
         rotations=view.rotations,
     )
-    return attention.out[None]
+    return attention.out[None], attention.lse

@@ -3,6 +3,7 @@
 import mlx.core as mx
 
 from leankv_mlx.attention.view import View
+from leankv_mlx.errors import UnsupportedError
 from leankv_mlx.kernels import Mask, Rows
 
 QUERY_TILE = 256
@@ -28,9 +29,18 @@ def attend_rows(
 
     Returns:
         [1, Hq, L, v_head_dim] in the dtype of the queries.
+
+    Raises:
+        UnsupportedError: an array mask over a body that lost tokens.
     """
     q = view.rotations[0].apply(queries)
     length, tokens = q.shape[2], rows.k.shape[1]
+    present = view.present()
+    if present is not None and isinstance(mask, mx.array):
+        raise UnsupportedError(
+            "this model attends with an array mask, which does not go with a policy that drops "
+            "tokens; use policy=keep_all."
+        )
     # Metal and CUDA have fused kernels; on the CPU the scores of all rows would be one matrix.
     tile = QUERY_TILE if mx.default_device().type == mx.DeviceType.cpu else length
     tiles = []
@@ -38,13 +48,16 @@ def attend_rows(
         stop = min(start + tile, length)
         # Under the causal rule nothing in this tile sees a token behind its last row.
         seen = tokens - (length - stop) if mask == "causal" else tokens
+        part = mask[..., start:stop, :] if isinstance(mask, mx.array) else mask
+        if present is not None:
+            part = _only(present[:, :seen], q.shape[1], stop - start, mask == "causal")
         tiles.append(
             mx.fast.scaled_dot_product_attention(
                 q[:, :, start:stop],
                 rows.k[None, :, :seen],
                 rows.v[None, :, :seen],
                 scale=scale,
-                mask=mask[..., start:stop, :] if isinstance(mask, mx.array) else mask,
+                mask=part,
                 sinks=sink_logits,
             )
         )
@@ -52,3 +65,15 @@ def attend_rows(
             mx.eval(tiles[-1])
     out = tiles[0] if len(tiles) == 1 else mx.concatenate(tiles, axis=2)
     return view.rotations[1].undo(out)
+
+
+def _only(present: mx.array, query_heads: int, length: int, causal: bool) -> mx.array:
+    """bool [1, Hq, L, N]: only rows that are tokens, and under the causal rule only those up to
+    each of the L queries, which are the last of the N."""
+    heads, tokens = present.shape
+    mask = present[:, None]
+    if causal:
+        mask = mask & (mx.arange(tokens - length, tokens)[:, None] >= mx.arange(tokens))
+    else:
+        mask = mx.broadcast_to(mask, (heads, length, tokens))
+    return mx.repeat(mask, query_heads // heads, axis=0)[None]

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
+
 from leankv_mlx.kernels import Backend, Body, Centers, Rotations, Rows
 from leankv_mlx.kernels.gather import gather
 
@@ -26,6 +28,16 @@ class View:
     sinks: int
     rotations: Rotations
     backend: Backend
+
+    def present(self) -> mx.array | None:
+        """Which of the rows that `rows` gives are tokens, bool [H, N]; None if all are."""
+        if all(body.full for body in self.bodies):
+            return None
+        heads, exact = self.exact.k.shape[:2]
+        parts = [mx.arange(body.slots) < body.lengths[:, None] for body in self.bodies]
+        before = mx.ones((heads, self.sinks), mx.bool_)
+        behind = mx.ones((heads, exact - self.sinks), mx.bool_)
+        return mx.concatenate([before, *parts, behind], axis=1)
 
     def rows(self) -> Rows:
         """All tokens, decoded, in order and still rotated: [H, N, Dk] and [H, N, Dv].

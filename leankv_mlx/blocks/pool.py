@@ -73,6 +73,11 @@ class BlockPool:
         finalizer may call it from any thread."""
         np.subtract.at(self._references, ids, 1)
 
+    @property
+    def wasteful(self) -> bool:
+        """Whether much more is allocated than is in use."""
+        return self.capacity > _with_slack(self.used) + GROWTH_STEP
+
     def shrink(self) -> None:
         """Cut off a free end that is larger than a step."""
         used = np.flatnonzero(self._references)
@@ -90,13 +95,6 @@ class BlockPool:
         else:
             target[mx.array(ids)] = blocks
             self.array = target
-
-    def copies(self, ids: np.ndarray) -> np.ndarray:
-        """New blocks with the content of `ids`; the caller gives up one reference to each."""
-        fresh = self.allocate(len(ids))
-        self.write(fresh, self.array[mx.array(ids)])
-        self.release(ids)
-        return fresh
 
     def _reserve(self, n: int) -> None:
         needed = self.used + n

@@ -21,9 +21,8 @@ class BlockTable:
         self._ids = np.zeros((heads, 0), np.int32)
         self._lengths = np.zeros(heads, np.int32)
         self._arrays: tuple[mx.array, mx.array] | None = None
-        # The finalizer must not hold the table itself, only what it owns.
-        self._owned = [np.zeros(0, np.int32)]
-        weakref.finalize(self, _give_back, pool, self._owned).atexit = False
+        self._owned = [np.zeros(0, np.int32)]  # a list, which the finalizer holds
+        self._finalizer = self._finalize()
 
     @classmethod
     def holding(cls, pool: BlockPool, ids: np.ndarray, lengths: np.ndarray) -> "BlockTable":
@@ -87,16 +86,61 @@ class BlockTable:
         self.pool.release(dropped)
         self.pool.shrink()
 
-    def own_tails(self) -> None:
-        """Before slots are added to partly filled blocks: copy those that others share."""
-        heads = np.flatnonzero(self._lengths % TILE)
-        tails = self._ids[heads, self._lengths[heads] // TILE]
-        shared = self.pool.references(tails) > 1
-        if shared.any():
-            ids = self._ids.copy()
-            at = heads[shared]
-            ids[at, self._lengths[at] // TILE] = self.pool.copies(tails[shared])
-            self._set(ids, self._lengths)
+    def replace_tails(self, fixed: np.ndarray, slots: np.ndarray, blocks: mx.array) -> None:
+        """Keep the first `fixed` [H] blocks of each head and continue with new ones.
+
+        Args:
+            fixed: full blocks that stay, at most what a head owns.
+            slots: slots of each head behind them, [H].
+            blocks: their content, uint32 [H, B, words], B at least what the longest head needs.
+        """
+        needed = _blocks(slots)
+        picked = np.flatnonzero(np.arange(blocks.shape[1]) < needed[:, None])
+        content = blocks.reshape(-1, blocks.shape[2])
+        content = content[mx.array(picked.astype(np.int32))] if len(picked) else content[:0]
+        kept = np.arange(self._ids.shape[1]) < fixed[:, None]
+        dropped = self._ids[_owned_mask(self._ids.shape[1], self._lengths) & ~kept]
+        self.pool.release(dropped)  # their content is still in the array that `blocks` come from
+        if not fixed.any():  # a pool of its own, as large as it has to be
+            self._move(BlockPool.holding(content, np.arange(len(picked))))
+            fresh = np.arange(len(picked), dtype=np.int32)
+        else:
+            fresh = self.pool.allocate(len(picked))
+            if len(fresh):
+                self.pool.write(fresh, content)
+        width = int((fixed + needed).max(initial=0))
+        ids = np.zeros((self.heads, width), np.int32)
+        column = np.arange(width)
+        here = column < fixed[:, None]
+        ids[here] = self._ids[kept]
+        ids[~here & (column < (fixed + needed)[:, None])] = fresh
+        self._set(ids, (TILE * fixed + slots).astype(np.int32))
+        self._compact()
+
+    def _compact(self) -> None:
+        """Move to a new pool if the present one holds much more than is in use."""
+        if not self.pool.wasteful:
+            return
+        owned = self._owned[0]
+        fresh = BlockPool.holding(self.pool.array[mx.array(owned)], np.arange(len(owned)))
+        ids = self._ids.copy()
+        ids[_owned_mask(ids.shape[1], self._lengths)] = np.arange(len(owned))
+        self.pool.release(owned)
+        self._move(fresh)
+        self._set(ids, self._lengths)
+
+    def _move(self, pool: BlockPool) -> None:
+        """Take another pool; the caller has given the references of the old one back."""
+        self.pool = pool
+        self._owned[0] = np.zeros(0, np.int32)
+        self._finalizer.detach()
+        self._finalizer = self._finalize()
+
+    def _finalize(self) -> weakref.finalize:  # type: ignore[type-arg]
+        """Give the blocks back when the table dies. Must not hold the table itself."""
+        finalizer = weakref.finalize(self, _give_back, self.pool, self._owned)
+        finalizer.atexit = False
+        return finalizer
 
     def copy(self) -> "BlockTable":
         """A table of the same blocks, each with one more reference; no block is copied."""

@@ -28,7 +28,7 @@ import numpy as np
 from leankv_mlx.errors import CacheFileError, UnsupportedError
 
 FORMAT = "leankv-prompt-cache"
-VERSION = 1
+VERSION = 2
 
 _MAGIC = f'{{"__metadata__":{{"format":"{FORMAT}","digest":"'.encode()
 _DIGEST_AT = 8 + len(_MAGIC)

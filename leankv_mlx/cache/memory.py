@@ -15,6 +15,8 @@ class CacheMemory:
         codes: packed codes of the blocks in use.
         scales: their scales.
         tables: block tables and lengths.
+        side: position and score of each slot, and the queries that scores are made from; only
+            where a policy drops tokens.
         exact: sink tokens and window, uncompressed.
         centers: the vectors subtracted before encoding, and those it divides by.
         allocated: what the buffers behind all of this hold, unused blocks included; blocks shared
@@ -24,6 +26,7 @@ class CacheMemory:
     codes: int = 0
     scales: int = 0
     tables: int = 0
+    side: int = 0
     exact: int = 0
     centers: int = 0
     allocated: int = 0
@@ -31,7 +34,7 @@ class CacheMemory:
     @property
     def used(self) -> int:
         """Bytes in use."""
-        return self.codes + self.scales + self.tables + self.exact + self.centers
+        return self.codes + self.scales + self.tables + self.side + self.exact + self.centers
 
     def __add__(self, other: "CacheMemory") -> "CacheMemory":
         return CacheMemory(

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx import nn
 
-from leankv_mlx.cache import CompressedKVCache
+from leankv_mlx.cache import CompressedKVCache, act_together
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ModelError, UnsupportedError
 from leankv_mlx.kernels import resolve_backend
@@ -136,14 +136,17 @@ class Attachment:
         self.stop()
 
     def _make(self, entries: list[Any]) -> list[Any]:
-        made = [self._replacement(entry) for entry in entries]
+        layers = self.compressed_layers
+        made: list[Any] = []
+        for entry in entries:
+            if self._reason(entry) is None:
+                done = sum(isinstance(cache, CompressedKVCache) for cache in made)
+                config = self.config.for_layer(done, layers)
+                entry = CompressedKVCache(config, keep_fetched=self._keep_fetched)
+            made.append(entry)
+        act_together(made)
         self._caches = made
         return made
-
-    def _replacement(self, entry: Any) -> Any:
-        if self._reason(entry) is not None:
-            return entry
-        return CompressedKVCache(self.config, keep_fetched=self._keep_fetched)
 
     def _reason(self, entry: Any) -> str | None:
         """Why a cache of the model is left alone; None if it is replaced."""

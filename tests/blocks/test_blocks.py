@@ -89,20 +89,41 @@ def test_appending_behind_a_partly_filled_block_is_an_error() -> None:
         table.append(1)
 
 
-def test_a_shared_tail_is_copied_before_it_is_written() -> None:
+def tails(table: BlockTable, stamps: list[list[int]]) -> mx.array:
+    """New blocks [H, B, WORDS] filled with the stamps of each head."""
+    width = max(map(len, stamps))
+    padded = [row + [0] * (width - len(row)) for row in stamps]
+    values = mx.array(padded, mx.uint32)[..., None]
+    return mx.broadcast_to(values, (table.heads, width, WORDS))
+
+
+def test_new_tails_leave_shared_blocks_alone() -> None:
     table = BlockTable(BlockPool(WORDS), heads=2)
-    ids = table.append(2)
+    ids = table.append(3)
     table.pool.write(ids.ravel(), filled(ids, 5))
-    table.truncate(np.array([64, 40]))
-    table.own_tails()
-    assert table.pool.used == 4  # nobody shares it: nothing to do
     twin = table.copy()
-    twin.own_tails()
-    assert table.pool.used == 5
-    assert twin.ids[1, 1] != table.ids[1, 1] and twin.ids[0, 1] == table.ids[0, 1]
-    table.pool.write(twin.ids[1, 1:], filled(twin.ids[1, 1:], 9))
-    assert content(table) == [[5, 5], [5, 5]]
-    assert content(twin) == [[5, 5], [5, 9]]
+    twin.replace_tails(np.array([2, 1]), np.array([20, 40]), tails(twin, [[7], [8, 9]]))
+    assert content(twin) == [[5, 5, 7], [5, 8, 9]] and twin.lengths.tolist() == [84, 72]
+    assert content(table) == [[5, 5, 5], [5, 5, 5]]
+    assert twin.pool is table.pool and twin.pool.used == 9
+
+
+def test_a_table_that_keeps_no_block_moves_to_a_pool_of_its_size() -> None:
+    table = BlockTable(BlockPool(WORDS), heads=2)
+    table.append(500)
+    old = table.pool
+    table.replace_tails(np.array([0, 0]), np.array([33, 1]), tails(table, [[1, 2], [3]]))
+    assert content(table) == [[1, 2], [3]]
+    assert table.pool.capacity == table.pool.used == 3 and old.used == 0
+
+
+def test_a_pool_that_is_mostly_free_is_left() -> None:
+    table = BlockTable(BlockPool(WORDS), heads=2)
+    ids = table.append(500)
+    table.pool.write(ids.ravel(), filled(ids, 4))
+    table.replace_tails(np.array([2, 1]), np.array([0, 32]), tails(table, [[], [6]]))
+    assert content(table) == [[4, 4], [4, 6]]
+    assert table.pool.capacity == table.pool.used == 4
 
 
 class Tables(RuleBasedStateMachine):
@@ -150,14 +171,6 @@ class Tables(RuleBasedStateMachine):
         i = which % len(self.tables)
         del self.tables[i], self.model[i]
         gc.collect()
-
-    @rule(which=st.integers(0, 3))
-    def own_tails(self, which: int) -> None:
-        table = self.tables[which % len(self.tables)]
-        table.own_tails()
-        heads = np.flatnonzero(table.lengths % 32)
-        tails = table.ids[heads, table.lengths[heads] // 32]
-        assert (self.pool.references(tails) == 1).all()
 
     @invariant()
     def content_is_that_of_the_model(self) -> None:

@@ -57,10 +57,8 @@ def content(value: Any) -> Any:
     """A state with its arrays as bytes, and block ids as the blocks that they name."""
     if isinstance(value, CompressedKVCache):
         state = value.state
-        if value._table is not None:
-            ids, lengths = state[11], state[12]
-            state[10] = state[10][ids]
-            state[11] = lengths
+        if value.layer is not None and value.layer.body is not None:
+            state[10] = [[pool[ids], *rest] for pool, ids, *rest in state[10] if ids.size]
         return [type(value).__name__, content(state)]
     if hasattr(value, "from_state"):
         return [type(value).__name__, content(list(value.state))]

@@ -152,7 +152,7 @@ def test_deep_copies_cost_no_pool_memory_and_are_independent() -> None:
     pair.append(300, seed=0)
     allocated = pair.ours.memory().allocated
     twin = pair.copy()
-    pool = pair.ours._table.pool  # type: ignore[union-attr]
+    pool = pair.ours.layer.body.tables[0].pool  # type: ignore[union-attr]
     used = pool.used
     assert (
         twin.ours.memory() == pair.ours.memory() and pool.capacity * pool.block_nbytes < allocated
@@ -167,7 +167,7 @@ def test_deep_copies_cost_no_pool_memory_and_are_independent() -> None:
     twin.append(3, seed=7)
     del pair
     twin.trim(200)
-    assert pool.used == twin.ours._table.blocks  # type: ignore[union-attr]
+    assert pool.used == twin.ours.layer.body.tables[0].blocks  # type: ignore[union-attr]
 
 
 def test_a_reloaded_state_gives_bit_identical_attention() -> None:

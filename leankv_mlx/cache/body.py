@@ -1,0 +1,399 @@
+"""The compressed tokens of one layer: one or two tiers of blocks, ragged per head once tokens were
+dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from leankv_mlx.blocks import BlockPool, BlockTable
+from leankv_mlx.cache.memory import CacheMemory
+from leankv_mlx.codec.format import TILE, Format
+from leankv_mlx.config import Rounding
+from leankv_mlx.kernels import Backend, Body, Centers, Rows
+from leankv_mlx.kernels.dequantize import dequantize
+from leankv_mlx.kernels.encode import encode
+from leankv_mlx.kernels.repack import repack
+from leankv_mlx.sparsity import DROP, HIGH, LOW, Stored
+
+_SLAB = 64
+"""Blocks that change their tier at a time: bounds what is decoded at once."""
+
+Positions = NDArray[np.int32]
+Scores = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Every slot of every tier, the high tier's first; S is the slots of their widest heads.
+
+    Attributes:
+        positions: int32 [H, S], -1 where a head has no such slot.
+        scores: float32 [H, S].
+        tiers: HIGH, LOW, or DROP where a head has no such slot, int8 [H, S].
+    """
+
+    positions: Positions
+    scores: Scores
+    tiers: NDArray[np.int8]
+
+
+@dataclass
+class _Tier:
+    """Blocks of one format, and what is known of each slot beside its codes.
+
+    Attributes:
+        side: (positions [H, S] as the smallest unsigned integers that hold them, marks uint8
+            [H, S], see `_mark`); None while every head has every token in order.
+    """
+
+    format: Format
+    table: BlockTable
+    side: tuple[NDArray[Any], NDArray[np.uint8]] | None = None
+
+    @property
+    def slots(self) -> int:
+        return TILE * int(self.table.ids.shape[1])
+
+    @property
+    def used(self) -> Mask:
+        """bool [H, S]."""
+        mask: Mask = np.arange(self.slots) < self.table.lengths[:, None]
+        return mask
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the side data."""
+        return sum(x.nbytes for x in self.side) if self.side else 0
+
+    def view(self) -> Body:
+        ids, lengths = self.table.arrays()
+        full = bool((self.table.lengths == self.slots).all())
+        return Body(self.table.pool.array, ids, lengths, self.format, full)
+
+
+class CompressedBody:
+    """The middle of a sequence, as codes.
+
+    New tokens enter the high tier. As long as nothing has been dropped a head's slots are the
+    tokens in order and nothing but codes is stored; `place` and `keep_below` make heads ragged,
+    and from then on each slot's position and score are stored too.
+
+    Args:
+        heads: KV heads.
+        formats: of the high tier, and of the low one if there is one.
+        centers: what is subtracted before encoding.
+        first: position of the first token.
+        rounding: how scales are found.
+        backend: who computes.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        formats: Sequence[Format],
+        centers: Centers,
+        first: int,
+        rounding: Rounding,
+        backend: Backend,
+    ) -> None:
+        self.centers = centers
+        self._first = first
+        self._rounding: Rounding = rounding
+        self._backend = backend
+        self._tiers = [_Tier(f, BlockTable(BlockPool(f.words), heads)) for f in formats]
+
+    @property
+    def ragged(self) -> bool:
+        """Whether heads may have lost tokens."""
+        return self._tiers[0].side is not None
+
+    @property
+    def slots(self) -> int:
+        """Stored tokens, over all heads and tiers."""
+        return sum(int(tier.table.lengths.sum()) for tier in self._tiers)
+
+    @property
+    def tables(self) -> list[BlockTable]:
+        """Who owns which block, tier by tier."""
+        return [tier.table for tier in self._tiers]
+
+    def views(self) -> list[Body]:
+        """The tiers that hold anything, as attention sees them."""
+        return [tier.view() for tier in self._tiers if tier.slots]
+
+    def stored(self) -> list[Stored]:
+        """The same with the positions of their slots."""
+        return [
+            Stored(tier.view(), positions)
+            for tier, positions in zip(self._tiers, self._positions(), strict=True)
+            if tier.slots
+        ]
+
+    def append(self, rows: Rows, position: int, scores: Scores | None = None) -> None:
+        """Add tokens to the high tier.
+
+        Args:
+            rows: rotated, [H, T, D], T a multiple of 32.
+            position: of the first of them.
+            scores: significance [H, T] if it is known; tokens without are kept until it is.
+        """
+        blocks = encode(rows, self.centers, self._tiers[0].format, self._rounding, self._backend)
+        tier = self._tiers[0]
+        if tier.side is None:
+            ids = tier.table.append(blocks.shape[1])
+            tier.table.pool.write(ids.ravel(), blocks.reshape(-1, tier.format.words))
+            return
+        shape = rows.k.shape[:2]
+        positions = np.broadcast_to(np.arange(position, position + shape[1]), shape)
+        marks = np.full(shape, 255, np.uint8) if scores is None else _mark(scores)
+        self._rewrite(tier, tier.used, _Extra(blocks, positions.astype(np.int32), marks))
+
+    def describe(self) -> Slots:
+        """Every slot on the host. Scores are those of the last `judge`, to within 5%."""
+        tiers = [
+            np.where(tier.used, name, DROP).astype(np.int8)
+            for name, tier in zip((HIGH, LOW), self._tiers, strict=False)
+        ]
+        scores = [
+            np.zeros(tier.used.shape, np.float32) if tier.side is None else _unmark(tier.side[1])
+            for tier in self._tiers
+        ]
+        return Slots(
+            np.concatenate(self._positions(), axis=1),
+            np.concatenate(scores, axis=1),
+            np.concatenate(tiers, axis=1),
+        )
+
+    def place(self, plan: NDArray[np.int8], scores: Scores | None = None) -> None:
+        """Move every slot to the tier that `plan` says, or drop it. Reads nothing but codes.
+
+        Args:
+            plan: HIGH, LOW or DROP, int8 [H, S], in the order of `describe`; a LOW slot never
+                becomes HIGH. Without a low tier LOW means HIGH.
+            scores: new significance [H, S]; None keeps what is stored.
+        """
+        self._open()
+        if scores is not None:
+            start = 0
+            for tier in self._tiers:
+                assert tier.side is not None
+                tier.side = tier.side[0], _mark(scores[:, start : start + tier.slots])
+                start += tier.slots
+        high, *lows = self._tiers
+        of_high, of_low = plan[:, : high.slots], plan[:, high.slots :]
+        if not lows:
+            self._rewrite(high, high.used & (of_high != DROP))
+            return
+        demoted = high.used & (of_high == LOW)
+        extra = self._encoded_again(high, lows[0].format, demoted) if demoted.any() else None
+        self._rewrite(lows[0], lows[0].used & (of_low == LOW), extra)
+        self._rewrite(high, high.used & (of_high == HIGH))
+
+    def rows(self, block: int, dtype: mx.Dtype) -> Rows:
+        """Decoded tokens of one block of each head, [H, 32, D], while the body is not ragged."""
+        view = self._tiers[0].view()
+        part = replace(view, table=view.table[:, block : block + 1], full=True)
+        return dequantize(part, self.centers, dtype, self._backend)
+
+    def cut(self, tokens: int) -> None:
+        """Keep the first `tokens`, a multiple of 32, while the body is not ragged."""
+        table = self._tiers[0].table
+        table.truncate(np.full(table.heads, tokens, np.int32))
+
+    def keep_below(self, position: int) -> None:
+        """Drop all tokens that stand at `position` or later."""
+        self._open()
+        for tier, positions in zip(self._tiers, self._positions(), strict=True):
+            self._rewrite(tier, tier.used & (positions < position))
+
+    def copy(self) -> CompressedBody:
+        """A body that shares the blocks until one of the two changes them."""
+        other = CompressedBody(
+            0, [t.format for t in self._tiers], self.centers, self._first, self._rounding,
+            self._backend,
+        )  # fmt: skip
+        other._tiers = [_Tier(t.format, t.table.copy(), t.side) for t in self._tiers]
+        return other
+
+    def memory(self) -> CacheMemory:
+        """Bytes, counted from the buffers."""
+        blocks = [(t.table.blocks, t.table.pool) for t in self._tiers]
+        scales = sum(n for n, _ in blocks) * TILE * 4
+        tables = sum(t.table.nbytes for t in self._tiers if t.slots)
+        side = sum(t.nbytes for t in self._tiers)
+        return CacheMemory(
+            codes=sum(n * pool.block_nbytes for n, pool in blocks) - scales,
+            scales=scales,
+            tables=tables,
+            side=side,
+            allocated=sum(pool.nbytes for _, pool in blocks) + tables + side,
+        )
+
+    def slot_nbytes(self, tokens: int) -> tuple[float, float]:
+        """Bytes of a slot of the high and of the low tier in a sequence of `tokens`."""
+        side = np.min_scalar_type(tokens).itemsize + 1
+        prices = [(4 * tier.format.words + 4) / TILE + side for tier in self._tiers]
+        return prices[0], prices[-1]
+
+    @property
+    def state(self) -> list[list[mx.array]]:
+        """Of each tier: blocks of the pool, block ids, lengths, and positions and marks if the
+        body is ragged."""
+        return [
+            [t.table.pool.array, *t.table.arrays(), *(mx.array(x) for x in t.side or ())]
+            for t in self._tiers
+        ]
+
+    def restore(self, state: list[list[mx.array]]) -> None:
+        """Become what `state` said."""
+        for tier, (array, ids_, lengths_, *side) in zip(self._tiers, state, strict=True):
+            ids, lengths = np.array(ids_), np.array(lengths_)
+            owned = ids[np.arange(ids.shape[1]) < -(-lengths // TILE)[:, None]]
+            tier.table = BlockTable.holding(BlockPool.holding(array, owned), ids, lengths)
+            tier.side = (np.array(side[0]), np.array(side[1])) if side else None
+
+    def _positions(self) -> list[Positions]:
+        """Of each tier, int32 [H, S]."""
+        found = []
+        for tier in self._tiers:
+            if tier.side is None:
+                positions = np.arange(self._first, self._first + tier.slots)
+            else:
+                positions = tier.side[0].astype(np.int32)
+            found.append(np.where(tier.used, positions, -1).astype(np.int32))
+        return found
+
+    def _open(self) -> None:
+        """Store positions and marks from now on."""
+        for tier, positions in zip(self._tiers, self._positions(), strict=True):
+            if tier.side is None:
+                tier.side = _compact(positions), np.full(positions.shape, 255, np.uint8)
+
+    def _encoded_again(self, tier: _Tier, format: Format, chosen: Mask) -> _Extra:
+        """Slots of a tier in another format, without anything but their codes."""
+        assert tier.side is not None
+        index, _ = _in_front(chosen)
+        index = np.pad(index, ((0, 0), (0, -index.shape[1] % TILE)), constant_values=-1)
+        parts = []
+        view = tier.view()
+        for start in range(0, index.shape[1], TILE * _SLAB):
+            picked = repack(view, mx.array(index[:, start : start + TILE * _SLAB]), self._backend)
+            body = _loose(picked, tier.format)
+            rows = dequantize(body, self.centers, mx.float32, self._backend)
+            parts.append(encode(rows, self.centers, format, self._rounding, self._backend))
+        blocks = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        positions, marks = (_taken(x, index) for x in tier.side)
+        return _Extra(blocks, np.where(index >= 0, positions.astype(np.int32), -1), marks)
+
+    def _rewrite(self, tier: _Tier, keep: Mask, extra: _Extra | None = None) -> None:
+        """Keep some slots of a tier and put others behind them.
+
+        Full blocks before the first slot that goes stay where they are; the rest is gathered into
+        new blocks. Shared blocks are never written.
+        """
+        assert tier.side is not None
+        if extra is None and not (tier.used & ~keep).any():
+            return
+        leading = np.logical_and.accumulate(tier.used & keep, axis=1).sum(axis=1)
+        fixed = leading // TILE
+        blocks, at = self._behind(tier, fixed)
+        valid = (at >= 0) & _taken(keep, at)
+        positions, marks = (_taken(x, at) for x in tier.side)
+        if extra is not None:
+            blocks = mx.concatenate([blocks, extra.blocks], axis=1)
+            valid = np.concatenate([valid, extra.positions >= 0], axis=1)
+            positions = np.concatenate([positions.astype(np.int32), extra.positions], axis=1)
+            marks = np.concatenate([marks, extra.marks], axis=1)
+        index, counts = _in_front(valid)
+        packed = blocks
+        if index.shape[1]:
+            packed = repack(_loose(blocks, tier.format), mx.array(index), self._backend)
+        old = tier.side
+        tier.table.replace_tails(fixed, counts, packed)
+        positions, marks = (
+            _continued(x, fixed * TILE, _taken(tail, index), tier.slots)
+            for x, tail in zip(old, (positions, marks), strict=True)
+        )
+        tier.side = _compact(np.where(tier.used, positions, -1)), marks.astype(np.uint8)
+
+    def _behind(self, tier: _Tier, fixed: NDArray[Any]) -> tuple[mx.array, NDArray[np.int32]]:
+        """Blocks [H, B, words] of each head behind its first `fixed`, and the numbers of their
+        slots in the tier, int32 [H, B * 32], -1 where there is none."""
+        lengths = tier.table.lengths
+        width = int((-(-lengths // TILE) - fixed).max(initial=0))
+        if width == 0:
+            none = mx.zeros((len(lengths), 0, tier.format.words), mx.uint32)
+            return none, np.zeros((len(lengths), 0), np.int32)
+        column = np.minimum(fixed[:, None] + np.arange(width), tier.table.ids.shape[1] - 1)
+        ids = np.take_along_axis(tier.table.ids, column, axis=1)
+        at = fixed[:, None] * TILE + np.arange(width * TILE)
+        at = np.where(at < lengths[:, None], at, -1)
+        return tier.table.pool.array[mx.array(ids)], np.asarray(at, np.int32)
+
+
+@dataclass(frozen=True)
+class _Extra:
+    """Slots that come to a tier: blocks [H, B, words], positions int32 [H, B * 32] (-1: none) and
+    marks uint8 [H, B * 32]."""
+
+    blocks: mx.array
+    positions: Positions
+    marks: NDArray[np.uint8]
+
+
+def _loose(blocks: mx.array, format: Format) -> Body:
+    """A body of blocks [H, M, words] that belong to no pool."""
+    heads, columns, words = blocks.shape
+    table = mx.arange(heads * columns, dtype=mx.int32).reshape(heads, columns)
+    lengths = mx.full((heads,), columns * TILE, mx.int32)
+    return Body(blocks.reshape(-1, words), table, lengths, format, True)
+
+
+def _in_front(chosen: Mask) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Indices of the chosen columns in order, -1 behind them: int32 [H, most]; and how many."""
+    counts = chosen.sum(axis=1).astype(np.int32)
+    order = np.argsort(~chosen, axis=1, kind="stable")[:, : int(counts.max(initial=0))]
+    return np.where(np.arange(order.shape[1]) < counts[:, None], order, -1).astype(np.int32), counts
+
+
+def _taken(x: NDArray[Any], index: NDArray[np.int32]) -> NDArray[Any]:
+    """x at the indices; anything at -1."""
+    if not x.shape[1]:
+        return np.zeros(index.shape, x.dtype)
+    return np.take_along_axis(x, np.maximum(index, 0), axis=1)
+
+
+def _continued(
+    x: NDArray[Any], fixed: NDArray[Any], tail: NDArray[Any], width: int
+) -> NDArray[Any]:
+    """Each row's first `fixed` entries and then its tail, in `width` columns."""
+    column = np.arange(width)[None]
+    source = np.where(column < fixed[:, None], column, x.shape[1] + column - fixed[:, None])
+    both = np.concatenate([x, tail], axis=1)
+    taken: NDArray[Any] = np.take_along_axis(both, np.minimum(source, both.shape[1] - 1), axis=1)
+    return taken
+
+
+def _compact(positions: NDArray[Any]) -> NDArray[Any]:
+    """As the smallest unsigned integers that hold them; slots without a token become 0."""
+    kind = np.min_scalar_type(int(positions.max(initial=0)))
+    return np.asarray(np.maximum(positions, 0), kind)
+
+
+def _mark(scores: Scores) -> NDArray[np.uint8]:
+    """Scores from 0 to 1 as eighths of a power of two, one byte each: 255 is 1, 0 is 0."""
+    with np.errstate(divide="ignore"):
+        steps = np.rint(255 + 8 * np.log2(scores))
+    return np.asarray(np.clip(steps, 0, 255), np.uint8)
+
+
+def _unmark(marks: NDArray[np.uint8]) -> Scores:
+    scores = np.exp2((marks.astype(np.float32) - 255) / 8)
+    return np.where(marks == 0, 0, scores).astype(np.float32)

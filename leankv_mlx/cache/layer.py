@@ -1,0 +1,277 @@
+"""The tokens of one layer: sink tokens, a compressed body and a window of recent tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from leankv_mlx.attention import View
+from leankv_mlx.cache.body import CompressedBody
+from leankv_mlx.cache.memory import CacheMemory
+from leankv_mlx.codec.equalize import Equalizer
+from leankv_mlx.codec.format import TILE, Format, padded
+from leankv_mlx.codec.rotation import rotation
+from leankv_mlx.config import CompressionConfig
+from leankv_mlx.kernels import Backend, Centers, Rotations, Rows
+from leankv_mlx.kernels.append import append
+from leankv_mlx.sparsity import Exact, Observations, received, significance
+
+CENTER_TOKENS = 512
+"""Body tokens that the centers are fitted on, at most."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """KV heads and head dims."""
+
+    heads: int
+    k_dim: int
+    v_dim: int
+
+
+class Layer:
+    """Everything that is stored of one layer, rotated.
+
+    Attributes:
+        shape: of every token.
+        offset: tokens so far, dropped ones included.
+        exact: uncompressed rows [H, E, D]: sink tokens, then the window.
+        body: the tokens between the two; None while there are none.
+        equalizer: applied to all keys here once there is a body; None if that is not configured.
+        observations: the last queries, if a policy needs them.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        config: CompressionConfig,
+        backend: Backend,
+        dtypes: tuple[mx.Dtype, mx.Dtype],
+    ) -> None:
+        self.shape = shape
+        self.offset = 0
+        self.body: CompressedBody | None = None
+        self.equalizer: Equalizer | None = None
+        self.observations = None if config.policy == "keep_all" else Observations()
+        self.rotations: Rotations = (
+            rotation(config.rotation, shape.k_dim), rotation(config.rotation, shape.v_dim),
+        )  # fmt: skip
+        dims = padded(shape.k_dim), padded(shape.v_dim)
+        empty = (mx.zeros((shape.heads, 0, d), t) for d, t in zip(dims, dtypes, strict=True))
+        self.exact = Rows(*empty)
+        self._config = config
+        self._backend = backend
+        self._formats = [Format.of(k, v, shape.k_dim, shape.v_dim) for k, v in config.tiers]
+
+    @property
+    def sinks(self) -> int:
+        """How many of the exact rows are sink tokens."""
+        return min(self._config.sink_tokens, int(self.exact.k.shape[1]))
+
+    @property
+    def ragged(self) -> bool:
+        """Whether heads may have lost tokens."""
+        return self.body is not None and self.body.ragged
+
+    @property
+    def leaving(self) -> tuple[int, int]:
+        """Exact rows start..stop that are the next to leave the window; none where they agree."""
+        sinks = self.sinks
+        blocks = (self.exact.k.shape[1] - sinks - self._config.window) // TILE
+        return sinks, sinks + max(0, blocks) * TILE
+
+    def append(self, keys: mx.array, values: mx.array) -> None:
+        """Add tokens to the window: keys [H, L, k_head_dim] and values [H, L, v_head_dim]."""
+        k = self.equalizer.apply(keys) if self.equalizer else keys
+        self.exact = append(self.exact, Rows(k, values), self.rotations, self._backend)
+        self.offset += keys.shape[1]
+
+    def compress(self, scores: NDArray[np.float32] | None = None) -> None:
+        """Move the oldest rows of the window to the body, a block at a time, down to its size.
+
+        Args:
+            scores: their significance [H, T], if it is known.
+        """
+        start, stop = self.leaving
+        if start == stop:
+            return
+        if self.body is None and self._config.equalize:
+            self._equalize(start, stop)
+        moved = Rows(*(x[:, start:stop] for x in self.exact))
+        if self.body is None:
+            means = (x[:, :CENTER_TOKENS].astype(mx.float32).mean(axis=1) for x in moved)
+            self.body = self._new_body(
+                Centers(*(x if self._config.center else mx.zeros_like(x) for x in means))
+            )
+        position = self.offset - (self.exact.k.shape[1] - start)
+        self.body.append(moved, position, scores)
+        self.exact = Rows(
+            *(mx.concatenate([x[:, :start], x[:, stop:]], axis=1) for x in self.exact)
+        )
+
+    def trim(self, n: int) -> None:
+        """Remove the last n tokens; see `CompressedKVCache.trim`."""
+        self.offset -= n
+        if self.observations:
+            self.observations.trim(self.offset)
+        if n <= self.exact.k.shape[1] - self.sinks:
+            self.exact = Rows(*(_owned(x[:, : x.shape[1] - n]) for x in self.exact))
+            return
+        sinks = min(self.sinks, self.offset)
+        exact = Rows(*(_owned(x[:, :sinks]) for x in self.exact))
+        if self.body is None:
+            self.exact = exact
+            return
+        if self.body.ragged:
+            self.body.keep_below(self.offset)
+        else:
+            whole, rest = divmod(self.offset - sinks, TILE)
+            if rest:
+                rows = self.body.rows(whole, exact.k.dtype)
+                exact = Rows(
+                    *(mx.concatenate([x, y[:, :rest]], 1) for x, y in zip(exact, rows, strict=True))
+                )
+                mx.eval(exact)  # what reads the pool must be done before it is written again
+            self.body.cut(whole * TILE)
+        if not self.body.slots and (not self.body.ragged or self.offset == sinks):
+            if self.equalizer and self.offset:
+                keys = self.equalizer.undo(self.rotations[0].undo(exact.k))
+                exact = Rows(self.rotations[0].apply(keys), exact.v)
+            self.body = self.equalizer = None
+        self.exact = exact
+
+    def view(self) -> View:
+        """This layer as attention sees it."""
+        return View(
+            self.body.views() if self.body else [],
+            self.exact,
+            self.body.centers if self.body else None,
+            self.sinks,
+            self.rotations,
+            self._backend,
+        )
+
+    def copy(self) -> Layer:
+        """An independent copy that shares the blocks until one of the two changes them."""
+        dtypes = self.exact.k.dtype, self.exact.v.dtype
+        other = Layer(self.shape, self._config, self._backend, dtypes)
+        other.offset, other.exact = self.offset, self.exact  # arrays are replaced, never changed
+        other.equalizer = self.equalizer
+        other.body = self.body.copy() if self.body else None
+        other.observations = self.observations.copy() if self.observations else None
+        return other
+
+    # What a policy has to know.
+
+    @property
+    def observed(self) -> bool:
+        """Whether queries are known; a layer without them keeps every token."""
+        return self.observations is not None and self.observations.nbytes > 0
+
+    @property
+    def exact_positions(self) -> NDArray[np.int32]:
+        """Positions of the exact rows, int32 [E]."""
+        window = np.arange(self.offset - (self.exact.k.shape[1] - self.sinks), self.offset)
+        return np.concatenate([np.arange(self.sinks), window]).astype(np.int32)
+
+    def judge(self) -> tuple[mx.array, mx.array]:
+        """Significance of all stored tokens, lazy [H, S], and of the exact rows, [H, E]."""
+        assert self.body is not None and self.observations is not None
+        observed = self.observations.latest(self._into_keys)
+        assert observed is not None
+        exact = Exact(self.exact.k, self.exact_positions)
+        of_stored, of_exact, lse = significance(
+            observed, self.body.stored(), exact, self.body.centers, self._backend
+        )
+        self.observations.settle(lse)
+        return mx.concatenate([mx.zeros((self.shape.heads, 0)), *of_stored], axis=1), of_exact
+
+    def judge_window(self) -> mx.array | None:
+        """Significance of the exact rows, lazy [H, E], by what the queries saw when they came;
+        None if that is not known."""
+        observed = self.observations.latest(self._into_keys) if self.observations else None
+        if observed is None or observed.lse is None:
+            return None
+        return received(observed, Exact(self.exact.k, self.exact_positions))
+
+    def _into_keys(self, queries: mx.array) -> mx.array:
+        if self.equalizer:
+            queries = self.equalizer.queries(queries[None])[0]
+        return self.rotations[0].apply(queries)
+
+    # Bytes.
+
+    @property
+    def fp16_nbytes(self) -> int:
+        """Bytes that the same tokens take in an uncompressed fp16 cache."""
+        return 2 * self.offset * self.shape.heads * (self.shape.k_dim + self.shape.v_dim)
+
+    @property
+    def fixed_nbytes(self) -> int:
+        """Bytes that no policy drops: sink tokens, a window at its fullest, queries, centers."""
+        row = sum(x.shape[0] * x.shape[2] * x.dtype.size for x in self.exact)
+        rows = self._config.sink_tokens + self._config.window + TILE
+        memory = self.memory()
+        return rows * row + memory.centers + self._queries_nbytes
+
+    def memory(self) -> CacheMemory:
+        """Bytes, counted from the buffers."""
+        exact, queries = sum(x.nbytes for x in self.exact), self._queries_nbytes
+        if self.body is None:
+            return CacheMemory(exact=exact, side=queries, allocated=exact + queries)
+        centers = sum(x.nbytes for x in self.body.centers)
+        centers += self.equalizer.scales.nbytes if self.equalizer else 0
+        body = self.body.memory()
+        return body + CacheMemory(
+            side=queries, exact=exact, centers=centers, allocated=exact + queries + centers
+        )
+
+    @property
+    def _queries_nbytes(self) -> int:
+        return self.observations.nbytes if self.observations else 0
+
+    # Storing it.
+
+    @property
+    def state(self) -> list[Any]:
+        """Numbers and arrays for `restored`; the observed queries are no part of it."""
+        shape = self.shape
+        head: list[Any] = [self.offset, shape.heads, shape.k_dim, shape.v_dim, *self.exact]
+        if self.body is None:
+            return head
+        scales = [self.equalizer.scales] if self.equalizer else []
+        return [*head, *self.body.centers, self.body.state, *scales]
+
+    @classmethod
+    def restored(cls, state: list[Any], config: CompressionConfig, backend: Backend) -> Layer:
+        """The layer that `state` came from."""
+        offset, heads, k_dim, v_dim, k, v, *body = state
+        layer = cls(Shape(heads, k_dim, v_dim), config, backend, (k.dtype, v.dtype))
+        layer.offset, layer.exact = offset, Rows(k, v)
+        if body:
+            mu_k, mu_v, tiers, *scales = body
+            layer.equalizer = Equalizer(*scales) if scales else None
+            layer.body = layer._new_body(Centers(mu_k, mu_v))
+            layer.body.restore(tiers)
+        return layer
+
+    def _new_body(self, centers: Centers) -> CompressedBody:
+        return CompressedBody(
+            self.shape.heads, self._formats, centers, self.sinks, self._config.rounding,
+            self._backend,
+        )  # fmt: skip
+
+    def _equalize(self, start: int, stop: int) -> None:
+        """Fit the equalizer on the first of the exact rows start..stop, and apply it to all."""
+        keys = self.rotations[0].undo(self.exact.k)
+        self.equalizer = Equalizer.fit(keys[:, start : min(stop, start + CENTER_TOKENS)])
+        self.exact = Rows(self.rotations[0].apply(self.equalizer.apply(keys)), self.exact.v)
+
+
+def _owned(x: mx.array) -> mx.array:
+    """A copy: a slice would keep the whole buffer behind it."""
+    return mx.concatenate([x[:, :1], x[:, 1:]], axis=1)

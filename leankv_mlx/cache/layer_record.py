@@ -1,0 +1,184 @@
+"""A compressed layer in a prompt cache file: its settings and numbers in the header, its packed
+blocks in use head by head and in order, so that no block ids are stored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from leankv_mlx.cache.compressed import CompressedKVCache
+from leankv_mlx.cache.container import DamagedError
+from leankv_mlx.codec.format import TILE, Format, padded
+from leankv_mlx.config import BackendName, CompressionConfig
+
+LAYERS = "its layers are damaged"
+_COUNTS = "its numbers of tokens contradict each other"
+_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+_POSITIONS = (mx.uint8, mx.uint16, mx.uint32)
+_NUMBERS = {"offset": 1 << 31, "heads": 1 << 14, "k_dim": 1 << 14, "v_dim": 1 << 14}
+_MAX_SPEC = 1000
+
+Tensors = dict[str, mx.array]
+
+
+def portable(config: CompressionConfig) -> CompressionConfig:
+    """The settings without the backend, which is no part of a file."""
+    return replace(config, backend="auto")
+
+
+def written(cache: CompressedKVCache, name: str, tensors: Tensors) -> dict[str, Any]:
+    """What the header says about a layer; its arrays go to `tensors`, under names that begin with
+    its own."""
+    _, keep_fetched, *rest = cache.state
+    record: dict[str, Any] = {"kv": portable(cache.config).spec(), "keep_fetched": keep_fetched}
+    if not rest:
+        return record
+    *numbers, k, v = rest[:6]
+    record |= dict(zip(_NUMBERS, numbers, strict=True))
+    tensors |= {f"{name}.k": k, f"{name}.v": v}
+    if rest[6:]:
+        mu_k, mu_v, tiers, *scales = rest[6:]
+        tensors |= {f"{name}.mu_k": mu_k, f"{name}.mu_v": mu_v}
+        tensors |= {f"{name}.key_scales": x for x in scales}
+        for i, (pool, ids, lengths, *side) in enumerate(tiers):
+            table, owned = np.array(ids), -(-np.array(lengths) // TILE)
+            used = table[np.arange(table.shape[1]) < owned[:, None]]
+            blocks = pool[mx.array(used)] if len(used) else pool[:0]
+            tensors |= {f"{name}.{i}.lengths": lengths, f"{name}.{i}.blocks": blocks}
+            tensors |= {
+                f"{name}.{i}.{what}": x
+                for what, x in zip(("positions", "marks"), side, strict=False)
+            }
+    return record
+
+
+def read(
+    record: dict[str, Any], name: str, tensors: Tensors, backend: BackendName
+) -> CompressedKVCache:
+    """The layer that was written; takes its arrays out of `tensors`.
+
+    Raises:
+        DamagedError: they do not make a layer.
+        ConfigError: its settings are not understood.
+    """
+    kv, keep_fetched = record.get("kv"), record.get("keep_fetched")
+    if not isinstance(kv, str) or len(kv) > _MAX_SPEC or not isinstance(keep_fetched, bool):
+        raise DamagedError(LAYERS)
+    config = CompressionConfig.parse(kv)
+    state: list[Any] = [replace(config, backend=backend).spec(), keep_fetched]
+    if len(record) > 2:
+        numbers = [_number(record, field) for field in _NUMBERS]
+        if len(record) != 2 + len(numbers) or not all(numbers):
+            raise DamagedError(LAYERS)
+        state += [*numbers, *_Content(config, numbers, name, tensors).arrays()]
+    return CompressedKVCache.from_state(state)
+
+
+class _Content:
+    """The arrays of a layer, checked against its numbers."""
+
+    def __init__(
+        self, config: CompressionConfig, numbers: list[int], name: str, tensors: Tensors
+    ) -> None:
+        self._config = config
+        self._offset, self._heads, self._k_dim, self._v_dim = numbers
+        self._name = name
+        self._tensors = tensors
+        self._exact = 0
+
+    def arrays(self) -> list[Any]:
+        """What `CompressedKVCache.state` holds behind the numbers."""
+        heads, k_pad, v_pad = self._heads, padded(self._k_dim), padded(self._v_dim)
+        k, v = self._take("k"), self._take("v")
+        exact = self._exact = k.shape[1] if k.ndim == 3 else 0
+        _expect(k, (heads, exact, k_pad), _FLOATS)
+        _expect(v, (heads, exact, v_pad), _FLOATS)
+        if not self._has("mu_k"):
+            if self._offset != exact:
+                raise DamagedError(_COUNTS)
+            return [k, v]
+        if not self._config.sink_tokens <= exact <= self._offset:
+            raise DamagedError(_COUNTS)
+        mu_k, mu_v = self._take("mu_k"), self._take("mu_v")
+        _expect(mu_k, (heads, k_pad), (mx.float32,))
+        _expect(mu_v, (heads, v_pad), (mx.float32,))
+        formats = [Format.of(*bits, self._k_dim, self._v_dim) for bits in self._config.tiers]
+        ragged = self._has("0.positions")
+        tiers = [self._tier(i, format, ragged) for i, format in enumerate(formats)]
+        if ragged:
+            self._check_positions(tiers)
+        else:
+            self._check_in_order([lengths for _, _, lengths in tiers])
+        arrays: list[Any] = [k, v, mu_k, mu_v, tiers]
+        if self._config.equalize:
+            scales = self._take("key_scales")
+            _expect(scales, (heads, self._k_dim), (mx.float32,))
+            arrays.append(scales)
+        return arrays
+
+    def _tier(self, index: int, format: Format, ragged: bool) -> list[mx.array]:
+        heads = self._heads
+        lengths, blocks = self._take(f"{index}.lengths"), self._take(f"{index}.blocks")
+        _expect(lengths, (heads,), (mx.int32,))
+        slots = np.array(lengths).astype(np.int64)
+        if slots.min() < 0 or slots.max() > self._offset:
+            raise DamagedError(_COUNTS)
+        owned = -(-slots // TILE)
+        _expect(blocks, (int(owned.sum()), format.words), (mx.uint32,))
+        width = int(owned.max())
+        here = np.arange(width) < owned[:, None]
+        ids = np.zeros((heads, width), np.int32)
+        ids[here] = np.arange(int(owned.sum()))
+        tier = [blocks, mx.array(ids), lengths]
+        if ragged:
+            tier += [self._take(f"{index}.positions"), self._take(f"{index}.marks")]
+            _expect(tier[3], (heads, width * TILE), _POSITIONS)
+            _expect(tier[4], (heads, width * TILE), (mx.uint8,))
+        return tier
+
+    def _check_in_order(self, lengths: list[mx.array]) -> None:
+        """Every head has every token between the sink tokens and the window, in full blocks."""
+        blocks, rest = divmod(self._offset - self._exact, TILE)
+        first, *others = (np.array(x) for x in lengths)
+        if blocks < 1 or rest or (first != blocks * TILE).any() or any(x.any() for x in others):
+            raise DamagedError(_COUNTS)
+
+    def _check_positions(self, tiers: list[list[mx.array]]) -> None:
+        """A head has a token once at most, between the sink tokens and the window."""
+        sinks = self._config.sink_tokens
+        end = self._offset - (self._exact - sinks)
+        held: list[NDArray[np.int64]] = []
+        for _, _, lengths, positions, _ in tiers:
+            used = np.arange(positions.shape[1]) < np.array(lengths)[:, None]
+            at = np.array(positions).astype(np.int64)
+            if ((at < sinks) | (at >= end))[used].any():
+                raise DamagedError(_COUNTS)
+            free = -1 - np.arange(at.shape[1]) - sum(x.shape[1] for x in held)
+            held.append(np.where(used, at, free))
+        every = np.sort(np.concatenate(held, axis=1), axis=1)
+        if (np.diff(every, axis=1) == 0).any():
+            raise DamagedError(_COUNTS)
+
+    def _has(self, what: str) -> bool:
+        return f"{self._name}.{what}" in self._tensors
+
+    def _take(self, what: str) -> mx.array:
+        name = f"{self._name}.{what}"
+        if name not in self._tensors:
+            raise DamagedError(f"it lacks the tensor {name[:40]!r}")
+        return self._tensors.pop(name)
+
+
+def _number(record: dict[str, Any], name: str) -> int:
+    """A whole number from 1 to what `_NUMBERS` allows, else 0."""
+    value = record.get(name)
+    return value if type(value) is int and 0 < value <= _NUMBERS[name] else 0
+
+
+def _expect(array: mx.array, shape: tuple[int, ...], dtypes: tuple[mx.Dtype, ...]) -> None:
+    if array.shape != shape or array.dtype not in dtypes:
+        raise DamagedError("it has a tensor of the wrong shape or dtype")

@@ -1,0 +1,168 @@
+"""How much attention each stored token gets from the most recent queries.
+
+The significance of a token for a KV head is the mean attention weight that it receives from an
+observation window of queries, the maximum over the query heads of the group (LeanKV,
+arXiv 2412.03131, section 4). Scores are max-pooled over neighbouring positions (SnapKV,
+arXiv 2404.14469): alone, a match keeps the words of a question and loses the value beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from leankv_mlx.codec.format import TILE
+from leankv_mlx.kernels import Backend, Body, Centers
+from leankv_mlx.kernels.dequantize import dequantize
+from leankv_mlx.sparsity.observations import Observed
+
+_SLAB = 64
+"""Blocks of a body that are decoded at a time; no score matrix of all tokens ever exists."""
+
+Positions = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tier: its body, and the positions of its slots, int32 [H, M * 32], -1 where there is no
+    token."""
+
+    body: Body
+    positions: Positions
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Uncompressed keys in the space of the stored ones, [H, E, D], and their positions [E]."""
+
+    keys: mx.array
+    positions: Positions
+
+
+class _Scorer:
+    """Scores of keys for the observed queries, KV head by KV head."""
+
+    def __init__(self, observed: Observed, heads: int) -> None:
+        self.shape = heads, observed.queries.shape[0] // heads, observed.queries.shape[1]
+        self._queries = (observed.queries * observed.scale).reshape(
+            heads, -1, observed.queries.shape[2]
+        )
+        self._at = mx.array(observed.positions)[:, None]
+
+    def scores(self, keys: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys [H, n, D] at [H, n] -> scores [H, G, R, n], -inf where a query does not see the
+        key, and whether it does, bool [H, R, n]."""
+        s = (self._queries @ keys.astype(mx.float32).swapaxes(1, 2)).reshape(*self.shape, -1)
+        visible = (positions[:, None] >= 0) & (positions[:, None] <= self._at)
+        return mx.where(visible[:, None], s, -mx.inf), visible
+
+    def received(self, keys: mx.array, positions: mx.array, lse: mx.array) -> mx.array:
+        """Mean weight over the queries that see a key, the largest of the group: [H, n]."""
+        s, visible = self.scores(keys, positions)
+        weights = mx.exp(s - lse.reshape(*self.shape, 1))
+        mean = weights.sum(axis=2) / mx.maximum(visible.sum(axis=1), 1)[:, None]
+        return mean.max(axis=1)
+
+
+def significance(
+    observed: Observed,
+    stored: Sequence[Stored],
+    exact: Exact,
+    centers: Centers,
+    backend: Backend,
+) -> tuple[list[mx.array], mx.array, mx.array]:
+    """Attention received by every token, in two passes over the keys: first each query's
+    normalizer, then the weights.
+
+    Args:
+        observed: the queries.
+        stored: the compressed tokens, one entry for each tier.
+        exact: sink tokens and window.
+        centers: of the bodies.
+        backend: who decodes.
+
+    Returns:
+        Scores float32 [H, M * 32] of each tier (0 for slots without a token) and [H, E] of the
+        exact rows; and the log-sum-exps float32 [Hq, R] of the queries.
+    """
+    heads = exact.keys.shape[0]
+    scorer = _Scorer(observed, heads)
+    slabs = [
+        (i, _slab(tier.body, centers, backend, start), _where(tier.positions, start))
+        for i, tier in enumerate(stored)
+        for start in range(0, tier.body.table.shape[1], _SLAB)
+    ]
+    everywhere = _everywhere(exact.positions, heads)
+    lse = mx.logsumexp(scorer.scores(exact.keys, everywhere)[0], axis=-1)
+    if observed.sink_logits is not None:
+        logits = observed.sink_logits.astype(mx.float32).reshape(*scorer.shape[:2], 1)
+        lse = mx.logaddexp(lse, logits)
+    for _, decode, where in slabs:
+        lse = mx.logaddexp(lse, mx.logsumexp(scorer.scores(decode(), where)[0], axis=-1))
+        mx.eval(lse)  # one slab at a time
+    result: list[list[mx.array]] = [[mx.zeros((heads, 0))] for _ in stored]
+    for i, decode, where in slabs:
+        result[i].append(scorer.received(decode(), where, lse))
+        mx.eval(result[i][-1])
+    of_exact = scorer.received(exact.keys, everywhere, lse)
+    flat = lse.reshape(-1, lse.shape[-1])
+    return [mx.concatenate(parts, axis=1) for parts in result], of_exact, flat
+
+
+def received(observed: Observed, exact: Exact) -> mx.array:
+    """Attention received by uncompressed tokens alone, float32 [H, E].
+
+    Raises:
+        ValueError: the queries come without their log-sum-exps.
+    """
+    if observed.lse is None:
+        raise ValueError("[received] expected queries with their log-sum-exps.")
+    heads = exact.keys.shape[0]
+    scorer = _Scorer(observed, heads)
+    return scorer.received(exact.keys, _everywhere(exact.positions, heads), observed.lse)
+
+
+def pooled(scores: NDArray[np.float32], positions: Positions, width: int) -> NDArray[np.float32]:
+    """The largest score among tokens at most width // 2 positions away, [H, S].
+
+    Slots may stand in any order and have gaps between their positions; empty ones (-1) score 0.
+    """
+    used = positions >= 0
+    if width <= 1 or not scores.size:
+        return np.where(used, scores, 0).astype(np.float32)
+    heads, half = len(scores), width // 2
+    length = int(positions.max(initial=-1)) + 1
+    by_position = np.zeros((heads, length + 2 * half + 1), np.float32)
+    # Empty slots write to the spare column at the end.
+    column = np.where(used, positions + half, length + 2 * half)
+    np.put_along_axis(by_position, column, np.where(used, scores, 0), axis=1)
+    best = _running_max(by_position[:, :-1], 2 * half + 1)
+    picked = np.take_along_axis(best, np.maximum(positions, 0), axis=1)
+    return np.where(used, picked, 0).astype(np.float32)
+
+
+def _running_max(x: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """The largest of each `width` neighbours, [H, n - width + 1], by doubling."""
+    length, have = x.shape[1] - width + 1, 1
+    while have < width:
+        step = min(have, width - have)
+        x = np.maximum(x[:, :-step], x[:, step:])
+        have += step
+    return x[:, :length]
+
+
+def _slab(body: Body, centers: Centers, backend: Backend, start: int) -> Callable[[], mx.array]:
+    part = replace(body, table=body.table[:, start : start + _SLAB])
+    return lambda: dequantize(part, centers, mx.float32, backend).k
+
+
+def _where(positions: Positions, start: int) -> mx.array:
+    return mx.array(positions[:, TILE * start : TILE * (start + _SLAB)])
+
+
+def _everywhere(positions: Positions, heads: int) -> mx.array:
+    return mx.broadcast_to(mx.array(positions), (heads, len(positions)))
