@@ -22,6 +22,8 @@ void run_attention(const AttentionJob& job);
 
 void run_encode(const EncodeArgs& args, int heads);
 
+void run_repack(const RepackArgs& args, int heads);
+
 // Everything of a sequence, in order: the first `sinks` exact rows, each body with all the slots of
 // its longest head, the other exact rows.
 struct DecodeJob {

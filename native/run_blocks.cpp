@@ -1,4 +1,4 @@
-// Encoding and decoding of blocks, a task for each head and a few blocks.
+// Encoding, decoding and repacking of blocks, a task for each head and a few blocks.
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -31,6 +31,17 @@ void copy_exact(const Vectors& from, const Output& out, const Rotation& rotation
 void run_encode(const EncodeArgs& args, int heads) {
   const int blocks = blocks_of(args.tokens);
   parallel_for(heads * blocks, [&](int i) { kernels().encode(args, i / blocks, i % blocks); });
+}
+
+void run_repack(const RepackArgs& args, int heads) {
+  constexpr int kBlocks = 16;  // of a task: some ten microseconds
+  const int all = heads * blocks_of(args.kept);
+  parallel_for((all + kBlocks - 1) / kBlocks, [&](int task) {
+    const int last = std::min(all, (task + 1) * kBlocks);
+    for (int i = task * kBlocks; i < last; ++i) {
+      kernels().repack(args, i / blocks_of(args.kept), i % blocks_of(args.kept));
+    }
+  });
 }
 
 void run_decode(const DecodeJob& job) {

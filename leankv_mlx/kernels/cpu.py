@@ -21,7 +21,6 @@ from leankv_mlx.kernels.append import append_ops
 from leankv_mlx.kernels.decode_attention import between_rotations, decode_attention_ops
 from leankv_mlx.kernels.encode import encode_ops
 from leankv_mlx.kernels.gather import gather_ops
-from leankv_mlx.kernels.repack import repack_ops
 from leankv_mlx.kernels.types import Attention, Backend, Body, Centers, Mask, Rotations, Rows
 
 
@@ -42,7 +41,7 @@ def make() -> Backend:
         decode_attention=_decode_attention,
         gather=_gather,
         append=_append,
-        repack=repack_ops,
+        repack=_repack,
     )
 
 
@@ -142,6 +141,11 @@ def _append(exact: Rows, new: Rows, rotations: Rotations) -> Rows:
     if native is None:
         return append_ops(exact, new, rotations)
     return Rows(*load().append(*exact, *new, native))
+
+
+def _repack(body: Body, index: mx.array) -> mx.array:
+    blocks: mx.array = load().repack(_body(body), index)
+    return blocks
 
 
 def _decode_attention(

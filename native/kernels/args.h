@@ -118,6 +118,13 @@ struct DecodeArgs {
   Rotation k_rotation, v_rotation;  // undone where present
 };
 
+struct RepackArgs {
+  Body body;
+  const int32_t* index = nullptr;  // slots [H, T]; a slot that the body does not have is left empty
+  int kept = 0;                    // T
+  uint32_t* blocks = nullptr;      // [H, ceil(T / 32), words]
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
@@ -127,6 +134,8 @@ struct Kernels {
   void (*encode)(const EncodeArgs&, int head, int block);
   // Block i of one head to output rows [row, row + 32); slots that are not in use become 0.
   void (*decode)(const DecodeArgs&, const Body&, int head, int i, int64_t row);
+  // Indices [32 * block, 32 * block + 32) of one head to one new block.
+  void (*repack)(const RepackArgs&, int head, int block);
   // n rows of floats, n <= 32 for rotations: read, rotated or un-rotated, and written.
   void (*read)(const Vectors&, int head, int64_t first, int n, int dim, float* rows);
   void (*write)(const Output&, int head, int64_t first, int n, int dim, const float* rows);

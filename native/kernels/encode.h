@@ -121,19 +121,24 @@ inline uint32_t encode_vector(const Side& side, Rounding rounding, const float* 
   return bits16[0];
 }
 
+// Code I of W lanes into the words of a tile, whose bits there are 0.
+template <int B, int I>
+LEANKV_INLINE void add_code(vu (&rows)[B], vu c) {
+  if constexpr (B == 3) {
+    rows[field_row(B, I)] |= (c & 3u) << field_shift(B, I);
+    rows[2] |= (c >> 2) << high_bit(I);
+  } else {
+    rows[field_row(B, I)] |= c << field_shift(B, I);
+  }
+}
+
 // Codes [i][lane], rows at a distance of `stride`, -> the words of a tile.
 template <int B>
 inline void pack_tile(const uint8_t* codes, int stride, uint32_t* words) {
   for (int lane = 0; lane < kTile; lane += W) {
     vu rows[B] = {};
     unroll<kTile>([&](auto i) LEANKV_LAMBDA {
-      const vu c = __builtin_convertvector(load<vb>(codes + i * stride + lane), vu);
-      if constexpr (B == 3) {
-        rows[field_row(B, i)] |= (c & 3u) << field_shift(B, i);
-        rows[2] |= (c >> 2) << high_bit(i);
-      } else {
-        rows[field_row(B, i)] |= c << field_shift(B, i);
-      }
+      add_code<B, i>(rows, __builtin_convertvector(load<vb>(codes + i * stride + lane), vu));
     });
     unroll<B>([&](auto j) LEANKV_LAMBDA { store(words + j * kTile + lane, rows[j]); });
   }

@@ -6,12 +6,13 @@
 #include "attention.h"
 #include "encode.h"
 #include "decode.h"
+#include "repack.h"
 #include "peak.h"
 
 namespace leankv::LEANKV_ISA {
 
 constexpr Kernels kernels(const char* name) {
-  return {name, attend, encode, decode, read, write, rotate, unrotate, multiply_add};
+  return {name, attend, encode, decode, repack, read, write, rotate, unrotate, multiply_add};
 }
 
 }  // namespace leankv::LEANKV_ISA

@@ -73,6 +73,7 @@ NB_MODULE(_native, m) {
           return encode(k, v, centers, format, rounding_of(rounding));
         },
         "k"_a, "v"_a, "centers"_a, "format"_a, "rounding"_a);
+  m.def("repack", &repack, "body"_a, "index"_a);
   m.def("decode", &decode, "bodies"_a, "exact_k"_a, "exact_v"_a, "centers"_a.none(), "sinks"_a,
         "dtype"_a, "rotations"_a.none());
   m.def("append", &append, "exact_k"_a, "exact_v"_a, "k"_a, "v"_a, "rotations"_a);

@@ -199,6 +199,28 @@ class Encode : public Operation {
   Rounding rounding_;
 };
 
+class Repack : public Operation {
+ public:
+  Repack(mx::Stream s, Format format) : Operation(s), format_(format) {}
+  const char* name() const override { return "LeanKVRepack"; }
+
+ protected:
+  std::function<void()> task(Arrays in, Arrays out) const override {
+    return [in = std::move(in), out = std::move(out), format = format_]() mutable {
+      Reader reader(in);
+      RepackArgs args;
+      args.body = reader.body(format);
+      args.index = reader.dense<int32_t>();
+      args.kept = in[3].shape(1);
+      args.blocks = out[0].data<uint32_t>();
+      run_repack(args, in[3].shape(0));
+    };
+  }
+
+ private:
+  Format format_;
+};
+
 class Decode : public Operation {
  public:
   Decode(mx::Stream s, Parts parts, int sinks) : Operation(s), parts_(std::move(parts)), sinks_(sinks) {}
@@ -287,6 +309,13 @@ mx::array encode(const mx::array& k, const mx::array& v, const CenterArrays& cen
   return mx::array({k.shape(0), blocks_of(k.shape(1)), format.words()}, mx::uint32,
                    std::make_shared<Encode>(cpu_stream(), format, rounding),
                    {k, v, centers.k, centers.v});
+}
+
+mx::array repack(const BodyArrays& body, const mx::array& index) {
+  return mx::array({index.shape(0), blocks_of(index.shape(1)), body.format.words()}, mx::uint32,
+                   std::make_shared<Repack>(cpu_stream(), body.format),
+                   {body.pool, body.table, body.lengths,
+                    mx::astype(index, mx::int32, cpu_stream())});
 }
 
 std::vector<mx::array> decode(const std::vector<BodyArrays>& bodies, const mx::array& exact_k,

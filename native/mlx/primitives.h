@@ -40,6 +40,9 @@ std::vector<mx::array> decode_attention(
 mx::array encode(const mx::array& k, const mx::array& v, const CenterArrays& centers,
                  const Format& format, Rounding rounding);
 
+// Slots int32 [H, T] of a body, -1 for none -> blocks [H, ceil(T / 32), words].
+mx::array repack(const BodyArrays& body, const mx::array& index);
+
 // -> keys [H, N, Dk] and values [H, N, Dv] of all tokens in `dtype`: `sinks` exact rows, the bodies,
 // the other exact rows; un-rotated if rotations are given.
 std::vector<mx::array> decode(

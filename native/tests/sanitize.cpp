@@ -71,6 +71,21 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
   std::vector<int32_t> table(heads * blocks), lengths{tokens, tokens / 2};
   for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i);
   const Body body{pool.data(), table.data(), lengths.data(), blocks, encode.format};
+  // All slots backwards, twice: what was there. Then some, with slots that do not exist.
+  std::vector<int32_t> backwards(heads * blocks * kTile);
+  for (int h = 0, i = 0; h < heads; ++h) {
+    for (int slot = blocks * kTile - 1; slot >= 0; --slot) backwards[i++] = slot;
+  }
+  std::vector<uint32_t> turned(pool.size()), back(pool.size());
+  run_repack({body, backwards.data(), blocks * kTile, turned.data()}, heads);
+  Body other = body;
+  other.pool = turned.data();
+  run_repack({other, backwards.data(), blocks * kTile, back.data()}, heads);
+  check(back == pool, "repacked codes changed");
+  const std::vector<int32_t> odd{-1, 3, blocks * kTile, 1 << 30, 0, -(1 << 30)};
+  std::vector<uint32_t> kept(size_t(heads) * encode.format.words());
+  run_repack({body, odd.data(), 3, kept.data()}, heads);
+
   std::vector<uint16_t> exact_k(heads * exact * k_dim * 2), exact_v(heads * exact * v_dim * 2);
   const int all = exact + kTile * blocks;
   std::vector<float> out_k(heads * all * k_dim), out_v(heads * all * v_dim);

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from leankv_mlx.codec.format import Format
 from leankv_mlx.codec.packing import unpack_k, unpack_v
@@ -158,6 +159,29 @@ def test_repack(row: dict[str, Any], kept: int, backend: Backend) -> None:
     body = cases.body(draw, *bits, heads=2, blocks=3, lengths="full")
     index = mx.array(draw.integers(-1, 96, (2, kept)).astype(np.int32))
     assert mx.array_equal(repack(body, index, backend), repack(body, index, REFERENCE))
+
+
+SLOTS = np.arange(128)
+INDICES = {
+    "whole blocks": np.concatenate([SLOTS[64:96], SLOTS[:32], SLOTS[32:64], SLOTS[32:50]]),
+    "all but a few": np.delete(SLOTS, [3, 40, 41, 99]),
+    "shifted": SLOTS[1:97],
+    "backwards": SLOTS[::-1],
+    "blocks with holes": np.where(SLOTS % 32 < 20, SLOTS, -1),
+    "none": np.full(40, -1),
+}
+
+
+@pytest.mark.parametrize("index", INDICES.values(), ids=list(INDICES))
+@pytest.mark.parametrize("bits", [(3, 3), (4, 2), (8, MIXED), (MIXED, 3)], ids=str)
+def test_repack_in_order(bits: tuple[int, int], index: NDArray[Any], backend: Backend) -> None:
+    """Ragged heads, the same slots in all but the last one, where some are missing."""
+    draw = np.random.default_rng(4)
+    k_bits, v_bits = cases.bits_of(bits[0], 96, 0), cases.bits_of(bits[1], 160, 0)
+    body = cases.body(draw, k_bits, v_bits, heads=3, blocks=4, lengths="ragged")
+    last = np.where(draw.random(index.size) < 0.9, index, -1)
+    slots = mx.array(np.stack([index, index, last]).astype(np.int32))
+    assert mx.array_equal(repack(body, slots, backend), repack(body, slots, REFERENCE))
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
