@@ -177,10 +177,7 @@ class CompressionConfig:
             raise ConfigError(
                 f"unknown KV setting '{text}'; use leankv or leankv:SPEC, for example leankv:k4v3."
             )
-        config = cls()
-        for item in filter(None, (part.strip() for part in rest.split(","))):
-            config = _apply(config, item)
-        return config
+        return cls(**_fields(rest))
 
     def spec(self) -> str:
         """The text form that `parse` reads back to an equal config."""
@@ -212,24 +209,30 @@ def _check_bits(side: str, bits: int | tuple[int, ...]) -> None:
         raise ConfigError(f"{side}_bits={bits} stores nothing; give one group at least 2 bits.")
 
 
-def _apply(config: CompressionConfig, item: str) -> CompressionConfig:
-    if match := _BITS_RE.fullmatch(item):
-        return replace(config, k_bits=int(match[1]), v_bits=int(match[2]))
-    name, equals, value = item.partition("=")
-    if not equals:
-        named = profiles()
-        if name not in named:
-            known = ", ".join(sorted(named))
-            raise ConfigError(
-                f"unknown KV setting '{name}'; use kNvM, name=value or a profile ({known})."
-            )
-        for part in named[name].split(","):
-            config = _apply(config, part)
-        return config
-    name, value = name.strip(), value.strip()
-    if name not in _READERS:
-        raise ConfigError(f"unknown KV setting '{name}'; known are {', '.join(_READERS)}.")
-    return replace(config, **{name: _READERS[name](name, value)})
+def _fields(settings: str) -> dict[str, Any]:
+    """What comma-separated settings set. They are checked together, so their order is free."""
+    found: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in settings.split(","))):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if match := _BITS_RE.fullmatch(item):
+            found |= {"k_bits": int(match[1]), "v_bits": int(match[2])}
+        elif not equals:
+            found |= _fields(_profile(name))
+        elif name in _READERS:
+            found[name] = _READERS[name](name, value)
+        else:
+            raise ConfigError(f"unknown KV setting '{name}'; known are {', '.join(_READERS)}.")
+    return found
+
+
+def _profile(name: str) -> str:
+    named = profiles()
+    if name not in named:
+        known = ", ".join(sorted(named))
+        raise ConfigError(
+            f"unknown KV setting '{name}'; use kNvM, name=value or a profile ({known})."
+        )
+    return named[name]
 
 
 def _integer(name: str, value: str) -> int:

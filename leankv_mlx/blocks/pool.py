@@ -57,9 +57,15 @@ class BlockPool:
         """Reference counts of blocks, the shape of `ids`."""
         return np.asarray(self._references[ids])
 
-    def allocate(self, n: int) -> np.ndarray:
-        """n free blocks, int32 [n], in ascending order so that neighbours stay together."""
-        self._reserve(n)
+    def allocate(self, n: int, spare: bool = True) -> np.ndarray:
+        """n free blocks, int32 [n], in ascending order so that neighbours stay together.
+
+        Args:
+            spare: a pool that has to grow takes more than it needs, so that growing is rare.
+        """
+        needed = self.used + n
+        if needed > self.capacity:
+            self._resize(grown(self.capacity, needed) if spare else needed)
         ids = np.flatnonzero(self._references == 0)[:n].astype(np.int32)
         self._references[ids] = 1
         return ids
@@ -95,11 +101,6 @@ class BlockPool:
         else:
             target[mx.array(ids)] = blocks
             self.array = target
-
-    def _reserve(self, n: int) -> None:
-        needed = self.used + n
-        if needed > self.capacity:
-            self._resize(grown(self.capacity, needed))
 
     def _resize(self, capacity: int) -> None:
         missing = capacity - self.capacity

@@ -105,7 +105,7 @@ class BlockTable:
             self._move(BlockPool.holding(content, np.arange(len(picked))))
             fresh = np.arange(len(picked), dtype=np.int32)
         else:
-            fresh = self.pool.allocate(len(picked))
+            fresh = self.pool.allocate(len(picked), spare=False)
             if len(fresh):
                 self.pool.write(fresh, content)
         width = int((fixed + needed).max(initial=0))
@@ -115,11 +115,12 @@ class BlockTable:
         ids[here] = self._ids[kept]
         ids[~here & (column < (fixed + needed)[:, None])] = fresh
         self._set(ids, (TILE * fixed + slots).astype(np.int32))
-        self._compact()
+        if self.pool.wasteful:
+            self.compact()
 
-    def _compact(self) -> None:
-        """Move to a new pool if the present one holds much more than is in use."""
-        if not self.pool.wasteful:
+    def compact(self) -> None:
+        """Move to a new pool of just its blocks if the present one has free ones."""
+        if self.pool.used == self.pool.capacity:
             return
         owned = self._owned[0]
         fresh = BlockPool.holding(self.pool.array[mx.array(owned)], np.arange(len(owned)))

@@ -1,7 +1,20 @@
 """The compressed KV cache behind mlx-lm's cache protocol."""
 
-from leankv_mlx.cache.compressed import CompressedKVCache, act_together
+from leankv_mlx.cache.compressed import (
+    CompressedKVCache,
+    act_together,
+    end_prompt,
+    place_by,
+)
 from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.tracking import Fetched, owner_of
 
-__all__ = ["CacheMemory", "CompressedKVCache", "Fetched", "act_together", "owner_of"]
+__all__ = [
+    "CacheMemory",
+    "CompressedKVCache",
+    "Fetched",
+    "act_together",
+    "end_prompt",
+    "owner_of",
+    "place_by",
+]

@@ -275,6 +275,7 @@ class CompressedBody:
         for tier, positions in zip(self._tiers, self._positions(), strict=True):
             if tier.side is None:
                 tier.side = _compact(positions), np.full(positions.shape, 255, np.uint8)
+                tier.table.compact()  # the pool of a prompt has room to grow
 
     def _encoded_again(self, tier: _Tier, format: Format, chosen: Mask) -> _Extra:
         """Slots of a tier in another format, without anything but their codes."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from leankv_mlx.attention import View, attend_codes, attend_rows
 from leankv_mlx.cache.layer import Layer, Shape
@@ -264,7 +265,7 @@ class CompressedKVCache:
     def _track(self, layer: Layer, view: View, rows: Rows | None) -> tuple[mx.array, mx.array]:
         """Lazy arrays of all tokens; `rows` is their working copy if this is a prefill."""
         calls, equalizer = self._calls, layer.equalizer  # the closure must not hold the cache
-        observations, end = layer.observations, layer.offset
+        observations, collector, end = layer.observations, layer.collector, layer.offset
 
         def attend(
             queries: mx.array, scale: float, mask: Mask, sink_logits: mx.array | None
@@ -272,6 +273,11 @@ class CompressedKVCache:
             calls.fused += 1
             q = equalizer.queries(queries) if equalizer else queries
             lse = None
+            if collector is not None and rows is not None:
+                first = view.sinks
+                stored = slice(first, first + sum(body.slots for body in view.bodies))
+                rotated = view.rotations[0].apply(q[0])
+                collector.add(rotated, rows.k, stored, scale, sink_logits, view.present())
             if rows is None and q.shape[2] <= MAX_DECODE_TOKENS:
                 out, lse = attend_codes(q, view, scale=scale, mask=mask, sink_logits=sink_logits)
             else:
@@ -307,6 +313,30 @@ def act_together(caches: Iterable[Any]) -> None:
         cache._sparsifier = sparsifier
         if cache._layer:
             sparsifier.join(cache._layer)
+
+
+def end_prompt(caches: Iterable[Any]) -> None:
+    """Say that the whole prompt is in, where it cannot be seen from the updates (the second update
+    in a row of the same size, up to 8 tokens, says so by itself)."""
+    for sparsifier in _sparsifiers(caches):
+        sparsifier.end_prompt()
+
+
+def place_by(caches: Iterable[Any], scores: Sequence[mx.array]) -> None:
+    """Let the policy place all stored tokens by given scores.
+
+    Args:
+        caches: a cache list.
+        scores: significance of each layer that has stored tokens and a policy, float32 [H, S].
+    """
+    for sparsifier in _sparsifiers(caches):
+        sparsifier.place_by([np.array(score) for score in scores])
+
+
+def _sparsifiers(caches: Iterable[Any]) -> list[Sparsifier]:
+    """Each once."""
+    ours = (c for c in _flat(caches) if isinstance(c, CompressedKVCache))
+    return list({id(c._sparsifier): c._sparsifier for c in ours if c._sparsifier}.values())
 
 
 def _flat(caches: Iterable[Any]) -> Iterable[Any]:

@@ -18,7 +18,7 @@ from leankv_mlx.codec.rotation import rotation
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.kernels import Backend, Centers, Rotations, Rows
 from leankv_mlx.kernels.append import append
-from leankv_mlx.sparsity import Exact, Observations, received, significance
+from leankv_mlx.sparsity import Exact, LargestReceived, Observations, received, significance
 
 CENTER_TOKENS = 512
 """Body tokens that the centers are fitted on, at most."""
@@ -43,6 +43,7 @@ class Layer:
         body: the tokens between the two; None while there are none.
         equalizer: applied to all keys here once there is a body; None if that is not configured.
         observations: the last queries, if a policy needs them.
+        collector: if set, it is told of the attention of every prefill call.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Layer:
         self.body: CompressedBody | None = None
         self.equalizer: Equalizer | None = None
         self.observations = None if config.policy == "keep_all" else Observations()
+        self.collector: LargestReceived | None = None
         self.rotations: Rotations = (
             rotation(config.rotation, shape.k_dim), rotation(config.rotation, shape.v_dim),
         )  # fmt: skip
@@ -217,6 +219,11 @@ class Layer:
         rows = self._config.sink_tokens + self._config.window + TILE
         memory = self.memory()
         return rows * row + memory.centers + self._queries_nbytes
+
+    @property
+    def growth_nbytes(self) -> int:
+        """Bytes by which the observed queries may still grow."""
+        return self.observations.most_nbytes - self._queries_nbytes if self.observations else 0
 
     def memory(self) -> CacheMemory:
         """Bytes, counted from the buffers."""

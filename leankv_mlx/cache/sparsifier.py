@@ -51,7 +51,7 @@ class Sparsifier:
         """
         self._members.append(weakref.ref(layer))
         budget, layers = self._config.budget, len(self._members)
-        fixed = layers * layer.fixed_nbytes
+        fixed = layers * (layer.fixed_nbytes + layer.growth_nbytes)
         if self._config.policy == "budget" and 0 < budget < fixed:
             raise ConfigError(
                 f"budget={budget} bytes is too small: sink tokens and window of {layers} layers "
@@ -77,7 +77,7 @@ class Sparsifier:
             elif not decode:
                 self._ended = False
                 if self._config.at == "chunk":
-                    self._prune(self._alive())
+                    self._place(*self._judged(self._alive()))
             self._last_update = tokens
         if decode and _leaves(layer):
             self._flush(layer)
@@ -85,8 +85,15 @@ class Sparsifier:
     def end_prompt(self) -> None:
         """The whole prompt is in: judge all stored tokens by its last queries, and place them."""
         self._ended = True
-        if self._config.scores == "queries":
-            self._prune(self._alive())
+        layers = self._alive()
+        for layer in layers:
+            layer.compress()
+        judged = self._judged(layers) if self._config.scores == "queries" else None
+        for layer in layers:
+            if layer.observations:  # what is generated will be judged by what comes after it
+                layer.observations.clear()
+        if judged:
+            self._place(*judged)
 
     def place_by(self, scores: Sequence[Scores]) -> None:
         """Place the stored tokens by given scores.
@@ -116,12 +123,12 @@ class Sparsifier:
         for each, scores in zip(layers, lazy, strict=True):
             each.compress(None if scores is None else self._of_leaving(each, np.array(scores)))
         if layer.offset - self._judged_at >= REFRESH_TOKENS:
-            self._prune(layers)
+            self._place(*self._judged(layers))
         else:
             self._place([x for x in layers if x.observed], None)
 
-    def _prune(self, layers: Sequence[Layer]) -> None:
-        """Judge everything that is stored, and place it."""
+    def _judged(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[Scores]]:
+        """Those of the layers that can be judged, and the pooled scores of all their slots."""
         able = [layer for layer in layers if layer.body and layer.observed]
         lazy = [layer.judge() for layer in able]
         mx.eval(lazy)
@@ -137,7 +144,7 @@ class Sparsifier:
             )
             scores.append(smooth[:, : positions.shape[1]])
             self._judged_at = layer.offset
-        self._place(able, scores)
+        return able, scores
 
     def _place(self, layers: Sequence[Layer], scores: Sequence[Scores] | None) -> None:
         """Plan for all these layers, and move their slots; without scores by the stored ones."""
@@ -152,6 +159,7 @@ class Sparsifier:
                     slots.tiers,
                     body.slot_nbytes(layer.offset),
                     layer.fixed_nbytes,
+                    layer.growth_nbytes,
                     layer.fp16_nbytes,
                     layer.offset,
                 )

@@ -54,6 +54,12 @@ def evaluate(
         typer.Option(help="Tokens per chunk of text; half are scored.", show_default="1024"),
     ] = None,
     chunks: Annotated[int | None, typer.Option(help="Chunks of text.", show_default="8")] = None,
+    documents: Annotated[
+        int | None,
+        typer.Option(
+            help="Documents per length that ten questions each are asked about.", show_default="0"
+        ),
+    ] = None,
     fast: Annotated[
         bool, typer.Option("--fast", help="Small settings: two minutes on two cores.")
     ] = False,
@@ -79,6 +85,7 @@ def evaluate(
         "text": text,
         "context": context,
         "chunks": chunks,
+        "documents": documents,
         "ablate": ablate,
         "stress": stress,
     }

@@ -11,10 +11,12 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from leankv_mlx.cache import end_prompt
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ModelError
 from leankv_mlx.mlx_lm.attachment import attach, make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel
+from leankv_mlx.mlx_lm.repetition import repeat_and_place
 from leankv_mlx.mlx_lm.usage import measure
 
 NONE = "none"
@@ -90,15 +92,16 @@ class Size:
     ratio: float
 
 
-def sizes(loaded: LoadedModel, arms: Sequence[Arm], context: int) -> dict[str, Size]:
-    """The size of every arm after `context` tokens, by name. `arms` has the uncompressed one."""
+def sizes(loaded: LoadedModel, arms: Sequence[Arm], tokens: mx.array) -> dict[str, Size]:
+    """The size of every arm after a prompt of `tokens` [N], by name. `arms` has the uncompressed
+    one."""
     used: dict[str, int] = {}
     elements = 1
-    tokens = mx.zeros(context, mx.int32)
     for arm in arms:
         with arm.attached(loaded.model):
             caches = make_caches(loaded.model)
             prefill(loaded.model, tokens, caches)
+            settle(loaded.model, caches, tokens)
             usage = measure(caches)
         used[arm.kv] = usage.used
         elements = usage.fp16 // 2
@@ -110,6 +113,12 @@ def prefill(model: nn.Module, tokens: mx.array, caches: list[Any]) -> None:
     for start in range(0, tokens.shape[0], PREFILL_CHUNK):
         model(tokens[None, start : start + PREFILL_CHUNK], cache=caches)
         mx.eval([cache.state for cache in caches])
+
+
+def settle(model: nn.Module, caches: list[Any], tokens: mx.array) -> None:
+    """The whole prompt, `tokens` [N], is in: policies drop what they drop."""
+    repeat_and_place(model, caches, tokens.tolist())  # type: ignore[arg-type]
+    end_prompt(caches)
 
 
 @contextmanager

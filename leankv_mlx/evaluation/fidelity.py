@@ -6,7 +6,9 @@ are teacher-forced in calls of `step` tokens (32), and every scored token attend
 past of its call: nothing is scored by a single prefill. The calls are aligned with the flushes of
 the window, so that a query sees exactly the rows that token-by-token decoding would show it:
 the same tokens exact and the same ones as codes. Only the kernel depends on the step: up to 8
-tokens attend to the codes, more of them to a decoded copy of the compressed cache.
+tokens attend to the codes, more of them to a decoded copy of the compressed cache. Settings with a
+policy take the first half for the prompt, drop tokens at its end, and go on in calls of 8 tokens,
+as if those were generated.
 
 The model computes in float32 throughout, and the distributions of the uncompressed arm, which goes
 through the same calls, are kept in float32.
@@ -23,7 +25,7 @@ from mlx import nn
 from leankv_mlx.config import BLOCK_SLOTS, CompressionConfig
 from leankv_mlx.errors import UsageError
 from leankv_mlx.evaluation import prose
-from leankv_mlx.evaluation.arms import Arm, in_float32, prefill
+from leankv_mlx.evaluation.arms import Arm, in_float32, prefill, settle
 from leankv_mlx.evaluation.metrics import (
     Fidelity,
     TokenScores,
@@ -32,6 +34,7 @@ from leankv_mlx.evaluation.metrics import (
     summarize,
 )
 from leankv_mlx.evaluation.tasks import facts, seeded
+from leankv_mlx.kernels import MAX_DECODE_TOKENS
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel
 
@@ -141,8 +144,10 @@ def run_fidelity(
         for chunk in texts.chunks:
             base: mx.array | None = None
             for arm, start in zip(arms, starts, strict=True):
+                drops = arm.config is not None and arm.config.policy != "keep_all"
+                calls = min(step, MAX_DECODE_TOKENS) if drops else step
                 with arm.attached(loaded.model):
-                    parts = list(_read(loaded.model, chunk, start, step, base, scores[arm.kv]))
+                    parts = list(_read(loaded.model, chunk, start, calls, base, scores[arm.kv]))
                 if base is None:
                     base = mx.concatenate(parts)
                     mx.eval(base)
@@ -181,6 +186,7 @@ def _read(
     those of the base as they come, or yielded if there is no base yet."""
     caches = make_caches(model)
     prefill(model, chunk.tokens[:start], caches)
+    settle(model, caches, chunk.tokens[:start])
     context = chunk.tokens.shape[0]
     middle = context // 2
     for begin in range(start, context, step):

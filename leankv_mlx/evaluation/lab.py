@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from leankv_mlx.errors import UsageError
 from leankv_mlx.evaluation.arms import NONE, Arm, Size, parse_arms, sizes, varied
 from leankv_mlx.evaluation.fidelity import corpus, run_fidelity
 from leankv_mlx.evaluation.metrics import Fidelity
+from leankv_mlx.evaluation.questions import Answers, run_questions
 from leankv_mlx.evaluation.retrieval import Retrieval, cells_of, run_retrieval
 from leankv_mlx.evaluation.stress import STRESSES, Stress, injected
 from leankv_mlx.evaluation.tasks import TASKS
@@ -42,6 +43,7 @@ class Settings:
         tasks, lengths, samples: retrieval at these prompt lengths in tokens, so many prompts each.
         text: file whose text is scored; None for generated text.
         context, chunks: fidelity on so many chunks of so many tokens.
+        documents: documents per length that ten questions each are asked about.
         ablate: also switch parts of the codec off, one at a time.
         stress: also inject outlier channels and key biases.
     """
@@ -53,6 +55,7 @@ class Settings:
     text: Path | None = None
     context: int = 1024
     chunks: int = 8
+    documents: int = 0
     ablate: bool = False
     stress: bool = False
 
@@ -89,6 +92,7 @@ class Report:
     Attributes:
         arms: the uncompressed one first.
         retrieval: the scores of every prompt.
+        questions: arm -> length -> answers to ten questions per document.
         windows: whether all arms keep the same exact tokens, as a comparison should.
         ablation: per setting, whole and with one part switched off.
         stress: arms per injection, the uncompressed one first.
@@ -99,6 +103,7 @@ class Report:
     settings: Settings
     arms: list[ArmResult]
     retrieval: Retrieval
+    questions: Mapping[str, Mapping[int, Answers]]
     windows: bool
     ablation: list[ArmResult]
     stress: list[tuple[Stress, list[ArmResult]]]
@@ -108,7 +113,7 @@ class Report:
         document: dict[str, Any] = {
             "model": self.model,
             "machine": self.machine,
-            "arms": [arm.as_dict() for arm in self.arms],
+            "arms": [self._arm(arm) for arm in self.arms],
         }
         if self.ablation:
             document["ablation"] = [arm.as_dict() for arm in self.ablation]
@@ -118,6 +123,16 @@ class Report:
                 for stress, arms in self.stress
             ]
         return document
+
+    def _arm(self, arm: ArmResult) -> dict[str, Any]:
+        """One arm: what was measured of the whole prompts, and the ratios behind the replies."""
+        ratios = self.retrieval.ratios.get(arm.kv, {})
+        found = arm.as_dict()
+        found["retrieval_ratio"] = {f"{c.task} {c.length}": ratio for c, ratio in ratios.items()}
+        if any(self.questions.values()):
+            answers = self.questions[arm.kv]
+            found["questions"] = {str(length): a.as_dict() for length, a in answers.items()}
+        return found
 
 
 @dataclass(frozen=True)
@@ -143,6 +158,8 @@ class Lab:
         self.arms = parse_arms(settings.kv)
         self.cells = cells_of(settings.tasks, settings.lengths)
         self.settings = settings
+        if settings.documents < 0:
+            raise UsageError(f"--documents {settings.documents} is too small.")
         for name in ("samples", "context", "chunks"):
             if getattr(settings, name) < 1:
                 raise UsageError(f"--{name} {getattr(settings, name)} is too small.")
@@ -157,6 +174,7 @@ class Lab:
         """Tokens to read in all."""
         settings = self.settings
         retrieval = sum(cell.length for cell in self.cells) * settings.samples * len(self.arms)
+        retrieval += sum(settings.lengths) * settings.documents * len(self.arms)
         fidelity = len(self.arms)
         if settings.ablate:
             fidelity += len(ablation_arms())
@@ -172,6 +190,9 @@ class Lab:
         retrieval = run_retrieval(
             self.loaded, self.arms, self.cells, settings.samples, progress.advance
         )
+        questions = run_questions(
+            self.loaded, self.arms, settings.lengths, settings.documents, progress.advance
+        )
         ablation = self._fidelity(ablation_arms(), progress)[1:] if settings.ablate else []
         stress = [self._stress(one, progress) for one in STRESSES] if settings.stress else []
         configs = [arm.config for arm in self.arms if arm.config]
@@ -181,13 +202,14 @@ class Lab:
             settings=settings,
             arms=[replace(arm, retrieval=retrieval.means(arm.kv)) for arm in arms],
             retrieval=retrieval,
+            questions=questions,
             windows=len({(c.window, c.sink_tokens) for c in configs}) <= 1,
             ablation=ablation,
             stress=stress,
         )
 
     def _fidelity(self, arms: Sequence[Arm], progress: Progress) -> list[ArmResult]:
-        counted = sizes(self.loaded, arms, self.corpus.context)
+        counted = sizes(self.loaded, arms, self.corpus.chunks[0].tokens)
         found = run_fidelity(self.loaded, arms, self.corpus, progress.advance)
         return [ArmResult(arm.kv, counted[arm.kv], found[arm.kv], {}) for arm in arms]
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import UsageError
+from leankv_mlx.evaluation.arms import Arm
 from leankv_mlx.evaluation.lab import ArmResult, Report
 
 SUFFIXES = (".svg", ".png")
@@ -29,28 +32,68 @@ def check_plot(path: Path) -> None:
 
 
 def plot(report: Report, path: Path) -> None:
-    """Write the picture; its kind follows from the file's name."""
+    """Write the picture, one line per policy; its kind follows from the file's name."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    compressed = report.arms[1:]
     for axes, title in ((left, "mean KL divergence"), (right, "retrieval, mean score")):
         axes.set_title(title)
         axes.set_xlabel("times smaller than the uncompressed cache")
         axes.grid(alpha=0.3)
         axes.margins(x=0.12)
-    left.plot([a.size.ratio for a in compressed], [_kld(a) for a in compressed], "o")
     left.set_yscale("log")
-    for arm in compressed:
-        left.annotate(arm.kv, (arm.size.ratio, _kld(arm)), (4, 4), textcoords="offset points")
-    scored = [arm for arm in report.arms if arm.retrieval]
     right.set_ylim(-0.02, 1.05)
-    right.plot([arm.size.ratio for arm in scored], [_score(arm) for arm in scored], "o")
-    for arm in scored:
-        right.annotate(arm.kv, (arm.size.ratio, _score(arm)), (4, 4), textcoords="offset points")
+    for policy, arms in _by_policy(report.arms[1:]).items():
+        _line(left, policy, [(a.size.ratio, _kld(a), _label(a)) for a in arms])
+        scored = [(_ratio(report, a), _score(a), _label(a)) for a in arms if a.retrieval]
+        _line(right, policy, scored)
+    if report.arms[0].retrieval:
+        right.axhline(_score(report.arms[0]), color="gray", linestyle=":", label="uncompressed")
+    for axes in (left, right):
+        if axes.lines:
+            axes.legend(fontsize="small")
     figure.suptitle(f"{report.model}, context {report.settings.context}")
     figure.savefig(path)
+
+
+def _line(axes: Any, policy: str, points: list[tuple[float, float, str]]) -> None:
+    """One policy's points (x, y, what to write beside it), joined in the order of x."""
+    if not points:
+        return
+    points = sorted(points)
+    axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", label=policy)
+    for x, y, label in points:
+        axes.annotate(label, (x, y), (4, 4), textcoords="offset points", fontsize="small")
+
+
+def _by_policy(arms: list[ArmResult]) -> dict[str, list[ArmResult]]:
+    groups: dict[str, list[ArmResult]] = {}
+    for arm in arms:
+        groups.setdefault(_config(arm).policy, []).append(arm)
+    return groups
+
+
+def _config(arm: ArmResult) -> CompressionConfig:
+    config = Arm.parse(arm.kv).config
+    assert config is not None  # the uncompressed arm is no point
+    return config
+
+
+def _label(arm: ArmResult) -> str:
+    """What tells an arm from the others of its line."""
+    config = _config(arm)
+    if config.policy == "budget":
+        return f"{config.ratio:g}"
+    if config.policy == "threshold":
+        return f"{config.alpha_high:g}/{config.alpha_low:g}"
+    return arm.kv if config.policy == "keep_all" else ""
+
+
+def _ratio(report: Report, arm: ArmResult) -> float:
+    """Behind the replies, mean over the cells."""
+    ratios = report.retrieval.ratios[arm.kv].values()
+    return sum(ratios) / len(ratios)
 
 
 def _kld(arm: ArmResult) -> float:

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
 from leankv_mlx.errors import ModelError, UsageError
-from leankv_mlx.evaluation.arms import PREFILL_CHUNK, Arm
+from leankv_mlx.evaluation.arms import PREFILL_CHUNK, Arm, prefill, settle
 from leankv_mlx.evaluation.tasks import TASKS, Sample, score, seeded, user_turn
+from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel, check_context
+from leankv_mlx.mlx_lm.repetition import judges_by_repetition
+from leankv_mlx.mlx_lm.usage import measure
 
 SOLVED = 0.8
 """Score of the uncompressed arm from which on a difference means something."""
@@ -50,10 +54,12 @@ Scores = Mapping[str, Mapping[Cell, Sequence[float]]]
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Scores of all arms; `base` names the uncompressed one."""
+    """Scores of all arms; `base` names the uncompressed one. `ratios` tells, arm by arm and cell by
+    cell, how many times smaller than fp16 the cache was after the reply, mean over the prompts."""
 
     scores: Scores
     base: str
+    ratios: Mapping[str, Mapping[Cell, float]]
 
     def means(self, kv: str) -> dict[str, dict[str, float]]:
         """Mean score of an arm, by task and length."""
@@ -117,15 +123,23 @@ def run_retrieval(
     scores: dict[str, dict[Cell, list[float]]] = {
         arm.kv: {cell: [] for cell in cells} for arm in arms
     }
+    ratios: dict[str, dict[Cell, list[float]]] = {
+        arm.kv: {cell: [] for cell in cells} for arm in arms
+    }
     for cell in cells:
         for i in range(samples):
             prompt = _make(loaded, cell, i)
             for arm in arms:
                 with arm.attached(loaded.model):
-                    reply = _answer(loaded, prompt)
+                    reply, ratio = _answer(loaded, prompt)
+                ratios[arm.kv][cell].append(ratio)
                 scores[arm.kv][cell].append(score(prompt.sample, reply))
                 advance(f"{cell.task} {cell.length} {arm.kv}", cell.length)
-    return Retrieval(scores, arms[0].kv)
+    means = {
+        kv: {cell: sum(values) / len(values) for cell, values in by_cell.items()}
+        for kv, by_cell in ratios.items()
+    }
+    return Retrieval(scores, arms[0].kv, means)
 
 
 def _make(loaded: LoadedModel, cell: Cell, i: int) -> _Prompt:
@@ -133,17 +147,18 @@ def _make(loaded: LoadedModel, cell: Cell, i: int) -> _Prompt:
     rng = seeded("test", cell.task, cell.length, i)
     try:
         sample = TASKS[cell.task].make(
-            rng, cell.length, lambda turn: len(_tokens(loaded, turn)), depth
+            rng, cell.length, lambda turn: len(tokens_of(loaded, turn)), depth
         )
     except ValueError as error:
         raise UsageError(f"{cell.task} does not fit into {cell.length} tokens.") from error
-    tokens = _tokens(loaded, user_turn(sample))
+    tokens = tokens_of(loaded, user_turn(sample))
     reply = len(loaded.tokenizer.encode(sample.reply, add_special_tokens=False))
     limit = check_context(loaded.config, len(tokens), 2 * reply + _SPARE_TOKENS)
     return _Prompt(sample, mx.array(tokens), limit)
 
 
-def _tokens(loaded: LoadedModel, turn: str) -> list[int]:
+def tokens_of(loaded: LoadedModel, turn: str) -> list[int]:
+    """Tokens of a prompt that is one message of the user."""
     tokens: list[int] = loaded.tokenizer.apply_chat_template(
         [{"role": "user", "content": turn}],
         add_generation_prompt=True,
@@ -153,23 +168,38 @@ def _tokens(loaded: LoadedModel, turn: str) -> list[int]:
     return tokens
 
 
-def _answer(loaded: LoadedModel, prompt: _Prompt) -> str:
-    """The greedy reply; it ends early once it holds every answer."""
+def _answer(loaded: LoadedModel, prompt: _Prompt) -> tuple[str, float]:
+    """The greedy reply, and how many times smaller than fp16 the cache is behind it."""
+    caches = make_caches(loaded.model)
+    tokens = prompt.tokens
+    if judges_by_repetition(caches):
+        prefill(loaded.model, tokens[:-1], caches)
+        settle(loaded.model, caches, tokens[:-1])
+        tokens = tokens[-1:]
+    return reply_to(loaded, caches, tokens, prompt.sample, prompt.limit), measure(caches).ratio
+
+
+def reply_to(
+    loaded: LoadedModel, caches: list[Any], tokens: mx.array, sample: Sample, limit: int
+) -> str:
+    """The greedy reply to a prompt whose beginning is in the caches and whose end is `tokens`; it
+    ends early once it holds every answer."""
     from mlx_lm.generate import generate_step
 
     tokenizer = loaded.tokenizer
     reply: list[int] = []
     text = ""
     steps = generate_step(
-        prompt.tokens, loaded.model, max_tokens=prompt.limit, prefill_step_size=PREFILL_CHUNK
-    )
+        tokens, loaded.model, max_tokens=limit, prompt_cache=caches,
+        prefill_step_size=PREFILL_CHUNK,
+    )  # fmt: skip
     for token, _ in steps:
         if token in tokenizer.eos_token_ids:
             break
         reply.append(token)
         text = tokenizer.decode(reply, skip_special_tokens=True)
         # The last word may go on: "48" could become "4821".
-        if score(prompt.sample, " ".join(text.split()[:-1])) == 1.0:
+        if score(sample, " ".join(text.split()[:-1])) == 1.0:
             break
     steps.close()
     return text

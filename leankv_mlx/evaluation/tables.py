@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from leankv_mlx.evaluation.lab import ArmResult, Report
-from leankv_mlx.evaluation.retrieval import SOLVED
+from leankv_mlx.evaluation.questions import QUESTIONS
+from leankv_mlx.evaluation.retrieval import SOLVED, Cell
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ def tables(report: Report) -> list[Grid]:
     grids = [_fidelity(report)]
     if report.settings.tasks:
         grids += [_retrieval(report), _pairs(report)]
+    if report.settings.documents:
+        grids.append(_questions(report))
     if report.ablation:
         note = "one part of the codec switched off at a time"
         grids.append(Grid("Ablation", *_columns(report.ablation), note))
@@ -66,13 +69,33 @@ def _columns(arms: Sequence[ArmResult]) -> tuple[Sequence[str], list[list[str]]]
 
 def _retrieval(report: Report) -> Grid:
     cells = [(task, length) for task, by in report.arms[0].retrieval.items() for length in by]
-    rows = [
-        [arm.kv, *(f"{arm.retrieval[task][length]:.2f}" for task, length in cells)]
-        for arm in report.arms
-    ]
-    note = f"mean score of {report.settings.samples} prompts per cell"
+    rows = []
+    for arm in report.arms:
+        row = [arm.kv]
+        for task, length in cells:
+            ratio = report.retrieval.ratios[arm.kv][Cell(task, int(length))]
+            row.append(f"{arm.retrieval[task][length]:.2f} ({ratio:.1f}x)")
+        rows.append(row)
+    note = (
+        f"mean score of {report.settings.samples} prompts per cell, and how many times smaller "
+        "than fp16 the cache was behind the reply"
+    )
     header = ["kv", *(f"{task} {length}" for task, length in cells)]
     return Grid("Retrieval", header, rows, note)
+
+
+def _questions(report: Report) -> Grid:
+    header = ["kv"]
+    for length in report.settings.lengths:
+        header += [f"{length}", "first", "ratio"]
+    rows = []
+    for arm in report.arms:
+        row = [arm.kv]
+        for a in report.questions[arm.kv].values():
+            row += [f"{a.score:.2f}", f"{a.first:.2f}", f"{a.ratio:.1f}"]
+        rows.append(row)
+    note = f"mean score of {report.settings.documents} documents, and of their first question alone"
+    return Grid(f"{QUESTIONS} questions per document", header, rows, note)
 
 
 def _pairs(report: Report) -> Grid:

@@ -13,7 +13,14 @@ from leankv_mlx.sparsity.policies import (
     Threshold,
     policy_of,
 )
-from leankv_mlx.sparsity.significance import Exact, Stored, pooled, received, significance
+from leankv_mlx.sparsity.scoring import (
+    Exact,
+    LargestReceived,
+    Stored,
+    pooled,
+    received,
+    significance,
+)
 
 __all__ = [
     "DROP",
@@ -22,6 +29,7 @@ __all__ = [
     "Budget",
     "Exact",
     "KeepAll",
+    "LargestReceived",
     "LayerSlots",
     "Observations",
     "Observed",

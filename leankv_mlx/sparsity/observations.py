@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 OBSERVED_QUERIES = 64
 """As in LeanKV's code (arXiv 2412.03131): the last 64 queries."""
 
+_PART = 8
+
 
 @dataclass(frozen=True)
 class Observed:
@@ -58,6 +60,7 @@ class Observations:
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
         self._scale = 1.0
+        self._row_nbytes = 0  # of one query of all heads, with its log-sum-exp
         self._sink_logits: mx.array | None = None
 
     def add(
@@ -81,6 +84,7 @@ class Observations:
             entry = entry.part(entry.length - OBSERVED_QUERIES, entry.length)
             mx.eval(entry.queries)  # or the queries of the whole prompt stay alive
         self._scale, self._sink_logits = scale, sink_logits
+        self._row_nbytes = queries.nbytes // queries.shape[1] + 4 * queries.shape[0]
         self._entries.append(entry)
         held = sum(e.length for e in self._entries)
         while held - self._entries[0].length >= OBSERVED_QUERIES:
@@ -122,20 +126,32 @@ class Observations:
             None if lse is None else lse[:, surplus:],
         )
 
+    def clear(self) -> None:
+        """Forget all queries."""
+        self._entries = []
+
     def settle(self, lse: mx.array) -> None:
         """Remember the log-sum-exps [Hq, R] of what `latest` gave."""
         queries = mx.concatenate([entry.queries for entry in self._entries], axis=1)
-        queries = mx.contiguous(queries[:, -lse.shape[1] :])
-        self._entries = [_Entry(queries, lse, self._entries[-1].end)]
+        settled = _Entry(queries[:, -lse.shape[1] :], lse, self._entries[-1].end)
+        # In parts, so that the oldest can go while new ones come.
+        starts = range(0, settled.length, _PART)
+        self._entries = [settled.part(i, min(i + _PART, settled.length)) for i in starts]
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
         return sum(e.queries.nbytes + (0 if e.lse is None else e.lse.nbytes) for e in self._entries)
 
+    @property
+    def most_nbytes(self) -> int:
+        """Bytes of a full ring of the queries seen last, one call at a time; 0 before any."""
+        return (OBSERVED_QUERIES + _PART) * self._row_nbytes
+
     def copy(self) -> Observations:
         """Another ring with the same content."""
         other = Observations()
         other._entries = list(self._entries)
         other._scale, other._sink_logits = self._scale, self._sink_logits
+        other._row_nbytes = self._row_nbytes
         return other

@@ -38,7 +38,8 @@ class LayerSlots:
         slot_nbytes: bytes of a slot in the high and in the low tier (the same where there is
             none), side data included.
         fixed_nbytes: bytes of the layer that no policy touches: sink tokens, a full window,
-            centers.
+            centers, observed queries.
+        growth_nbytes: what further queries may add to that.
         fp16_nbytes: what an uncompressed fp16 cache of all tokens so far would hold.
         tokens: tokens so far, dropped ones included.
     """
@@ -47,6 +48,7 @@ class LayerSlots:
     tiers: Tiers
     slot_nbytes: tuple[float, float]
     fixed_nbytes: int
+    growth_nbytes: int
     fp16_nbytes: int
     tokens: int
 
@@ -124,7 +126,7 @@ class Budget:
         """See `Policy`."""
         if self.whole_model:
             return self._plan_together(layers, self.nbytes)
-        share = self.nbytes // max(1, len(layers))
+        share = max(1, self.nbytes // max(1, len(layers))) if self.nbytes else 0
         return [plan for layer in layers for plan in self._plan_together([layer], share)]
 
     def _plan_together(self, layers: Sequence[LayerSlots], nbytes: int) -> list[Tiers]:
@@ -139,7 +141,7 @@ class Budget:
             tiers[row : row + heads, :slots] = layer.tiers
             prices[:, row : row + heads] = np.array(layer.slot_nbytes)[:, None]
             row += heads
-        room = self._room(layers, float(prices[0].sum()) * LEAST_SLOTS, nbytes)
+        room = self._room(layers, float(prices[0].sum()), nbytes)
         place = _ranks_in_rows(scores)
         high = _slots_per_head(scores, prices[0], self.high * room)
         behind = np.where(place < high[:, None], -np.inf, scores)
@@ -154,11 +156,16 @@ class Budget:
             row += heads
         return plans
 
-    def _room(self, layers: Sequence[LayerSlots], least: float, nbytes: int) -> float:
-        """Bytes for slots."""
+    def _room(self, layers: Sequence[LayerSlots], price: float, nbytes: int) -> float:
+        """Bytes for slots; `price` is that of one slot of every head."""
         fixed = sum(layer.fixed_nbytes for layer in layers)
-        room = max(least, sum(layer.fp16_nbytes for layer in layers) / self.ratio - fixed)
-        return min(room, max(0, nbytes - fixed)) if nbytes else room
+        share = sum(layer.fp16_nbytes for layer in layers) / self.ratio - fixed
+        room = max(LEAST_SLOTS * price, share)
+        if not nbytes:
+            return room
+        # Until the next plan queries may come, and a block of new tokens before others go.
+        growth = sum(layer.growth_nbytes for layer in layers) + TILE * price
+        return min(room, max(0, nbytes - fixed - growth))
 
 
 def policy_of(config: CompressionConfig) -> Policy:

@@ -31,7 +31,17 @@ KV = ("k4v4", "k2v2")
 TINY_SETTINGS = Settings(
     kv=KV, tasks=("S2",), lengths=(200,), samples=1, context=CONTEXT, chunks=1
 )  # fmt: skip
-ARM_KEYS = {"kv", "bits_per_element", "ratio", "kld", "top1", "ppl", "ppl_base", "retrieval"}
+ARM_KEYS = {
+    "retrieval_ratio",
+    "kv",
+    "bits_per_element",
+    "ratio",
+    "kld",
+    "top1",
+    "ppl",
+    "ppl_base",
+    "retrieval",
+}
 
 
 def ignore(what: str, tokens: int) -> None:
@@ -100,7 +110,7 @@ def test_arms_are_named_as_asked_and_none_comes_first() -> None:
 
 def test_bytes_are_those_of_the_buffers(loaded: LoadedModel) -> None:
     arms = parse_arms(["k4v4"])
-    found = sizes(loaded, arms, CONTEXT)["k4v4"]
+    found = sizes(loaded, arms, mx.arange(CONTEXT))["k4v4"]
     exact = 4 + 64 + (CONTEXT - 68) % 32
     layers, heads, dim, blocks = 5, 2, 64, (CONTEXT - exact) // 32
     codes = blocks * heads * (32 * dim * 2 * 4 // 8 + 32 * 4)
@@ -168,7 +178,7 @@ def test_a_broken_cache_shows(loaded: LoadedModel, monkeypatch: pytest.MonkeyPat
         words = original(rows, centers, format, rounding, backend)
         return mx.where(mx.arange(words.shape[-1]) % 64 == 0, words ^ 0xFF, words)
 
-    monkeypatch.setattr("leankv_mlx.cache.compressed.encode", encode)
+    monkeypatch.setattr("leankv_mlx.cache.body.encode", encode)
     bad = run_fidelity(loaded, arms, texts, ignore)["k8v8"]
     assert good.kld["mean"] < 1e-3
     assert bad.kld["mean"] > 20 * good.kld["mean"]
@@ -209,7 +219,7 @@ def test_retrieval_compares_only_where_the_base_is_able() -> None:
         "none": {able: [1.0, 1.0, 1.0, 1.0, 0.5], unable: [0.0, 1.0, 0.0, 0.0, 0.0]},
         "k2v2": {able: [1.0, 0.0, 1.0, 1.0, 1.0], unable: [1.0] * 5},
     }
-    found = Retrieval(scores, "none")
+    found = Retrieval(scores, "none", {})
     assert found.solved() == [able]
     pairs = found.pairs("k2v2", found.solved())
     assert (pairs.both, pairs.only_base, pairs.only_arm, pairs.neither) == (3, 1, 1, 0)
@@ -221,9 +231,9 @@ def test_every_arm_gets_the_same_prompts(
 ) -> None:
     asked: list[tuple[int, ...]] = []
 
-    def answer(loaded: LoadedModel, prompt: Any) -> str:
+    def answer(loaded: LoadedModel, prompt: Any) -> tuple[str, float]:
         asked.append(tuple(prompt.tokens.tolist()))
-        return prompt.sample.reply
+        return prompt.sample.reply, 1.0
 
     monkeypatch.setattr("leankv_mlx.evaluation.retrieval._answer", answer)
     cells = cells_of(["S2", "MV"], [250])

@@ -23,6 +23,9 @@ from leankv_mlx.sparsity.observations import Observed
 _SLAB = 64
 """Blocks of a body that are decoded at a time; no score matrix of all tokens ever exists."""
 
+_QUERIES = 128
+"""Queries whose weights over all tokens exist at a time."""
+
 Positions = NDArray[np.int32]
 
 
@@ -124,6 +127,54 @@ def received(observed: Observed, exact: Exact) -> mx.array:
     heads = exact.keys.shape[0]
     scorer = _Scorer(observed, heads)
     return scorer.received(exact.keys, _everywhere(exact.positions, heads), observed.lse)
+
+
+class LargestReceived:
+    """The largest attention weight that each stored token receives in any of several prefill
+    calls (KVzip, arXiv 2505.23416).
+
+    Attributes:
+        scores: float32 [H, S], None before the first call.
+    """
+
+    def __init__(self) -> None:
+        self.scores: mx.array | None = None
+
+    def add(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        stored: slice,
+        scale: float,
+        sink_logits: mx.array | None,
+        present: mx.array | None,
+    ) -> None:
+        """Take one call into account.
+
+        Args:
+            queries: in the space of the keys, [Hq, L, D], the last L of the N tokens.
+            keys: [H, N, D], in order.
+            stored: the S of them that are stored tokens.
+            scale, sink_logits: as in `kernels.decode_attention`.
+            present: bool [H, N], False for slots without a token; None if there are none.
+        """
+        (heads, tokens, dim), length = keys.shape, queries.shape[1]
+        keys = keys.astype(mx.float32).swapaxes(1, 2)
+        for start in range(0, length, _QUERIES):
+            stop = min(start + _QUERIES, length)
+            q = queries[:, start:stop].astype(mx.float32) * scale
+            s = (q.reshape(heads, -1, dim) @ keys).reshape(heads, -1, stop - start, tokens)
+            at = mx.arange(tokens - length + start, tokens - length + stop)[:, None]
+            s = mx.where(mx.arange(tokens) <= at, s, -mx.inf)
+            if present is not None:
+                s = mx.where(present[:, None, None], s, -mx.inf)
+            lse = mx.logsumexp(s, axis=-1, keepdims=True)
+            if sink_logits is not None:
+                logits = sink_logits.astype(mx.float32).reshape(heads, -1, 1, 1)
+                lse = mx.logaddexp(lse, logits)
+            best = mx.exp(s - lse)[..., stored].max(axis=(1, 2))
+            self.scores = best if self.scores is None else mx.maximum(self.scores, best)
+            mx.eval(self.scores)  # one tile's weights at a time
 
 
 def pooled(scores: NDArray[np.float32], positions: Positions, width: int) -> NDArray[np.float32]:

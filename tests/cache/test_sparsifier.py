@@ -1,0 +1,290 @@
+"""Policies at work: when tokens are dropped, from all layers at once, and what that frees."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from leankv_mlx import attach
+from leankv_mlx.cache import (
+    CompressedKVCache,
+    act_together,
+    end_prompt,
+    owner_of,
+    place_by,
+    sparsifier,
+)
+from leankv_mlx.config import CompressionConfig
+from leankv_mlx.errors import ConfigError, UnsupportedError
+from leankv_mlx.mlx_lm.attachment import make_caches
+from leankv_mlx.mlx_lm.repetition import repeat_and_place
+from leankv_mlx.sparsity.policies import LEAST_SLOTS
+from tests.models import TINY
+
+H, G, DIM = 2, 2, 64
+BUDGET = "leankv:policy=budget,ratio=8,window=32"
+
+
+class Stack:
+    """The caches of a model of some layers, fed with random rows."""
+
+    def __init__(self, kv: str, layers: int = 2) -> None:
+        self.caches = [CompressedKVCache(kv) for _ in range(layers)]
+        act_together(self.caches)
+        self.rng = np.random.default_rng(0)
+
+    def feed(self, n: int, attend: bool = True) -> None:
+        for cache in self.caches:
+            asked = min(n, 64)  # the last of them are enough
+            q, k, v = (
+                mx.array(self.rng.standard_normal((1, heads, length, DIM)).astype(np.float16))
+                for heads, length in ((H * G, asked), (H, n), (H, n))
+            )
+            fetched = owner_of(*cache.update_and_fetch(k, v))
+            assert fetched is not None
+            if attend:
+                mx.eval(fetched.attend(q, scale=DIM**-0.5, mask="causal"))
+
+    def steps(self, n: int) -> None:
+        for _ in range(n):
+            self.feed(1)
+
+    @property
+    def slots(self) -> list[int]:
+        return [cache.layer.body.slots if cache.layer.body else 0 for cache in self.caches]
+
+    @property
+    def used(self) -> int:
+        return sum(cache.memory().used for cache in self.caches)
+
+    @property
+    def allocated(self) -> int:
+        return sum(cache.memory().allocated for cache in self.caches)
+
+
+def test_the_second_single_token_ends_the_prompt() -> None:
+    stack = Stack(BUDGET)
+    stack.feed(1500)
+    stack.feed(500)
+    whole = stack.slots
+    assert whole[0] > 2 * 1900
+    stack.feed(1)  # the last token of the prompt
+    assert stack.slots == whole
+    stack.feed(1)
+    assert all(slots < 0.4 * before for slots, before in zip(stack.slots, whole, strict=True))
+
+
+def test_a_verification_in_drafts_ends_the_prompt_too() -> None:
+    stack = Stack(BUDGET)
+    stack.feed(2000)
+    whole = stack.slots
+    for _ in range(2):
+        stack.feed(1)
+        stack.feed(4)
+        stack.caches[0].trim(2), stack.caches[1].trim(2)
+    assert stack.slots == whole  # calls of other sizes say nothing
+    stack.feed(4)
+    assert stack.slots[0] < whole[0]
+
+
+def test_bytes_fall_as_the_policy_says() -> None:
+    for ratio in (6, 12):
+        stack = Stack(f"leankv:policy=budget,ratio={ratio},window=32", layers=3)
+        stack.feed(8000)
+        end_prompt(stack.caches)
+        fp16 = sum(cache.fp16_nbytes for cache in stack.caches)
+        assert 0.93 * fp16 / ratio < stack.used <= fp16 / ratio
+        assert stack.allocated <= 1.15 * stack.used
+
+
+def test_half_the_slots_take_half_the_memory() -> None:
+    stack = Stack("leankv:policy=threshold,low=none,window=32")
+    stack.feed(8000, attend=False)
+    before = stack.allocated, stack.used
+    for cache in stack.caches:
+        body = cache.layer.body
+        plan = body.describe().tiers.copy()
+        plan[stack.rng.random(plan.shape) < 0.5] = -1
+        body.place(plan)
+    assert 0.45 < stack.used / before[1] < 0.55
+    assert 0.45 < stack.allocated / before[0] < 0.55
+    pools = sum(t.pool.array.nbytes for c in stack.caches for t in c.layer.body.tables)
+    assert stack.allocated > pools > 0.8 * stack.allocated  # counted from the arrays themselves
+
+
+def test_generation_under_a_byte_budget_stays_flat() -> None:
+    nbytes = 600_000
+    stack = Stack(f"leankv:policy=budget,ratio=1.01,budget={nbytes},window=32")
+    stack.feed(1500)
+    seen = []
+    for step in range(2000):
+        stack.feed(1)
+        if step > 2:
+            seen.append(stack.allocated)
+    assert max(seen) <= nbytes
+    assert min(seen[500:]) > 0.8 * nbytes  # and it is made use of
+
+
+def test_one_wait_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = Stack(BUDGET, layers=4)
+    stack.feed(2000)
+    stack.steps(3)
+    waits: list[Any] = []
+    real = mx.eval
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(mx, name)
+
+        def eval(self, *args: Any) -> None:
+            waits.append(args)
+            real(*args)
+
+    monkeypatch.setattr(sparsifier, "mx", Counting())
+    before = stack.slots
+    stack.steps(70)
+    assert stack.slots != before and len(waits) == 2  # a flush every 32 tokens
+
+
+def test_a_new_prompt_is_judged_with_what_was_kept() -> None:
+    stack = Stack(BUDGET)
+    stack.feed(2000)
+    stack.steps(40)
+    kept = stack.slots
+    stack.feed(300)  # over heads of different lengths
+    assert stack.slots[0] >= kept[0] + H * 256
+    stack.steps(2)
+    positions = stack.caches[0].layer.body.describe().positions
+    assert (positions >= 2040).any() and (positions[positions >= 0] < 2040).any()
+
+
+def test_chunks_are_judged_as_they_come() -> None:
+    stack = Stack(f"{BUDGET},at=chunk")
+    most = 0
+    for _ in range(8):
+        stack.feed(512)
+        most = max(most, stack.slots[0])
+    assert most < H * 3000
+
+
+def test_what_repetition_does_not_ask_for_goes() -> None:
+    model = TINY["llama"](dtype=mx.float32)
+    prompt = np.random.default_rng(0).integers(0, 100, 1200).tolist()
+    with attach(model, f"{BUDGET},scores=repeat"):
+        caches = make_caches(model)
+        model(mx.array([prompt]), cache=caches)
+        whole = [c.layer.body.slots for c in caches]
+        twin = copy.deepcopy(caches)
+        repeat_and_place(model, caches, prompt)
+        assert all(c.offset == 1200 for c in caches)
+        kept = [c.layer.body.slots for c in caches]
+        assert kept[0] < 0.6 * whole[0]
+        for _ in range(40):  # a question drops nothing further
+            mx.eval(model(mx.array([[1]]), cache=caches))
+        assert all(c.layer.body.slots >= k for c, k in zip(caches, kept, strict=True))
+        assert [c.layer.body.slots for c in twin] == whole
+
+
+def test_given_scores_decide() -> None:
+    stack = Stack(f"{BUDGET},pooling=1")
+    stack.feed(3000)
+    wanted = []
+    for cache in stack.caches:
+        slots = cache.layer.body.describe()
+        wanted.append(mx.array((slots.positions % 7 == 0).astype(np.float32)))
+    place_by(stack.caches, wanted)
+    for cache, score in zip(stack.caches, wanted, strict=True):
+        positions = cache.layer.body.describe().positions
+        kept = positions[positions >= 0] % 7 == 0
+        # Heads get whole blocks, so a head may lose less than one.
+        assert float(score.sum()) - 32 * H < kept.sum() <= float(score.sum())
+        assert kept.sum() < len(kept)  # there was room for others too
+
+
+def test_copies_go_their_own_way() -> None:
+    stack = Stack(BUDGET)
+    stack.feed(2000)
+    twin = Stack(BUDGET)
+    twin.caches = copy.deepcopy(stack.caches)
+    before = stack.slots
+    twin.steps(2)
+    assert twin.slots[0] < before[0] and stack.slots == before
+    stack.steps(2)
+    assert stack.slots[0] < before[0]
+
+
+def test_short_prompts_lose_nothing() -> None:
+    stack = Stack("leankv:policy=budget,ratio=50,window=32")
+    stack.feed(LEAST_SLOTS)
+    whole = stack.slots
+    stack.steps(3)
+    assert stack.slots == whole and whole[0] > 0
+
+
+def test_a_layer_without_queries_keeps_every_token() -> None:
+    stack = Stack(BUDGET)
+    stack.feed(2000, attend=False)
+    whole = stack.slots
+    for _ in range(100):
+        stack.feed(1, attend=False)
+    assert stack.slots[0] >= whole[0] and not stack.caches[0].layer.ragged
+
+
+def test_reading_the_arrays_of_a_pruned_cache_is_refused() -> None:
+    stack = Stack(BUDGET)
+    stack.feed(2000)
+    stack.steps(2)
+    with pytest.raises(UnsupportedError, match="policy=keep_all"):
+        stack.caches[0].make_mask(3, return_array=True)
+    stack.feed(1, attend=False)
+    with pytest.raises(UnsupportedError, match="policy=keep_all"):
+        stack.feed(1)
+
+
+def test_a_budget_below_sink_tokens_and_window() -> None:
+    stack = Stack("leankv:policy=budget,budget=100K", layers=8)
+    with pytest.raises(ConfigError, match="budget=102400 bytes is too small"):
+        stack.feed(100)
+
+
+def test_layers_with_bits_of_their_own() -> None:
+    model = TINY["llama"](dtype=mx.float32)
+    config = CompressionConfig.parse("leankv:layer_bits=k4v4/k3v3/k8v8,window=32")
+    with attach(model, config):
+        caches = make_caches(model)
+        model(mx.arange(120)[None], cache=caches)
+        assert [(c.config.k_bits, c.config.v_bits) for c in caches] == [(4, 4), (3, 3), (8, 8)]
+        used = [c.memory().codes for c in caches]
+        assert used[1] < used[0] < used[2]
+    with attach(model, "leankv:layer_bits=k4v4/k8v8"), pytest.raises(ConfigError, match="3 that"):
+        make_caches(model)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_kind_of_model_goes_on_after_dropping(name: str) -> None:
+    model = TINY[name](dtype=mx.float32)
+    outs = {}
+    for backend in ("reference", "cpu"):
+        kv = f"leankv:policy=streaming,window=32,backend={backend}"
+        with attach(model, kv) as attachment:
+            if not attachment.compressed_layers:
+                return
+            caches = make_caches(model)
+            tokens = np.random.default_rng(0).integers(0, 100, (1, 300))
+            model(mx.array(tokens), cache=caches)
+            steps = [model(mx.array([[i]]), cache=caches)[0, -1] for i in range(40)]
+            steps.append(model(mx.array(tokens[:, :50]), cache=caches)[0, -1])
+            outs[backend] = np.array(mx.stack(steps).astype(mx.float32))
+            fused = any(row.attention == "fused" for row in attachment.report)
+            # A layer that hands over no queries keeps everything.
+            ragged = [c.layer.ragged for c in _ours(caches) if c.layer and c.layer.body]
+            assert ragged and set(ragged) == {fused}
+    np.testing.assert_allclose(outs["cpu"], outs["reference"], atol=2e-3)
+
+
+def _ours(caches: list[Any]) -> list[CompressedKVCache]:
+    return [c for c in caches if isinstance(c, CompressedKVCache)]

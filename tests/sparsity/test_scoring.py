@@ -1,0 +1,133 @@
+"""Scores of tokens against a softmax over everything, in NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from leankv_mlx.cache import CompressedKVCache, owner_of
+from leankv_mlx.cache.layer import Layer
+from leankv_mlx.sparsity import LargestReceived, Observations, pooled
+
+H, G, DIM, SCALE = 2, 3, 32, 0.4
+KV = "leankv:window=32,policy=threshold,alpha_high=0,alpha_low=0"
+
+
+def fed(calls: list[int], kv: str = KV, sink_logits: mx.array | None = None) -> Any:
+    """A cache after some calls, and its queries [H * G, N, DIM] in all of them."""
+    cache, rng, asked = CompressedKVCache(kv), np.random.default_rng(0), []
+    for n in calls:
+        q, k, v = (
+            mx.array(rng.standard_normal((1, heads, n, DIM)).astype(np.float32))
+            for heads in (H * G, H, H)
+        )
+        fetched = owner_of(*cache.update_and_fetch(k, v))
+        assert fetched is not None
+        fetched.attend(q, scale=SCALE, mask="causal", sink_logits=sink_logits)
+        asked.append(np.array(q[0]))
+    return cache, np.concatenate(asked, axis=1)
+
+
+def keys_in_order(layer: Layer) -> NDArray[Any]:
+    """Every key as attention sees it, un-rotated, [H, N, DIM]."""
+    return np.array(layer.view().fetched().k[0])
+
+
+def weights(queries: NDArray[Any], keys: NDArray[Any], first: int, logits: Any = None) -> Any:
+    """Causal attention weights [H, G, R, N] of queries that stand at `first` and behind it."""
+    s = np.einsum("hgrd,hnd->hgrn", queries.reshape(H, G, -1, DIM), keys) * SCALE
+    at = first + np.arange(queries.shape[1])[:, None]
+    s = np.where(np.arange(keys.shape[1]) <= at, s, -np.inf)
+    total = np.exp(s).sum(-1, keepdims=True)
+    if logits is not None:
+        total = total + np.exp(np.array(logits)).reshape(H, G, 1, 1)
+    return np.exp(s) / total
+
+
+@pytest.mark.parametrize("with_logits", [False, True])
+@pytest.mark.parametrize("equalize", ["", ",equalize=on"])
+def test_significance_is_the_mean_weight_from_the_last_64_queries(
+    with_logits: bool, equalize: str
+) -> None:
+    logits = mx.array(np.linspace(-1, 2, H * G).astype(np.float32)) if with_logits else None
+    cache, queries = fed([300, 40, 5, 1], KV + equalize, logits)
+    layer = cache.layer
+    of_stored, of_exact = layer.judge()
+    n = cache.offset
+    p = weights(queries[:, -64:], keys_in_order(layer), n - 64, logits)
+    seen = np.minimum(n - np.arange(n), 64)  # a late token is not seen by all of them
+    expected = (p.sum(axis=2) / seen).max(axis=1)
+    # sink tokens, stored tokens, window
+    ours = np.concatenate([of_exact[:, :4], of_stored, of_exact[:, 4:]], axis=1)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+def test_the_window_is_judged_by_what_later_queries_saw() -> None:
+    cache, _ = fed([200, 5])
+    assert cache.layer.judge_window() is None  # what the prompt's queries saw is not known
+    cache, queries = fed([200] + [1] * 27)  # the second single token ends the prompt
+    found = cache.layer.judge_window()
+    n, asked = cache.offset, 26
+    p = weights(queries[:, -asked:], keys_in_order(cache.layer), n - asked)
+    rows = np.r_[0:4, n - (found.shape[1] - 4) : n]
+    seen = np.minimum(n - rows, asked)
+    np.testing.assert_allclose(found, (p.sum(axis=2)[..., rows] / seen).max(axis=1), atol=2e-6)
+
+
+def test_the_largest_weight_of_several_calls() -> None:
+    cache, _ = fed([400])
+    layer, collector = cache.layer, LargestReceived()
+    view = layer.view()
+    slots = slice(4, 4 + view.bodies[0].slots)
+    expected = 0
+    for seed, n in enumerate((150, 20)):
+        q = np.random.default_rng(seed).standard_normal((H * G, n, DIM)).astype(np.float32)
+        keys = view.rows().k
+        collector.add(view.rotations[0].apply(mx.array(q)), keys, slots, SCALE, None, None)
+        p = weights(q, keys_in_order(layer), cache.offset - n)
+        expected = np.maximum(expected, p[..., slots].max(axis=(1, 2)))
+    assert collector.scores is not None
+    np.testing.assert_allclose(collector.scores, expected, atol=1e-6)
+
+
+def test_the_ring_holds_the_last_64_queries_and_follows_a_trim() -> None:
+    ring = Observations()
+    q = mx.arange(200, dtype=mx.float32).reshape(1, 200, 1)
+    ring.add(q[:, :150], None, 150, 1.0, None)
+    for i in range(150, 190):
+        ring.add(q[:, i : i + 1], mx.zeros((1, 1)), i + 1, 1.0, None)
+
+    def held() -> list[int]:
+        found = ring.latest(lambda x: x)
+        assert found is not None and found.queries[0, :, 0].tolist() == found.positions.tolist()
+        return [int(x) for x in found.positions]
+
+    assert held() == list(range(126, 190))
+    ring.trim(160)
+    assert held() == list(range(96, 160))
+    ring.trim(130)
+    assert held() == list(range(86, 130))
+    ring.trim(10)
+    assert ring.latest(lambda x: x) is None and ring.nbytes == 0
+
+
+def test_the_ring_does_not_hold_the_queries_of_the_prompt() -> None:
+    ring = Observations()
+    ring.add(mx.zeros((4, 5000, 64)), None, 5000, 1.0, None)
+    assert ring.nbytes == 4 * 64 * 64 * 4
+
+
+def test_pooling_reaches_neighbours_by_position() -> None:
+    scores = np.array([[0.0, 0.9, 0.0, 0.2, 0.0, 7.0]], np.float32)
+    positions = np.array([[10, 12, 3, 4, 30, -1]], np.int32)
+    assert pooled(scores, positions, 5).tolist() == [pytest.approx([0.9, 0.9, 0.2, 0.2, 0.0, 0.0])]
+    assert pooled(scores, positions, 3)[0].tolist() == pytest.approx([0.0, 0.9, 0.2, 0.2, 0, 0])
+    assert pooled(scores, positions, 1)[0].tolist() == pytest.approx([0, 0.9, 0, 0.2, 0, 0])
+    wide = np.random.default_rng(0).random((3, 200)).astype(np.float32)
+    at = np.broadcast_to(np.arange(200, dtype=np.int32), (3, 200))
+    expected = np.stack([wide[:, max(0, i - 7) : i + 8].max(axis=1) for i in range(200)], axis=1)
+    np.testing.assert_array_equal(pooled(wide, at, 15), expected)
