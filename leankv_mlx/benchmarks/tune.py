@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from leankv_mlx.codec.format import TILE, Format
 from leankv_mlx.codec.rotation import hadamard
-from leankv_mlx.kernels import Body, Centers, Rows
+from leankv_mlx.kernels import Body, Centers, DecodeInputs, Rows
 from leankv_mlx.kernels.gpu.attention import DecodeAttention, shape_of
 from leankv_mlx.kernels.gpu.geometry import Geometry
 from leankv_mlx.kernels.gpu.launch import MlxLauncher
@@ -45,12 +45,12 @@ def tune_attention(
     queries = mx.random.normal((heads * group, 1, head_dim), mx.float16)
     mx.eval(body.pool, body.table, body.lengths, exact, centers, queries)
     attend = DecodeAttention(launch)
+    inputs = DecodeInputs(
+        queries, [body], exact, centers, scale=head_dim**-0.5, sinks=4, mask=None,
+        sink_logits=None, rotations=(rotation, rotation),
+    )  # fmt: skip
 
     def run() -> None:
-        result = attend(
-            queries, [body], exact, centers, scale=head_dim**-0.5, sinks=4, mask=None,
-            sink_logits=None, rotations=(rotation, rotation),
-        )  # fmt: skip
-        mx.eval(result)
+        mx.eval(attend(inputs))
 
     return launch.tuner.tune(shape_of(queries, body, exact, True), run)

@@ -21,7 +21,15 @@ from leankv_mlx.kernels.append import append_ops
 from leankv_mlx.kernels.decode_attention import between_rotations, decode_attention_ops
 from leankv_mlx.kernels.encode import encode_ops
 from leankv_mlx.kernels.gather import gather_ops
-from leankv_mlx.kernels.types import Attention, Backend, Body, Centers, Mask, Rotations, Rows
+from leankv_mlx.kernels.types import (
+    Attention,
+    Backend,
+    Body,
+    Centers,
+    DecodeInputs,
+    Rotations,
+    Rows,
+)
 
 
 def make() -> Backend:
@@ -148,39 +156,21 @@ def _repack(body: Body, index: mx.array) -> mx.array:
     return blocks
 
 
-def _decode_attention(
-    queries: mx.array,
-    bodies: Sequence[Body],
-    exact: Rows,
-    centers: Centers | None,
-    *,
-    scale: float,
-    sinks: int,
-    mask: Mask,
-    sink_logits: mx.array | None,
-    rotations: Rotations | None,
-) -> Attention:
-    native = _rotations(rotations) if rotations else None
-    if isinstance(mask, mx.array):
-        return decode_attention_ops(
-            queries, bodies, exact, centers, scale=scale, sinks=sinks, mask=mask,
-            sink_logits=sink_logits, rotations=rotations,
-        )  # fmt: skip
-
-    def attend(queries: mx.array) -> Attention:
-        return Attention(
-            *load().decode_attention(
-                queries,
-                [_body(body) for body in bodies],
-                *exact,
-                _centers(centers),
-                scale,
-                mask == "causal",
-                sink_logits,
-                native,
-            )
+def _decode_attention(inputs: DecodeInputs) -> Attention:
+    if isinstance(inputs.mask, mx.array):
+        return decode_attention_ops(inputs)
+    native = _rotations(inputs.rotations) if inputs.rotations else None
+    if inputs.rotations and native is None:
+        return between_rotations(_decode_attention, inputs)
+    return Attention(
+        *load().decode_attention(
+            inputs.queries,
+            [_body(body) for body in inputs.bodies],
+            *inputs.exact,
+            _centers(inputs.centers),
+            inputs.scale,
+            inputs.mask == "causal",
+            inputs.sink_logits,
+            native,
         )
-
-    if rotations and native is None:
-        return between_rotations(attend, queries, rotations)
-    return attend(queries)
+    )

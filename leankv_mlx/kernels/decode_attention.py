@@ -1,6 +1,7 @@
 """Attention of a few new tokens over a compressed sequence."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -12,42 +13,26 @@ from leankv_mlx.kernels.types import (
     Backend,
     Body,
     Centers,
+    DecodeInputs,
     Mask,
     Rotations,
     Rows,
 )
 
 
-def decode_attention_ops(
-    queries: mx.array,
-    bodies: Sequence[Body],
-    exact: Rows,
-    centers: Centers | None,
-    *,
-    scale: float,
-    sinks: int,
-    mask: Mask,
-    sink_logits: mx.array | None,
-    rotations: Rotations | None,
-) -> Attention:
+def decode_attention_ops(inputs: DecodeInputs) -> Attention:
     """Ops-based reference implementation of `decode_attention`: exact centering spelled out.
 
     Body codes are centered, so body scores get the scalar q.mu_k and the output gets mu_v times
     the probability mass of the body (not 1: sink logits, sink tokens and the window take some).
     """
-    if rotations is not None:
-        return between_rotations(
-            lambda rotated: decode_attention_ops(
-                rotated, bodies, exact, centers, scale=scale, sinks=sinks, mask=mask,
-                sink_logits=sink_logits, rotations=None,
-            ),
-            queries,
-            rotations,
-        )  # fmt: skip
-    query_heads, length, _ = queries.shape
+    if inputs.rotations is not None:
+        return between_rotations(decode_attention_ops, inputs)
+    bodies, exact, centers, sinks = inputs.bodies, inputs.exact, inputs.centers, inputs.sinks
+    query_heads, length, dim = inputs.queries.shape
     heads, rows = exact.k.shape[0], exact.k.shape[1]
     # The query heads of a KV head and their tokens side by side: [H, G * L, Dk].
-    q = (queries.astype(mx.float32) * scale).reshape(heads, -1, queries.shape[2])
+    q = (inputs.queries.astype(mx.float32) * inputs.scale).reshape(heads, -1, dim)
 
     scores, values = [], []
     for body in bodies:
@@ -66,9 +51,10 @@ def decode_attention_ops(
 
     columns = sum(part.shape[-1] for part in scores)
     s = mx.concatenate(scores, axis=-1).reshape(query_heads, length, columns)
-    s = _masked(s, mask)
-    if sink_logits is not None:
-        logits = mx.broadcast_to(sink_logits.astype(mx.float32)[:, None, None], (*s.shape[:2], 1))
+    s = _masked(s, inputs.mask)
+    if inputs.sink_logits is not None:
+        logits = inputs.sink_logits.astype(mx.float32)[:, None, None]
+        logits = mx.broadcast_to(logits, (*s.shape[:2], 1))
         lse = mx.logsumexp(mx.concatenate([logits, s], axis=-1), axis=-1)
     else:
         lse = mx.logsumexp(s, axis=-1)
@@ -82,11 +68,14 @@ def decode_attention_ops(
 
 
 def between_rotations(
-    attend: Callable[[mx.array], Attention], queries: mx.array, rotations: Rotations
+    attend: Callable[[DecodeInputs], Attention], inputs: DecodeInputs
 ) -> Attention:
     """Attention of rotated queries, its output un-rotated and in the dtype of the queries."""
-    out, lse = attend(rotations[0].apply(queries.astype(mx.float32)))
-    return Attention(rotations[1].undo(out).astype(queries.dtype), lse)
+    assert inputs.rotations is not None
+    k, v = inputs.rotations
+    queries = k.apply(inputs.queries.astype(mx.float32))
+    out, lse = attend(replace(inputs, queries=queries, rotations=None))
+    return Attention(v.undo(out).astype(inputs.queries.dtype), lse)
 
 
 def _no_centers(centers: Centers) -> Centers:
@@ -166,13 +155,5 @@ def decode_attention(
                 f"[decode_attention] expected mask [.., {length}, {tokens}], got {mask.shape}."
             )
     return backend.decode_attention(
-        queries,
-        bodies,
-        exact,
-        centers,
-        scale=scale,
-        sinks=sinks,
-        mask=mask,
-        sink_logits=sink_logits,
-        rotations=rotations,
+        DecodeInputs(queries, bodies, exact, centers, scale, sinks, mask, sink_logits, rotations)
     )

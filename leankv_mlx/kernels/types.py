@@ -72,30 +72,28 @@ Mask = mx.array | str | None
 additive."""
 
 
+@dataclass(frozen=True)
+class DecodeInputs:
+    """What decode attention reads; the fields are the arguments of
+    `kernels.decode_attention.decode_attention`, which has checked them."""
+
+    queries: mx.array
+    bodies: Sequence[Body]
+    exact: Rows
+    centers: Centers | None
+    scale: float
+    sinks: int
+    mask: Mask
+    sink_logits: mx.array | None
+    rotations: Rotations | None
+
+
 class EncodeOp(Protocol):
     """See `kernels.encode.encode`."""
 
     def __call__(
         self, rows: Rows, centers: Centers, format: Format, rounding: Rounding
     ) -> mx.array: ...
-
-
-class DecodeAttentionOp(Protocol):
-    """See `kernels.decode_attention.decode_attention`."""
-
-    def __call__(
-        self,
-        queries: mx.array,
-        bodies: Sequence[Body],
-        exact: Rows,
-        centers: Centers | None,
-        *,
-        scale: float,
-        sinks: int,
-        mask: Mask,
-        sink_logits: mx.array | None,
-        rotations: Rotations | None,
-    ) -> Attention: ...
 
 
 class GatherOp(Protocol):
@@ -119,7 +117,7 @@ class Backend:
     name: str
     encode: EncodeOp
     dequantize: Callable[[Body, Centers, mx.Dtype], Rows]
-    decode_attention: DecodeAttentionOp
+    decode_attention: Callable[[DecodeInputs], Attention]
     gather: GatherOp
     append: Callable[[Rows, Rows, Rotations], Rows]
     repack: Callable[[Body, mx.array], mx.array]

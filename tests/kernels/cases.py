@@ -9,7 +9,6 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -23,8 +22,7 @@ from leankv_mlx.kernels import (
     Backend,
     Body,
     Centers,
-    Mask,
-    Rotations,
+    DecodeInputs,
     Rows,
     available_backends,
     resolve_backend,
@@ -92,21 +90,6 @@ def identify(row: Mapping[str, Any]) -> str:
     return "-".join(str(v).removeprefix("mlx.core.").replace(" ", "") for v in row.values())
 
 
-@dataclass(frozen=True)
-class Case:
-    """Arguments of `decode_attention`."""
-
-    queries: mx.array
-    bodies: list[Body]
-    exact: Rows
-    centers: Centers
-    scale: float
-    sinks: int
-    mask: Mask
-    sink_logits: mx.array | None
-    rotations: Rotations | None
-
-
 def case(
     *,
     k_bits: int,
@@ -123,7 +106,7 @@ def case(
     rotated: bool,
     heads: int = 3,
     blocks: int = 4,
-) -> Case:
+) -> DecodeInputs:
     """Random arrays of these shapes; the same arguments always give the same."""
     draw = np.random.default_rng(abs(hash((k_bits, v_bits, dims, group, new, exact))) % 2**32)
     exact = max(exact, new if mask == "causal" else 0)
@@ -131,7 +114,7 @@ def case(
         exact = max(exact, 1)  # some token for every head
     rotations = (hadamard(dims[0] - 7), hadamard(dims[1])) if rotated else None
     head_dim = rotations[0].head_dim if rotations else dims[0]
-    return Case(
+    return DecodeInputs(
         queries=normal(draw, (heads * group, new, head_dim)).astype(dtype),
         bodies=[
             body(draw, bits_of(k_bits, dims[0], t), bits_of(v_bits, dims[1], t), heads, blocks,

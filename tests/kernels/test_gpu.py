@@ -20,6 +20,7 @@ from leankv_mlx.kernels import (
     Attention,
     Backend,
     Centers,
+    DecodeInputs,
     Rows,
     available_backends,
     resolve_backend,
@@ -107,8 +108,10 @@ def test_head_dims_that_no_kernel_knows_run_as_plain_ops() -> None:
     blocks = backend.encode(rows, centers, format, "rms")
     assert mx.array_equal(blocks, encode_ops(rows, centers, format, "rms"))
     attention = backend.decode_attention(
-        rows.k[:, :1], [], rows, None, scale=1.0, sinks=0, mask=None, sink_logits=None,
-        rotations=None,
+        DecodeInputs(
+            rows.k[:, :1], [], rows, None, scale=1.0, sinks=0, mask=None, sink_logits=None,
+            rotations=None,
+        )
     )  # fmt: skip
     assert isinstance(attention, Attention)
 

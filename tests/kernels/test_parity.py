@@ -6,7 +6,7 @@ A new backend is a row of `IMPLEMENTATIONS` in cases.py and nothing here.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from leankv_mlx.codec.format import Format
 from leankv_mlx.codec.packing import unpack_k, unpack_v
 from leankv_mlx.codec.rotation import hadamard
 from leankv_mlx.config import Rounding
-from leankv_mlx.kernels import Attention, Backend, Centers, Rows, resolve_backend
+from leankv_mlx.kernels import Attention, Backend, Centers, DecodeInputs, Rows, resolve_backend
 from leankv_mlx.kernels.append import append
 from leankv_mlx.kernels.decode_attention import decode_attention
 from leankv_mlx.kernels.dequantize import dequantize
@@ -26,7 +26,7 @@ from leankv_mlx.kernels.encode import encode
 from leankv_mlx.kernels.gather import gather
 from leankv_mlx.kernels.repack import repack
 from tests.kernels import cases
-from tests.kernels.cases import FACTORS, MIXED, TOLERANCE, Case, error
+from tests.kernels.cases import FACTORS, MIXED, TOLERANCE, error
 
 REFERENCE = resolve_backend("reference")
 VARIANTS = [
@@ -52,14 +52,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield backend
 
 
-def attention(case: Case, backend: Backend) -> Attention:
-    arguments = {field.name: getattr(case, field.name) for field in fields(case)}
-    result = decode_attention(**arguments, backend=backend)
+def attention(case: DecodeInputs, backend: Backend) -> Attention:
+    result = decode_attention(**vars(case), backend=backend)
     mx.eval(result)
     return result
 
 
-def check_attention(case: Case, backend: Backend) -> None:
+def check_attention(case: DecodeInputs, backend: Backend) -> None:
     ours, reference = attention(case, backend), attention(case, REFERENCE)
     out_dtype = case.queries.dtype if case.rotations else mx.float32
     assert error(ours.out, reference.out) < TOLERANCE[out_dtype]
@@ -86,8 +85,7 @@ def test_an_array_as_mask(backend: Backend) -> None:
     row = cases.pairwise(FACTORS)[0] | {"tiers": 1, "lengths": "full", "exact": 40, "new": 3}
     case = cases.case(**row)
     mask = mx.arange(128 + 40) % 3 > 0
-    masked = Case(**vars(case) | {"mask": mx.broadcast_to(mask, (3, 168))})
-    check_attention(masked, backend)
+    check_attention(replace(case, mask=mx.broadcast_to(mask, (3, 168))), backend)
 
 
 SHAPES = cases.pairwise({k: FACTORS[k] for k in ("k_bits", "v_bits", "dims", "dtype")})
@@ -99,6 +97,7 @@ def test_dequantize_and_gather(row: dict[str, Any], backend: Backend) -> None:
     draw = np.random.default_rng(3)
     other = {"group": 1, "new": 1, "exact": 39, "sink_logits": False, "mask": None}
     case = cases.case(**row, **other, lengths="partial", tiers=2, rotated=False)
+    assert case.centers is not None
     for body in case.bodies:
         used = mx.array(cases.used(body))[..., None]
         pair = (dequantize(body, case.centers, dtype, b) for b in (backend, REFERENCE))

@@ -30,10 +30,7 @@ def attend(launch: MslLauncher) -> None:
         sink_logits=False, mask="causal", dtype=mx.float16, rotated=True, heads=2, blocks=6,
     )  # fmt: skip
     launch.spread = Geometry(1, 2, 1)
-    DecodeAttention(launch)(
-        case.queries, case.bodies, case.exact, case.centers, scale=case.scale, sinks=case.sinks,
-        mask=case.mask, sink_logits=None, rotations=case.rotations,
-    )  # fmt: skip
+    DecodeAttention(launch)(case)
 
 
 def encode(launch: MslLauncher) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from leankv_mlx.codec.rotation import hadamard
-from leankv_mlx.kernels import Rows
+from leankv_mlx.kernels import DecodeInputs, Rows
 from leankv_mlx.kernels.append import append_ops
 from leankv_mlx.kernels.decode_attention import decode_attention_ops
 from leankv_mlx.kernels.gpu.append import Append
@@ -44,12 +44,8 @@ def test_every_strategy_gives_the_same_values(bits: int, strategy: int) -> None:
         k_bits=bits, v_bits=bits, dims=(160, 160), group=2, new=1, lengths="partial", tiers=1,
         exact=5, sink_logits=False, mask=None, dtype=mx.float32, rotated=False, heads=2,
     )  # fmt: skip
-    arguments = {"scale": case.scale, "sinks": 4, "mask": None, "sink_logits": None}
     launch = MslLauncher(strategy, spread=Geometry(2, 2, 2))
-    outs = [
-        attend(case.queries, case.bodies, case.exact, case.centers, rotations=None, **arguments)  # type: ignore[arg-type]
-        for attend in (DecodeAttention(launch), decode_attention_ops)
-    ]
+    outs = [attend(case) for attend in (DecodeAttention(launch), decode_attention_ops)]
     assert cases.error(outs[0].out, outs[1].out) < 2e-5
     assert cases.error(outs[0].lse, outs[1].lse) < 2e-5
 
@@ -64,12 +60,10 @@ def test_arrays_of_fewer_than_8_elements_lie_in_constant_memory() -> None:
     exact = Append(launch)(none, new, rotations)
     for ours, reference in zip(exact, append_ops(none, new, rotations), strict=True):
         assert cases.error(ours, reference) < 1e-6
-    outs = [
-        attend(
-            new.k, [], exact, None, scale=1.0, sinks=0, mask=None, sink_logits=mx.array([0.3]),
-            rotations=rotations,
-        )
-        for attend in (DecodeAttention(launch), decode_attention_ops)
-    ]  # fmt: skip
+    inputs = DecodeInputs(
+        new.k, [], exact, None, scale=1.0, sinks=0, mask=None, sink_logits=mx.array([0.3]),
+        rotations=rotations,
+    )  # fmt: skip
+    outs = [attend(inputs) for attend in (DecodeAttention(launch), decode_attention_ops)]
     assert cases.error(outs[0].out, outs[1].out) < 1e-6
     assert cases.error(outs[0].lse, outs[1].lse) < 1e-6

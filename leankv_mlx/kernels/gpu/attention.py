@@ -1,7 +1,6 @@
 """Decode attention on a GPU: one launch for each tier, one merge, no synchronization."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from math import log2
 
@@ -19,7 +18,7 @@ from leankv_mlx.kernels.gpu.launch import (
     format_template,
     nothing,
 )
-from leankv_mlx.kernels.types import Attention, Body, Centers, Mask, Rotations, Rows
+from leankv_mlx.kernels.types import Attention, Body, DecodeInputs, Rows
 
 MAX_ROWS = 8
 """Query rows of a KV head that one threadgroup takes: they live in registers."""
@@ -102,18 +101,8 @@ def _tiles(queries: mx.array, heads: int) -> int:
     return -(-_query_rows(queries, heads) // MAX_ROWS)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What all launches of a call have in common; rotations are None where queries are rotated."""
-
-    queries: mx.array
-    exact: Rows
-    centers: Centers | None
-    scale: float
-    causal: bool
-    sink_logits: mx.array | None
-    k: Hadamard | None
-    v: Hadamard | None
+Hadamards = tuple[Hadamard, Hadamard] | None
+"""Rotations that the kernels apply themselves; None where queries and output are rotated."""
 
 
 @dataclass(frozen=True)
@@ -122,62 +111,45 @@ class DecodeAttention:
 
     launch: Launcher
 
-    def __call__(
-        self,
-        queries: mx.array,
-        bodies: Sequence[Body],
-        exact: Rows,
-        centers: Centers | None,
-        *,
-        scale: float,
-        sinks: int,
-        mask: Mask,
-        sink_logits: mx.array | None,
-        rotations: Rotations | None,
-    ) -> Attention:
+    def __call__(self, inputs: DecodeInputs) -> Attention:
         """An array as mask runs as plain MLX ops, and so does a rotation that is no Hadamard."""
-        if isinstance(mask, mx.array) or not fits(exact.k.shape[2], exact.v.shape[2]):
-            return decode_attention_ops(
-                queries, bodies, exact, centers, scale=scale, sinks=sinks, mask=mask,
-                sink_logits=sink_logits, rotations=rotations,
-            )  # fmt: skip
-        causal = mask == "causal" and queries.shape[1] > 1
-        call = _Call(queries, exact, centers, scale, causal, sink_logits, None, None)
-        if rotations is None:
-            return self._attend(call, bodies)
-        k, v = rotations
+        exact = inputs.exact
+        if isinstance(inputs.mask, mx.array) or not fits(exact.k.shape[2], exact.v.shape[2]):
+            return decode_attention_ops(inputs)
+        if inputs.rotations is None:
+            return self._attend(inputs, None)
+        k, v = inputs.rotations
         if isinstance(k, Hadamard) and isinstance(v, Hadamard):
-            return self._attend(replace(call, k=k, v=v), bodies)
-        return between_rotations(
-            lambda rotated: self._attend(replace(call, queries=rotated), bodies),
-            queries,
-            rotations,
-        )
+            return self._attend(inputs, (k, v))
+        return between_rotations(lambda rotated: self._attend(rotated, None), inputs)
 
-    def _attend(self, call: _Call, bodies: Sequence[Body]) -> Attention:
+    def _attend(self, inputs: DecodeInputs, rotations: Hadamards) -> Attention:
         """The exact rows go with the first tier."""
-        has_rows = call.exact.k.shape[1] > 0
-        parts = [self._split(call, bodies[0] if bodies else None, has_rows)]
-        parts += [self._split(call, body, False) for body in bodies[1:]]
-        return self._merge(call, parts)
+        bodies, has_rows = inputs.bodies, inputs.exact.k.shape[1] > 0
+        parts = [self._split(inputs, rotations, bodies[0] if bodies else None, has_rows)]
+        parts += [self._split(inputs, rotations, body, False) for body in bodies[1:]]
+        return self._merge(inputs, rotations, parts)
 
-    def _split(self, call: _Call, body: Body | None, with_rows: bool) -> mx.array:
+    def _split(
+        self, inputs: DecodeInputs, rotations: Hadamards, body: Body | None, with_rows: bool
+    ) -> mx.array:
         """Parts [Hq * L, splits, Dv + 2] of one tier."""
-        queries, exact, centers = call.queries, call.exact, call.centers
+        queries, exact, centers = inputs.queries, inputs.exact, inputs.centers
+        rotation = rotations[0] if rotations else None
         heads, v_dim = exact.k.shape[0], exact.v.shape[2]
         tiles, rows = _tiles(queries, heads), _query_rows(queries, heads)
         geometry = self.launch.geometry(shape_of(queries, body, exact, with_rows))
         template: Template = {
             "KF": 0, "VF": 0, "KC": exact.k.shape[2] // 32, "VC": v_dim // 32,
             **(format_template(body.format) if body else {}),
-            "BLOCK": call.k.block if call.k else 0,
+            "BLOCK": rotation.block if rotation else 0,
             "S": self.launch.strategy,
             "R": -(-rows // tiles),
             "T": geometry.blocks,
             "NSG": geometry.simd_groups,
             "BODY": body is not None,
             "EXACT": with_rows,
-            "CAUSAL": call.causal,
+            "CAUSAL": inputs.mask == "causal" and queries.shape[1] > 1,
         }  # fmt: skip
         none, no_index = nothing(mx.float32), nothing(mx.int32)
         assert body is None or centers is not None  # fitted before the first body was encoded
@@ -185,8 +157,8 @@ class DecodeAttention:
             SPLITS,
             [
                 queries,
-                call.k.signs if call.k else none,
-                constant(call.scale * _LOG2_E),
+                rotation.signs if rotation else none,
+                constant(inputs.scale * _LOG2_E),
                 body.pool if body else nothing(mx.uint32),
                 body.table if body else no_index,
                 body.lengths if body else no_index,
@@ -200,16 +172,18 @@ class DecodeAttention:
         )
         return part
 
-    def _merge(self, call: _Call, parts: list[mx.array]) -> Attention:
-        query_heads, tokens, _ = call.queries.shape
-        rotation, dim = call.v, call.exact.v.shape[2]
+    def _merge(
+        self, inputs: DecodeInputs, rotations: Hadamards, parts: list[mx.array]
+    ) -> Attention:
+        query_heads, tokens, _ = inputs.queries.shape
+        rotation, dim = rotations[1] if rotations else None, inputs.exact.v.shape[2]
         head_dim = rotation.head_dim if rotation else dim
         none = nothing(mx.float32)
         out, lse = self.launch(
             merge_kernel(len(parts)),
             [
                 *parts,
-                none if call.sink_logits is None else call.sink_logits,
+                none if inputs.sink_logits is None else inputs.sink_logits,
                 rotation.signs if rotation else none,
             ],
             {
@@ -217,12 +191,12 @@ class DecodeAttention:
                 "BLOCK": rotation.block if rotation else 0,
                 "TOKENS": tokens,
                 "HEAD_DIM": head_dim,
-                "SINK": call.sink_logits is not None,
+                "SINK": inputs.sink_logits is not None,
             },
             (32, query_heads * tokens, 1),
             (32, 1, 1),
             [
-                ((query_heads, tokens, head_dim), call.queries.dtype if rotation else mx.float32),
+                ((query_heads, tokens, head_dim), inputs.queries.dtype if rotation else mx.float32),
                 ((query_heads, tokens), mx.float32),
             ],
         )

@@ -6,7 +6,7 @@ from leankv_mlx.codec.format import Format
 from leankv_mlx.codec.rotation import hadamard
 from leankv_mlx.errors import BackendUnavailableError
 from leankv_mlx.kernels.decode_attention import decode_attention_ops
-from leankv_mlx.kernels.types import Backend, Body, Centers, Rows
+from leankv_mlx.kernels.types import Backend, Body, Centers, DecodeInputs, Rows
 
 _TOLERANCE = 1e-3
 """Far above rounding, and far below what any mistake would cause."""
@@ -41,11 +41,9 @@ def _difference(backend: Backend) -> float:
     table, lengths = mx.arange(4, dtype=mx.int32).reshape(2, 2), mx.array([40, 33], mx.int32)
     body = Body(pool, table, lengths, format, full=False)
     rotations = hadamard(64), hadamard(64)
-    results = [
-        attend(
-            queries.k, [body], exact, centers, scale=0.125, sinks=4, mask=None, sink_logits=None,
-            rotations=rotations,
-        ).out
-        for attend in (backend.decode_attention, decode_attention_ops)
-    ]  # fmt: skip
+    inputs = DecodeInputs(
+        queries.k, [body], exact, centers, scale=0.125, sinks=4, mask=None, sink_logits=None,
+        rotations=rotations,
+    )  # fmt: skip
+    results = [attend(inputs).out for attend in (backend.decode_attention, decode_attention_ops)]
     return float(mx.abs(results[0] - results[1]).max())
