@@ -9,6 +9,9 @@
 //   p V:   lane = channel of each group; the probabilities as [slot][row].
 // Exact centering: body scores get q.mu_k, and a SIMD group adds mu_v times its body mass before it
 // goes on with exact rows.
+// With SKIP a row does without the values of a block whose scores are all below `least`, that is
+// below the log-sum-exp of the exact rows by the logarithm of a weight: no token in it weighs that
+// much. Values that no row needs are not read. The sums stay those of all tokens.
 // A split leaves what merge_splits.metal needs, part [H * rows, splits, Dv + 2]: the unnormalized
 // output, the largest score (base 2), the sum.
 
@@ -27,6 +30,12 @@ struct lkv_shared {
   TG_PTR(float) outs;           // [NSG][Dv]
   TG_PTR(float) mosts;          // [NSG]
   TG_PTR(float) sums;           // [NSG]
+  TG_PTR(float) least;          // [R], with SKIP
+};
+
+// Blocks whose values a SIMD group read, and all that it took.
+struct lkv_reads {
+  int read, all;
 };
 
 // Scores of 32 channels of T blocks, whose key tiles of B bits start at `row`.
@@ -100,27 +109,33 @@ DEVFN void lkv_block_values(const DEV uint* tiles, uint lane, TG_PTR(const float
 
 // One step of the online softmax: the scores of this lane's slot become probabilities relative to
 // the largest score so far, times the slot's value scale. A select, not a product, leaves unused
-// slots out: their scales may be NaN.
-template <int C, int R>
-DEVFN void lkv_softmax(const THR float (&scores)[R], const THR bool (&used)[R], float value_scale,
-                       uint lane, TG_PTR(float) probabilities, THR lkv_state<C, R>& state) {
+// slots out: their scales may be NaN. Returns whether any row needs the values.
+template <int C, int R, bool SKIP>
+DEVFN bool lkv_softmax(const THR float (&scores)[R], const THR bool (&used)[R], float value_scale,
+                       uint lane, TG_PTR(const float) least, TG_PTR(float) probabilities,
+                       THR lkv_state<C, R>& state) {
+  bool needed = !SKIP;
   UNROLL for (int r = 0; r < R; r++) {
-    const float score = used[r] ? scores[r] : LKV_NEVER;
-    const float most = metal::max(state.most[r], simd_max(score));
+    const float score = used[r] ? scores[r] : LKV_NEVER, top = simd_max(score);
+    const float most = metal::max(state.most[r], top);
+    const bool shown = !SKIP || top >= least[r];
+    needed = needed || shown;
     const float shrink = metal::fast::exp2(state.most[r] - most);
     const float p = used[r] ? metal::fast::exp2(score - most) : 0.0f;
     state.most[r] = most;
     state.sum[r] = metal::fma(state.sum[r], shrink, p);
     UNROLL for (int c = 0; c < C; c++) state.out[r][c] *= shrink;
-    probabilities[lane * R + r] = used[r] ? p * value_scale : 0.0f;
+    probabilities[lane * R + r] = used[r] && shown ? p * value_scale : 0.0f;
   }
+  return needed;
 }
 
 // T blocks of a body, block `first` and the following.
-template <int KF, int VF, int KC, int VC, int S, int R, int T, class IP>
+template <int KF, int VF, int KC, int VC, int S, int R, int T, bool SKIP, class IP>
 DEVFN void lkv_attend_blocks(const DEV uint* pool, IP ids, int first, int length, uint lane,
                              const THR lkv_shared& shared, TG_PTR(float) probabilities,
-                             const THR lkv_levels& levels, THR lkv_state<VC, R>& state) {
+                             const THR lkv_levels& levels, THR lkv_state<VC, R>& state,
+                             THR lkv_reads& reads) {
   constexpr int k_words = 32 * lkv_rows(KF, KC), v_words = 32 * lkv_rows(VF, VC);
   const DEV uint* blocks[T];
   float scores[T][R];
@@ -138,24 +153,28 @@ DEVFN void lkv_attend_blocks(const DEV uint* pool, IP ids, int first, int length
       used[r] = inside;
       scores[t][r] = metal::fma(scores[t][r], k_scale, shared.biases[r]);
     }
-    lkv_softmax<VC, R>(scores[t], used, lkv_float_of_half_bits(scales >> 16), lane, probabilities,
-                       state);
+    const bool needed =
+        lkv_softmax<VC, R, SKIP>(scores[t], used, lkv_float_of_half_bits(scales >> 16), lane,
+                                 shared.least, probabilities, state);
+    if (SKIP) {
+      reads.all += (first + t) * 32 < length ? 1 : 0;
+      if (!needed) continue;
+      reads.read++;
+    }
     simdgroup_barrier(mem_flags::mem_threadgroup);
     lkv_block_values<VF, VC, S, R>(blocks[t] + k_words, lane, probabilities, levels, state.out);
     simdgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
 
-// Exact rows `first` to first + 31 of k [E, Dk] and v [E, Dv]. With `causal` the last L rows are
-// the new tokens, which see none behind themselves.
-template <int KC, int VC, int R, class KT, class VT>
-DEVFN void lkv_attend_rows(const DEV KT* k, const DEV VT* v, int first, int rows, int query_row,
-                           int tokens, bool causal, uint lane, const THR lkv_shared& shared,
-                           TG_PTR(float) probabilities, THR lkv_state<VC, R>& state) {
+// Scores of the exact rows `first` to first + 31 of k [E, Dk], a row for each lane. With `causal`
+// the last L rows are the new tokens, which see none behind themselves.
+template <int KC, int R, class KT>
+DEVFN void lkv_row_scores(const DEV KT* k, int first, int rows, int query_row, int tokens,
+                          bool causal, uint lane, const THR lkv_shared& shared,
+                          THR float (&scores)[R], THR bool (&used)[R]) {
   const int slot = first + (int)lane;
   const DEV KT* key = k + (size_t)(slot < rows ? slot : first) * (KC * 32);
-  float scores[R];
-  bool used[R];
   UNROLL for (int r = 0; r < R; r++) {
     const int behind = causal ? tokens - 1 - (query_row + r) % tokens : 0;
     scores[r] = 0.0f;
@@ -170,7 +189,17 @@ DEVFN void lkv_attend_rows(const DEV KT* k, const DEV VT* v, int first, int rows
       }
     }
   }
-  lkv_softmax<VC, R>(scores, used, 1.0f, lane, probabilities, state);
+}
+
+// The exact rows `first` to first + 31 of k and v [E, Dv].
+template <int KC, int VC, int R, class KT, class VT>
+DEVFN void lkv_attend_rows(const DEV KT* k, const DEV VT* v, int first, int rows, int query_row,
+                           int tokens, bool causal, uint lane, const THR lkv_shared& shared,
+                           TG_PTR(float) probabilities, THR lkv_state<VC, R>& state) {
+  float scores[R];
+  bool used[R];
+  lkv_row_scores<KC, R>(k, first, rows, query_row, tokens, causal, lane, shared, scores, used);
+  lkv_softmax<VC, R, false>(scores, used, 1.0f, lane, shared.least, probabilities, state);
   simdgroup_barrier(mem_flags::mem_threadgroup);
   const int count = rows - first < 32 ? rows - first : 32;
   UNROLL1 for (int i = 0; i < count; i++) {
@@ -183,6 +212,55 @@ DEVFN void lkv_attend_rows(const DEV KT* k, const DEV VT* v, int first, int rows
     }
   }
   simdgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// What a block must score for a row, from all exact rows: the SIMD groups take 32 of them in turn.
+// Query rows behind the last one need nothing.
+template <int KC, int R, int NSG, class KT>
+DEVFN void lkv_set_least(const DEV KT* k, int exact, int query_row, int query_rows, int tokens,
+                         bool causal, float log_skip, uint lane, uint simd_group,
+                         const THR lkv_shared& shared) {
+  float most[R], sum[R];
+  UNROLL for (int r = 0; r < R; r++) {
+    most[r] = LKV_NEVER;
+    sum[r] = 0.0f;
+  }
+  for (int first = (int)simd_group * 32; first < exact; first += 32 * NSG) {
+    float scores[R];
+    bool used[R];
+    lkv_row_scores<KC, R>(k, first, exact, query_row, tokens, causal, lane, shared, scores, used);
+    UNROLL for (int r = 0; r < R; r++) {
+      const float score = used[r] ? scores[r] : LKV_NEVER;
+      const float top = metal::max(most[r], simd_max(score));
+      const float p = used[r] ? metal::fast::exp2(score - top) : 0.0f;
+      sum[r] = metal::fma(sum[r], metal::fast::exp2(most[r] - top), p);
+      most[r] = top;
+    }
+  }
+  // The place of the probabilities, which are not there yet.
+  TG_PTR(float) mine = shared.probabilities + simd_group * (32 * R);
+  UNROLL for (int r = 0; r < R; r++) {
+    const float total = simd_sum(sum[r]);
+    if (lane == 0) {
+      mine[2 * r] = most[r];
+      mine[2 * r + 1] = total;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const int r = (int)lane;
+  if (simd_group == 0 && r < R) {
+    float top = LKV_NEVER, total = 0.0f;
+    for (int i = 0; i < NSG; i++) {
+      top = metal::max(top, shared.probabilities[i * (32 * R) + 2 * r]);
+    }
+    for (int i = 0; i < NSG; i++) {
+      TG_PTR(const float) other = shared.probabilities + i * (32 * R) + 2 * r;
+      total = metal::fma(metal::fast::exp2(other[0] - top), other[1], total);
+    }
+    const float least = total > 0.0f ? top + metal::log2(total) + log_skip : LKV_NEVER;
+    shared.least[r] = query_row + r < query_rows ? least : -LKV_NEVER;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
 // The R query rows from `query_row` on, rotated and scaled, to threadgroup memory; rows behind the
@@ -247,23 +325,32 @@ DEVFN void lkv_store_part(THR lkv_state<VC, R>& state, int rows_left, int splits
   }
 }
 
-// One threadgroup. BODY, EXACT: whether this launch has a body, and exact rows.
+// One threadgroup. BODY, EXACT: whether this launch has a body, and exact rows. SKIP: with exact
+// rows at hand, whether or not they are attended to here; log_skip is the weight's logarithm (base 2).
 //   q [H * query_rows, head_dim], pool [blocks, words], table [H, width], lengths [H]
 //   mu_k [H, Dk], mu_v [H, Dv], k [H, exact, Dk], v [H, exact, Dv], signs [Dk]
 template <int KF, int VF, int KC, int VC, int BLOCK, int S, int R, int T, int NSG, bool BODY,
-          bool EXACT, class QP, class IP, class LP, class KT, class VT>
-DEVFN void lkv_decode_attention(QP q, int query_rows, int tokens, int head_dim,
-                                const DEV float* signs, float scale, const DEV uint* pool, IP table,
-                                int width, LP lengths, const DEV float* mu_k, const DEV float* mu_v,
-                                const DEV KT* k, const DEV VT* v, int exact, bool causal,
-                                DEV float* part, uint tile, uint head, uint split, uint splits,
-                                uint lane, uint simd_group, const THR lkv_shared& shared) {
+          bool EXACT, bool SKIP, class QP, class IP, class LP, class KT, class VT>
+DEVFN lkv_reads lkv_decode_attention(QP q, int query_rows, int tokens, int head_dim,
+                                     const DEV float* signs, float scale, const DEV uint* pool,
+                                     IP table, int width, LP lengths, const DEV float* mu_k,
+                                     const DEV float* mu_v, const DEV KT* k, const DEV VT* v,
+                                     int exact, bool causal, float log_skip, DEV float* part,
+                                     uint tile, uint head, uint split, uint splits, uint lane,
+                                     uint simd_group, const THR lkv_shared& shared) {
   const int query_row = (int)tile * R;
   lkv_load_queries<KC, BLOCK, R, NSG>(q + (size_t)head * query_rows * head_dim, head_dim, query_row,
                                       query_rows, signs, mu_k + head * (KC * 32), scale, BODY, lane,
                                       simd_group, shared);
   if (S == LKV_TABLE) lkv_fill_table(shared.table, simd_group * 32u + lane, 32u * NSG);
   threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (SKIP) {
+    lkv_set_least<KC, R, NSG>(k + (size_t)head * exact * (KC * 32), exact, query_row, query_rows,
+                              tokens, causal, log_skip, lane, simd_group, shared);
+  }
+  lkv_reads reads;
+  reads.read = 0;
+  reads.all = 0;
   const lkv_levels levels = lkv_levels_of_lane(lane, shared.table);
   TG_PTR(float) probabilities = shared.probabilities + simd_group * (32 * R);
   lkv_state<VC, R> state;
@@ -277,8 +364,9 @@ DEVFN void lkv_decode_attention(QP q, int query_rows, int tokens, int head_dim,
   int item = (int)split * NSG + (int)simd_group;
   if (BODY) {
     for (; item < items; item += workers) {
-      lkv_attend_blocks<KF, VF, KC, VC, S, R, T>(pool, table + (int)head * width, item * T, length,
-                                                 lane, shared, probabilities, levels, state);
+      lkv_attend_blocks<KF, VF, KC, VC, S, R, T, SKIP>(pool, table + (int)head * width, item * T,
+                                                       length, lane, shared, probabilities, levels,
+                                                       state, reads);
     }
     UNROLL for (int r = 0; r < R; r++) {
       const float mass = simd_sum(state.sum[r]);
@@ -298,4 +386,5 @@ DEVFN void lkv_decode_attention(QP q, int query_rows, int tokens, int head_dim,
   const size_t first = ((size_t)head * query_rows + query_row) * splits + split;
   lkv_store_part<VC, R, NSG>(state, query_rows - query_row, (int)splits, lane, simd_group, shared,
                              part + first * (VC * 32 + 2));
+  return reads;
 }

@@ -17,6 +17,7 @@ struct AttentionJob {
   float scale = 1.0f;
   Output out;                   // [Hq, L, v_dim or the rotation's head_dim]
   float* lse = nullptr;         // [Hq, L]
+  int32_t* reads = nullptr;     // [H, 2] or null: blocks whose values were read, and all blocks
 };
 void run_attention(const AttentionJob& job);
 

@@ -13,6 +13,7 @@ namespace leankv {
 namespace {
 
 constexpr int kMinUnits = 8;         // of a task: less is not worth its merge
+constexpr int kMinSkipping = 32;     // the same where each task scores the exact rows as well
 constexpr int kTasksPerThread = 4;   // so that a slow thread holds nobody up
 constexpr int64_t kSerialWork = 1 << 20;  // products below which waking a thread costs more
 
@@ -32,7 +33,8 @@ struct Scratch {
 // Tasks of one head lie together, in the order of its tokens; one a head if `whole`.
 std::vector<Task> split(const AttentionArgs& a, int units, bool whole) {
   const int wanted = thread_count() * kTasksPerThread;
-  const int size = whole ? units : std::max(kMinUnits, (units + wanted - 1) / wanted);
+  const int fewest = a.skip > 0 ? kMinSkipping : kMinUnits;
+  const int size = whole ? units : std::max(fewest, (units + wanted - 1) / wanted);
   std::vector<Task> tasks;
   for (int h = 0; h < a.heads; ++h) {
     const int n = a.units(h), parts = std::max(1, (n + size - 1) / std::max(size, 1));
@@ -64,8 +66,12 @@ void prepare(const AttentionJob& job, int head, float* queries, float* bias) {
   }
 }
 
-// The parts of one head -> its output and log-sum-exp.
+// The parts of one head -> its output, log-sum-exp and what was read.
 void merge(const AttentionJob& job, int head, const Partial* parts, int n) {
+  for (int i = 0; job.reads && i < n; ++i) {
+    job.reads[2 * head] += parts[i].reads[0];
+    job.reads[2 * head + 1] += parts[i].reads[1];
+  }
   const AttentionArgs& a = job.args;
   const int dim = a.v_dim, out_dim = job.v_rotation.signs ? job.v_rotation.head_dim : dim;
   float row[kMaxDim];
@@ -102,7 +108,7 @@ void run_attention(const AttentionJob& job) {
   const bool alone =
       thread_count() == 1 || units * kTile * rows * (a.k_dim + a.v_dim) < kSerialWork;
   const auto tasks = split(a, units, alone);
-  const int64_t part_size = rows * (3 + a.v_dim + 2 * kMaxWidth);
+  const int64_t part_size = rows * (4 + a.v_dim + 2 * kMaxWidth);
   const Scratch queries(a.heads * rows * (a.k_dim + 1)), scratch(tasks.size() * part_size);
   float* bias = queries.data.get() + a.heads * rows * a.k_dim;
   for (int h = 0; h < a.heads; ++h) {
@@ -111,12 +117,15 @@ void run_attention(const AttentionJob& job) {
   a.queries = queries.data.get();
   a.bias = bias;
 
+  std::vector<int32_t> reads(2 * tasks.size());
+  if (job.reads) std::fill(job.reads, job.reads + 2 * a.heads, 0);
   std::vector<Partial> parts;
   std::vector<int> first_task(a.heads + 1);
   std::vector<std::atomic<int>> left(a.heads);  // tasks of each head that are not done
   for (size_t i = 0; i < tasks.size(); ++i) {
     float* at = scratch.data.get() + i * part_size;
-    parts.push_back({at, at + rows, at + 2 * rows, at + 3 * rows, at + (3 + a.v_dim) * rows});
+    parts.push_back({at, at + rows, at + 2 * rows, at + 4 * rows, at + (4 + a.v_dim) * rows,
+                     at + 3 * rows, &reads[2 * i]});
     first_task[tasks[i].head + 1] = static_cast<int>(i) + 1;
     ++left[tasks[i].head];
   }

@@ -172,5 +172,6 @@ def _decode_attention(inputs: DecodeInputs) -> Attention:
             inputs.mask == "causal",
             inputs.sink_logits,
             native,
+            inputs.skip,
         )
     )

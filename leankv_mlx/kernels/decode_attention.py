@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import log
 
 import mlx.core as mx
 
-from leankv_mlx.errors import ShapeError, UnsupportedError
+from leankv_mlx.codec.format import TILE
+from leankv_mlx.errors import ConfigError, ShapeError, UnsupportedError
 from leankv_mlx.kernels.dequantize import dequantize_ops
 from leankv_mlx.kernels.types import (
     MAX_DECODE_TOKENS,
@@ -60,11 +62,32 @@ def decode_attention_ops(inputs: DecodeInputs) -> Attention:
         lse = mx.logsumexp(s, axis=-1)
     p = mx.exp(s - lse[..., None]).reshape(heads, -1, columns)
     v = mx.concatenate([part.astype(mx.float32) for part in values], axis=1)
-    out = p @ v
+    weights, reads = p, None
+    if inputs.skip:
+        weights, reads = _skipped(p, s.reshape(p.shape), inputs)
+    out = weights @ v
     if bodies and centers is not None:
         mass = p[..., sinks : sinks + columns - rows].sum(-1, keepdims=True)
         out = out + mass * centers.v[:, None]
-    return Attention(out.reshape(query_heads, length, -1), lse)
+    return Attention(out.reshape(query_heads, length, -1), lse, reads)
+
+
+def _skipped(p: mx.array, scores: mx.array, inputs: DecodeInputs) -> tuple[mx.array, mx.array]:
+    """The weights that values get, and `Attention.reads`.
+
+    p, scores: [H, G * L, N]. A token's weight is at most its share of what the exact rows alone
+    add up to, so a block whose scores are all below `least` has no token that weighs `skip`.
+    """
+    sinks, last = inputs.sinks, inputs.sinks + sum(body.slots for body in inputs.bodies)
+    exact = mx.concatenate([scores[..., :sinks], scores[..., last:]], axis=-1)
+    least = mx.logsumexp(exact, axis=-1, keepdims=True) + log(inputs.skip)
+    kept = scores[..., sinks:last].reshape(*scores.shape[:-1], -1, TILE).max(-1) >= least
+    used = mx.concatenate(
+        [mx.arange(0, body.slots, TILE) < body.lengths[:, None] for body in inputs.bodies], axis=1
+    )
+    reads = mx.stack([(used & kept.any(1)).sum(), used.sum()]).astype(mx.int32)
+    weights = mx.where(mx.repeat(kept, TILE, axis=-1), p[..., sinks:last], 0.0)
+    return mx.concatenate([p[..., :sinks], weights, p[..., last:]], axis=-1), reads[None]
 
 
 def between_rotations(
@@ -74,8 +97,8 @@ def between_rotations(
     assert inputs.rotations is not None
     k, v = inputs.rotations
     queries = k.apply(inputs.queries.astype(mx.float32))
-    out, lse = attend(replace(inputs, queries=queries, rotations=None))
-    return Attention(v.undo(out).astype(inputs.queries.dtype), lse)
+    attention = attend(replace(inputs, queries=queries, rotations=None))
+    return attention._replace(out=v.undo(attention.out).astype(inputs.queries.dtype))
 
 
 def _no_centers(centers: Centers) -> Centers:
@@ -108,6 +131,7 @@ def decode_attention(
     sink_logits: mx.array | None,
     backend: Backend,
     rotations: Rotations | None = None,
+    skip: float = 0.0,
 ) -> Attention:
     """Softmax attention over sink tokens, bodies and window in one pass.
 
@@ -124,6 +148,11 @@ def decode_attention(
         sink_logits: learned logits [Hq] that take part in the softmax without a value (gpt_oss).
         backend: who computes it.
         rotations: if given, of the queries, and undone in the output.
+        skip: an attention weight; 0 for none. A query row takes the values of a block of a body
+            to be their center if none of its tokens can weigh that much, and values that no row
+            of a KV head needs are not read. The scores of a token and of the exact rows bound its
+            weight from above. Softmax and log-sum-exp stay exact, and the choice is the same for
+            all backends.
 
     Returns:
         The output, float32 [Hq, L, Dv] and rotated; with `rotations` un-rotated and in the dtype
@@ -132,6 +161,7 @@ def decode_attention(
     Raises:
         ShapeError: a shape does not fit.
         UnsupportedError: an array mask over a body that lost tokens.
+        ConfigError: `skip` is not a weight below 1.
     """
     query_heads, length, dim = queries.shape
     heads = exact.k.shape[0]
@@ -143,6 +173,8 @@ def decode_attention(
             f"[decode_attention] expected queries [n * {heads}, L, {expected}], "
             f"got {queries.shape}."
         )
+    if not 0 <= skip < 1:
+        raise ConfigError(f"skip={skip:g} is no attention weight; use 0, or more and less than 1.")
     if isinstance(mask, mx.array):
         tokens = exact.k.shape[1] + sum(body.slots for body in bodies)
         if len(bodies) > 1 or not all(body.full for body in bodies):
@@ -154,6 +186,10 @@ def decode_attention(
             raise ShapeError(
                 f"[decode_attention] expected mask [.., {length}, {tokens}], got {mask.shape}."
             )
+    if not bodies or not exact.k.shape[1]:
+        skip = 0.0
     return backend.decode_attention(
-        DecodeInputs(queries, bodies, exact, centers, scale, sinks, mask, sink_logits, rotations)
+        DecodeInputs(
+            queries, bodies, exact, centers, scale, sinks, mask, sink_logits, rotations, skip
+        )
     )

@@ -61,10 +61,17 @@ Rotations = tuple[Rotation, Rotation]
 
 class Attention(NamedTuple):
     """Output [Hq, L, Dv], and the log-sum-exp of the scores, float32 [Hq, L], natural
-    logarithm, learned sink logits included."""
+    logarithm, learned sink logits included.
+
+    Attributes:
+        reads: int32 [n, 2], to be summed over n: blocks whose values were read, and all blocks. A
+            backend that takes the query rows of a KV head in turns counts each turn. None without
+            `skip`.
+    """
 
     out: mx.array
     lse: mx.array
+    reads: mx.array | None = None
 
 
 Mask = mx.array | str | None
@@ -74,8 +81,8 @@ additive."""
 
 @dataclass(frozen=True)
 class DecodeInputs:
-    """What decode attention reads; the fields are the arguments of
-    `kernels.decode_attention.decode_attention`, which has checked them."""
+    """What decode attention reads: the arguments of `kernels.decode_attention.decode_attention`,
+    checked there. `skip` is 0 where there is no body, or no exact row to compare with."""
 
     queries: mx.array
     bodies: Sequence[Body]
@@ -86,6 +93,7 @@ class DecodeInputs:
     mask: Mask
     sink_logits: mx.array | None
     rotations: Rotations | None
+    skip: float = 0.0
 
 
 class EncodeOp(Protocol):

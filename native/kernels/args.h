@@ -77,6 +77,7 @@ struct AttentionArgs {
   Vectors exact_k, exact_v;
   int exact = 0;             // E
   bool causal = false;
+  float skip = 0;            // values of blocks in which no token weighs this much stay unread
   // Queries in units of log2, [H][chunk of rows][channel group][row][32]: what a tile needs lies
   // together. A chunk has kRowChunk rows, the last one the rest.
   const float* queries = nullptr;
@@ -97,6 +98,8 @@ struct Partial {
   float* body_sum = nullptr;  // [R], the part of the sum that is of centered tokens
   float* out = nullptr;       // [R, Dv]
   float* lanes = nullptr;     // [2, R, kMaxWidth]: the sums lane by lane, body and exact rows
+  float* least = nullptr;     // [R], in units of log2: the score that a block must reach to be read
+  int32_t* reads = nullptr;   // [2], added to: blocks whose values were read, and all blocks
 };
 
 enum class Rounding { search, rms };

@@ -12,6 +12,8 @@ struct Chunk {
   float* body_sum = nullptr;       // [rows][W]
   float* exact_sum = nullptr;      // [rows][W]
   float* out = nullptr;            // [rows][v_dim]
+  float* least = nullptr;          // [rows]
+  int32_t* reads = nullptr;        // [2]
 };
 
 // Rescales everything of row r to a new maximum.
@@ -24,8 +26,9 @@ inline void move_max(const Chunk& chunk, int r, float to) {
   for (int i = 0; i < chunk.v_dim; i += W) store(out + i, load(out + i) * factor);
 }
 
-// One row of 32 scores -> probabilities relative to the row's maximum, 0 behind `live`.
-LEANKV_INLINE void softmax(const Chunk& chunk, int r, const vf* scores, int live, float* sums,
+// One row of 32 scores -> probabilities relative to the row's maximum, 0 behind `live`. Returns the
+// highest of the scores.
+LEANKV_INLINE float softmax(const Chunk& chunk, int r, const vf* scores, int live, float* sums,
                            vf* probabilities) {
   vf masked[NV], top = splat(kLowest);
   unroll<NV>([&](auto v) LEANKV_LAMBDA {
@@ -41,6 +44,7 @@ LEANKV_INLINE void softmax(const Chunk& chunk, int r, const vf* scores, int live
     total += probabilities[v];
   });
   store(sums + r * W, total);
+  return highest;
 }
 
 // Scales of 32 slots: K in the low halves of the words, V in the high halves.
@@ -61,18 +65,23 @@ inline void attend_block(const Chunk& chunk, const Format& format, const uint32_
   std::memset(scores, 0, sizeof(float) * chunk.rows * kTile);
   const uint32_t* values = key_tiles(format.k, block, chunk.rows, chunk.queries, scores);
   const Scales scales(values + format.v.words());
+  bool read = false;  // whether any row needs the values
   for (int r = 0; r < chunk.rows; ++r) {
     vf s[NV], p[NV];
     unroll<NV>([&](auto n) LEANKV_LAMBDA {
       s[n] = load(scores + r * kTile + n * W) * scales.k[n] + chunk.bias[r];
     });
-    softmax(chunk, r, s, live, chunk.body_sum, p);
+    const bool counts = softmax(chunk, r, s, live, chunk.body_sum, p) >= chunk.least[r];
+    const int shown = counts ? live : 0;
+    read |= counts;
     unroll<NV>([&](auto n) LEANKV_LAMBDA {  // a select, because the scale of an unused slot may be NaN
-      const vf weighted = lane_ids() + n * W < live ? p[n] * scales.v[n] : vf{};
+      const vf weighted = lane_ids() + n * W < shown ? p[n] * scales.v[n] : vf{};
       store(scores + r * kTile + n * W, weighted);
     });
   }
-  value_tiles(format.v, values, chunk.rows, scores, chunk.out);
+  if (read) value_tiles(format.v, values, chunk.rows, scores, chunk.out);
+  chunk.reads[0] += read;
+  ++chunk.reads[1];
 }
 
 // Scores of n exact rows: scores[r][t] = q_r . k_t.
@@ -117,10 +126,11 @@ void add_rows(const Vectors& v, int head, int first, int n, int dim, const float
   }
 }
 
-// Exact rows [first, first + n), n <= 32. Under the causal rule new token l sees exact rows up to
-// E - L + l: the new tokens are the last exact rows.
-inline void attend_exact(const AttentionArgs& a, const Chunk& chunk, int head, int first, int n) {
-  alignas(64) float scores[kRowChunk * kTile] = {};
+// Probabilities [rows][32] of the exact rows [first, first + n), n <= 32. Under the causal rule new
+// token l sees exact rows up to E - L + l: the new tokens are the last exact rows.
+inline void weigh_exact(const AttentionArgs& a, const Chunk& chunk, int head, int first, int n,
+                        float* scores) {
+  std::memset(scores, 0, sizeof(float) * chunk.rows * kTile);
   with_type(a.exact_k.type, [&](auto tag) {
     with_rows(chunk.rows, [&](auto rows) {
       dot_rows<decltype(tag)::value, rows>(a.exact_k, head, first, n, a.k_dim, chunk.queries, scores);
@@ -134,11 +144,33 @@ inline void attend_exact(const AttentionArgs& a, const Chunk& chunk, int head, i
     softmax(chunk, r, s, seen < n ? seen : n, chunk.exact_sum, p);
     unroll<NV>([&](auto v) LEANKV_LAMBDA { store(scores + r * kTile + v * W, p[v]); });
   }
+}
+
+inline void attend_exact(const AttentionArgs& a, const Chunk& chunk, int head, int first, int n) {
+  alignas(64) float scores[kRowChunk * kTile];
+  weigh_exact(a, chunk, head, first, n, scores);
   with_type(a.exact_v.type, [&](auto tag) {
     with_rows(chunk.rows, [&](auto rows) {
       add_rows<decltype(tag)::value, rows>(a.exact_v, head, first, n, a.v_dim, scores, chunk.out);
     });
   });
+}
+
+// Sets the least score of a block: a token of a lower one weighs less than `skip`, because the exact
+// rows are a part of what the softmax is normalized by.
+inline void set_least(const AttentionArgs& a, const Chunk& chunk, int head) {
+  alignas(64) float scores[kRowChunk * kTile];
+  Chunk exact = chunk;
+  exact.v_dim = 0;  // the maximum and the sum, and no output
+  for (int first = 0; first < a.exact; first += kTile) {
+    const int left = a.exact - first;
+    weigh_exact(a, exact, head, first, left < kTile ? left : kTile, scores);
+  }
+  for (int r = 0; r < chunk.rows; ++r) {
+    float* sums = chunk.exact_sum + r * W;
+    chunk.least[r] = chunk.max[r] + __builtin_log2f(sum(load(sums)) * a.skip);
+    store(sums, vf{});
+  }
 }
 
 // Every cache line of a block: the hardware's own prefetching ends with each page of 4 KiB.
@@ -155,7 +187,7 @@ LEANKV_INLINE void each_chunk(const AttentionArgs& a, int head, const Partial& p
     const int left = a.rows() - first;
     f(Chunk{first, left < kRowChunk ? left : kRowChunk, a.v_dim, queries + first * a.k_dim,
             bias + first, p.max + first, p.lanes + first * W, p.lanes + (a.rows() + first) * W,
-            p.out + static_cast<int64_t>(first) * a.v_dim});
+            p.out + static_cast<int64_t>(first) * a.v_dim, p.least + first, p.reads});
   }
 }
 
@@ -163,7 +195,13 @@ LEANKV_INLINE void each_chunk(const AttentionArgs& a, int head, const Partial& p
 inline void attend(const AttentionArgs& a, int head, int first, int last, const Partial& p) {
   std::memset(p.lanes, 0, sizeof(float) * 2 * a.rows() * W);
   std::memset(p.out, 0, sizeof(float) * a.rows() * a.v_dim);
-  for (int r = 0; r < a.rows(); ++r) p.max[r] = kLowest;
+  for (int r = 0; r < a.rows(); ++r) {
+    p.max[r] = kLowest;
+    p.least[r] = -__builtin_inff();
+  }
+  if (a.skip > 0 && first < a.units(head) - blocks_of(a.exact)) {
+    each_chunk(a, head, p, [&](const Chunk& chunk) { set_least(a, chunk, head); });
+  }
 
   int start = 0;  // unit of the first block of the body
   for (const Body* body = a.bodies; body < a.bodies + a.n_bodies; ++body) {

@@ -66,7 +66,8 @@ NB_MODULE(_native, m) {
       .def(nb::init<mx::array, int, int>(), "signs"_a, "block"_a, "head_dim"_a);
 
   m.def("decode_attention", &decode_attention, "queries"_a, "bodies"_a, "exact_k"_a, "exact_v"_a,
-        "centers"_a.none(), "scale"_a, "causal"_a, "sink_logits"_a.none(), "rotations"_a.none());
+        "centers"_a.none(), "scale"_a, "causal"_a, "sink_logits"_a.none(), "rotations"_a.none(),
+        "skip"_a);
   m.def("encode",
         [](const mx::array& k, const mx::array& v, const CenterArrays& centers,
            const Format& format, const std::string& rounding) {

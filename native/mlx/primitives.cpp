@@ -122,14 +122,15 @@ struct Parts {
 
 class DecodeAttention : public Operation {
  public:
-  DecodeAttention(mx::Stream s, Parts parts, float scale, bool causal, bool sink_logits)
-      : Operation(s), parts_(std::move(parts)), scale_(scale), causal_(causal), logits_(sink_logits) {}
+  DecodeAttention(mx::Stream s, Parts parts, float scale, bool causal, bool sink_logits, float skip)
+      : Operation(s), parts_(std::move(parts)), scale_(scale), causal_(causal), logits_(sink_logits),
+        skip_(skip) {}
   const char* name() const override { return "LeanKVDecodeAttention"; }
 
  protected:
   std::function<void()> task(Arrays in, Arrays out) const override {
     return [in = std::move(in), out = std::move(out), parts = parts_, scale = scale_,
-            causal = causal_, logits = logits_]() mutable {
+            causal = causal_, logits = logits_, skip = skip_]() mutable {
       Reader reader(in);
       AttentionJob job;
       const mx::array& q = in[0];
@@ -157,9 +158,11 @@ class DecodeAttention : public Operation {
       job.args.n_bodies = static_cast<int>(bodies.size());
       job.args.exact = k.shape(1);
       job.args.causal = causal;
+      job.args.skip = skip;
       job.scale = scale;
       job.out = output_of(out[0]);
       job.lse = out[1].data<float>();
+      if (out.size() > 2) job.reads = out[2].data<int32_t>();
       run_attention(job);
     };
   }
@@ -168,6 +171,7 @@ class DecodeAttention : public Operation {
   Parts parts_;
   float scale_;
   bool causal_, logits_;
+  float skip_;
 };
 
 class Encode : public Operation {
@@ -290,7 +294,8 @@ mx::array as_float(const mx::array& a) { return mx::astype(a, mx::float32, cpu_s
 std::vector<mx::array> decode_attention(
     const mx::array& queries, const std::vector<BodyArrays>& bodies, const mx::array& exact_k,
     const mx::array& exact_v, const std::optional<CenterArrays>& centers, float scale, bool causal,
-    const std::optional<mx::array>& sink_logits, const std::optional<Rotations>& rotations) {
+    const std::optional<mx::array>& sink_logits, const std::optional<Rotations>& rotations,
+    float skip) {
   Arrays in{queries, exact_k, exact_v};
   Parts parts;
   parts.add_bodies(in, bodies, centers);
@@ -298,10 +303,15 @@ std::vector<mx::array> decode_attention(
   if (sink_logits) in.push_back(as_float(*sink_logits));
   const int out_dim = rotations ? rotations->second.head_dim : exact_v.shape(2);
   const auto op = std::make_shared<DecodeAttention>(cpu_stream(), std::move(parts), scale, causal,
-                                                    sink_logits.has_value());
-  return mx::array::make_arrays(
-      {{queries.shape(0), queries.shape(1), out_dim}, {queries.shape(0), queries.shape(1)}},
-      {rotations ? queries.dtype() : mx::float32, mx::float32}, op, in);
+                                                    sink_logits.has_value(), skip);
+  std::vector<mx::Shape> shapes{{queries.shape(0), queries.shape(1), out_dim},
+                                {queries.shape(0), queries.shape(1)}};
+  std::vector<mx::Dtype> types{rotations ? queries.dtype() : mx::float32, mx::float32};
+  if (skip > 0) {
+    shapes.push_back({exact_k.shape(0), 2});
+    types.push_back(mx::int32);
+  }
+  return mx::array::make_arrays(shapes, types, op, in);
 }
 
 mx::array encode(const mx::array& k, const mx::array& v, const CenterArrays& centers,

@@ -28,13 +28,14 @@ struct CenterArrays {
   mx::array k, v;
 };
 
-// -> output [Hq, L, Dv] and log-sum-exp [Hq, L]. With rotations the queries come as the model made
+// -> output [Hq, L, Dv] and log-sum-exp [Hq, L]; if `skip` is not 0, also what was read of each head,
+// int32 [H, 2]: blocks whose values were read, and all blocks. With rotations the queries come as the model made
 // them and the output leaves so, in the dtype of the queries; without them the output is float32.
 std::vector<mx::array> decode_attention(
     const mx::array& queries, const std::vector<BodyArrays>& bodies, const mx::array& exact_k,
     const mx::array& exact_v, const std::optional<CenterArrays>& centers, float scale, bool causal,
     const std::optional<mx::array>& sink_logits,
-    const std::optional<std::pair<RotationArrays, RotationArrays>>& rotations);
+    const std::optional<std::pair<RotationArrays, RotationArrays>>& rotations, float skip);
 
 // -> blocks [H, ceil(T / 32), words].
 mx::array encode(const mx::array& k, const mx::array& v, const CenterArrays& centers,

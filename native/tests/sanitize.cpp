@@ -127,10 +127,17 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
   job.mu_v = mu_v.data();
   job.sink_logits = signs.data();
   job.scale = 0.1f;
+  std::vector<int32_t> reads(2 * heads);
+  job.args.skip = exact ? 0.1f : 0.0f;
+  job.reads = reads.data();
   job.out = {out.data(), Type::f32, int64_t{length} * v_dim, v_dim};
   job.lse = lse.data();
   run_attention(job);
   for (const float x : out) check(std::isfinite(x), "an output is not finite");
+  for (int h = 0; h < heads; ++h) {
+    const int turns = (group * length + kRowChunk - 1) / kRowChunk;
+    check(reads[2 * h + 1] == turns * body.blocks(h), "a block was not counted");
+  }
 
   const int longer = exact + tokens;
   std::vector<float> appended(heads * longer * k_dim);

@@ -10,7 +10,7 @@ from leankv_mlx.benchmarks import static
 from leankv_mlx.codec.format import Format
 from leankv_mlx.errors import UnsupportedError
 from leankv_mlx.kernels.gpu.append import APPEND
-from leankv_mlx.kernels.gpu.attention import SPLITS, merge_kernel
+from leankv_mlx.kernels.gpu.attention import SKIPPING, SPLITS, merge_kernel
 from leankv_mlx.kernels.gpu.dequantize import DEQUANTIZE
 from leankv_mlx.kernels.gpu.encode import ENCODE
 from leankv_mlx.kernels.gpu.launch import Kernel, Template, format_template
@@ -40,6 +40,12 @@ KERNELS: list[tuple[str, Kernel, Template, dict[str, str]]] = [
         SPLITS,
         static.attention_template(UNIFORM, 1, 0) | {"BODY": False, "BLOCK": 0, "CAUSAL": True},
         static.ATTENTION_TYPES | {"queries": "float"},
+    ),
+    (
+        "attention-skip",
+        SKIPPING,
+        static.attention_template(MIXED, 4, 1),
+        static.ATTENTION_TYPES | {"log_skip": "float", "reads": "int32_t"},
     ),
     (
         "merge",

@@ -44,6 +44,7 @@ FACTORS: Mapping[str, Sequence[Any]] = {
     "mask": (None, "causal"),
     "dtype": (mx.float32, mx.float16, mx.bfloat16),
     "rotated": (False, True),
+    "skip": (0.0, 0.1, 0.9),
 }
 TOLERANCE = {mx.float32: 2e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 """In units of the largest value; the last two are a rounding of the output."""
@@ -104,6 +105,7 @@ def case(
     mask: str | None,
     dtype: mx.Dtype,
     rotated: bool,
+    skip: float = 0.0,
     heads: int = 3,
     blocks: int = 4,
 ) -> DecodeInputs:
@@ -128,6 +130,7 @@ def case(
         mask=mask,
         sink_logits=normal(draw, (heads * group,)).astype(dtype) if sink_logits else None,
         rotations=rotations,
+        skip=skip,
     )  # fmt: skip
 
 

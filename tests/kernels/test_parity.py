@@ -18,7 +18,16 @@ from leankv_mlx.codec.format import Format
 from leankv_mlx.codec.packing import unpack_k, unpack_v
 from leankv_mlx.codec.rotation import hadamard
 from leankv_mlx.config import Rounding
-from leankv_mlx.kernels import Attention, Backend, Centers, DecodeInputs, Rows, resolve_backend
+from leankv_mlx.errors import ConfigError
+from leankv_mlx.kernels import (
+    Attention,
+    Backend,
+    Body,
+    Centers,
+    DecodeInputs,
+    Rows,
+    resolve_backend,
+)
 from leankv_mlx.kernels.append import append
 from leankv_mlx.kernels.decode_attention import decode_attention
 from leankv_mlx.kernels.dequantize import dequantize
@@ -63,6 +72,11 @@ def check_attention(case: DecodeInputs, backend: Backend) -> None:
     out_dtype = case.queries.dtype if case.rotations else mx.float32
     assert error(ours.out, reference.out) < TOLERANCE[out_dtype]
     assert error(ours.lse, reference.lse) < 2e-5
+    assert (ours.reads is None) == (reference.reads is None)
+    if ours.reads is not None and reference.reads is not None:
+        _, length, _ = case.queries.shape
+        if case.queries.shape[0] // case.exact.k.shape[0] * length <= 8:  # in one turn everywhere
+            assert mx.array_equal(ours.reads.sum(0), reference.reads.sum(0))
 
 
 @pytest.mark.parametrize("row", MATRIX, ids=name_of)
@@ -86,6 +100,73 @@ def test_an_array_as_mask(backend: Backend) -> None:
     case = cases.case(**row)
     mask = mx.arange(128 + 40) % 3 > 0
     check_attention(replace(case, mask=mx.broadcast_to(mask, (3, 168))), backend)
+
+
+def test_skipping_where_attention_is_peaked(backend: Backend) -> None:
+    row = cases.pairwise(FACTORS)[0] | {"group": 2, "new": 3, "mask": "causal", "tiers": 2}
+    case = cases.case(**row | {"exact": 40, "lengths": "partial", "skip": 0.6}, blocks=20)
+    case = replace(case, queries=case.queries * 4)
+    check_attention(case, backend)
+    reads = attention(case, backend).reads
+    assert reads is not None
+    read, blocks = reads.sum(0).tolist()
+    assert 0 < read < blocks == sum(-(-n // 32) for b in case.bodies for n in b.lengths.tolist())
+
+
+@pytest.mark.parametrize("skip", [0.05, 0.2])
+def test_no_token_of_the_weight_is_left_out(skip: float, backend: Backend) -> None:
+    """All values of block b are one vector, so the output tells which blocks counted."""
+    draw, blocks = np.random.default_rng(1), 32
+    keys = cases.normal(draw, (1, blocks * 32, 32))
+    values = mx.repeat(mx.eye(blocks)[None], 32, axis=1)
+    centers, format = Centers(mx.zeros((1, 32)), mx.zeros((1, 32))), Format((8,), (8,))
+    pool = encode(Rows(keys, values), centers, format, "search", REFERENCE)[0]
+    table = mx.arange(blocks, dtype=mx.int32)[None]
+    body = Body(pool, table, mx.array([blocks * 32], mx.int32), format, True)
+    queries = 2 * cases.normal(draw, (6, 1, 32))
+    rows = Rows(queries.swapaxes(0, 1) * 0.2, mx.zeros((1, 6, 32)))
+    result = attention(
+        DecodeInputs(queries, [body], rows, centers, 0.5, 0, None, None, None, skip), backend
+    )
+
+    k, v = (np.array(x[0], float) for x in dequantize(body, centers, mx.float32, REFERENCE))
+    q = 0.5 * np.array(queries[:, 0], float)
+    weights = np.exp(q @ k.T).reshape(6, blocks, 32)
+    others = np.exp(q @ np.array(rows.k[0], float).T).sum(1)
+    total = weights.sum((1, 2)) + others
+    shares = np.linalg.solve(v[::32].T, np.array(result.out[:, 0], float).T).T
+    counted = shares * total[:, None] / weights.sum(-1)
+    assert np.abs(counted - counted.round()).max() < 0.01
+    assert counted[weights.max(-1) / total[:, None] >= skip].min() > 0.99
+    assert (counted.round() == (weights.max(-1) / others[:, None] >= skip)).all()
+    assert 0.1 < counted.mean() < 0.9
+    assert np.allclose(np.array(result.lse[:, 0]), np.log(total), atol=1e-4)
+    assert result.reads is not None
+    assert result.reads.sum(0).tolist() == [counted.round().any(0).sum(), blocks]
+
+
+def test_where_every_token_weighs_alike_nothing_is_skipped(backend: Backend) -> None:
+    case = cases.case(
+        **cases.pairwise(FACTORS)[0] | {"group": 2, "new": 1, "tiers": 1, "exact": 40}
+    )
+    flat = replace(case, queries=case.queries * 1e-3, skip=1e-3)
+    ours, full = attention(flat, backend), attention(replace(flat, skip=0.0), backend)
+    assert error(ours.out, full.out) < TOLERANCE[case.queries.dtype]
+    assert full.reads is None and ours.reads is not None
+    read, blocks = ours.reads.sum(0).tolist()
+    assert read == blocks > 0
+
+
+def test_without_a_body_there_is_nothing_to_skip(backend: Backend) -> None:
+    case = cases.case(**cases.pairwise(FACTORS)[0] | {"tiers": 0, "skip": 0.1})
+    assert attention(case, backend).reads is None
+
+
+@pytest.mark.parametrize("skip", [-0.1, 1.0, float("nan")])
+def test_a_skip_that_is_no_weight(skip: float) -> None:
+    case = cases.case(**cases.pairwise(FACTORS)[0] | {"skip": skip})
+    with pytest.raises(ConfigError, match="no attention weight"):
+        attention(case, REFERENCE)
 
 
 SHAPES = cases.pairwise({k: FACTORS[k] for k in ("k_bits", "v_bits", "dims", "dtype")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -30,7 +31,8 @@ def attend(launch: MslLauncher) -> None:
         sink_logits=False, mask="causal", dtype=mx.float16, rotated=True, heads=2, blocks=6,
     )  # fmt: skip
     launch.spread = Geometry(1, 2, 1)
-    DecodeAttention(launch)(case)
+    for skip in (0.0, 0.3):
+        DecodeAttention(launch)(replace(case, skip=skip))
 
 
 def encode(launch: MslLauncher) -> None:

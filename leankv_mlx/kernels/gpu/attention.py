@@ -1,6 +1,6 @@
 """Decode attention on a GPU: one launch for each tier, one merge, no synchronization."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import log2
 
@@ -12,6 +12,7 @@ from leankv_mlx.kernels.gpu.geometry import Shape
 from leankv_mlx.kernels.gpu.launch import (
     Kernel,
     Launcher,
+    Output,
     Template,
     constant,
     fits,
@@ -24,15 +25,13 @@ MAX_ROWS = 8
 """Query rows of a KV head that one threadgroup takes: they live in registers."""
 _LOG2_E = log2(2.718281828459045)
 
-SPLITS = Kernel(
-    "leankv_decode_attention",
-    ("layout.metal", "values.metal", "rotate.metal", "decode_attention.metal"),
-    (
-        "queries", "signs", "scale", "pool", "table", "lengths", "mu_k", "mu_v", "keys", "values",
-    ),
-    ("part",),
-    ("KF", "VF", "KC", "VC", "BLOCK", "S", "R", "T", "NSG", "BODY", "EXACT", "CAUSAL"),
-    """
+_INPUTS = (
+    "queries", "signs", "scale", "pool", "table", "lengths", "mu_k", "mu_v", "keys", "values",
+)  # fmt: skip
+_TEMPLATE = (
+    "KF", "VF", "KC", "VC", "BLOCK", "S", "R", "T", "NSG", "BODY", "EXACT", "CAUSAL",
+)  # fmt: skip
+_BODY = """
   TG_ARRAY(float, tg_queries, KC * 32 * R);
   TG_ARRAY(float, tg_biases, R);
   TG_ARRAY(float, tg_probabilities, NSG * 32 * R);
@@ -40,6 +39,7 @@ SPLITS = Kernel(
   TG_ARRAY(float, tg_outs, NSG * VC * 32);
   TG_ARRAY(float, tg_mosts, NSG);
   TG_ARRAY(float, tg_sums, NSG);
+  TG_ARRAY(float, tg_least, R);
   lkv_shared shared;
   shared.queries = tg_queries;
   shared.biases = tg_biases;
@@ -48,16 +48,43 @@ SPLITS = Kernel(
   shared.outs = tg_outs;
   shared.mosts = tg_mosts;
   shared.sums = tg_sums;
+  shared.least = tg_least;
   const int tokens = queries_shape[1];
   const int query_rows = queries_shape[0] / (int)threadgroups_per_grid.y * tokens;
-  lkv_decode_attention<KF, VF, KC, VC, BLOCK, S, R, T, NSG, BODY, EXACT>(
-      queries, query_rows, tokens, queries_shape[2], signs, scale[0], pool, table, table_shape[1],
-      lengths, mu_k, mu_v, keys, values, keys_shape[1], CAUSAL, part,
-      threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
-      threadgroup_position_in_grid.z, threadgroups_per_grid.z, thread_index_in_simdgroup,
-      simdgroup_index_in_threadgroup, shared);
+  const lkv_reads count =
+      lkv_decode_attention<KF, VF, KC, VC, BLOCK, S, R, T, NSG, BODY, EXACT, {skip}>(
+          queries, query_rows, tokens, queries_shape[2], signs, scale[0], pool, table,
+          table_shape[1], lengths, mu_k, mu_v, keys, values, keys_shape[1], CAUSAL, {log_skip},
+          part, threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
+          threadgroup_position_in_grid.z, threadgroups_per_grid.z, thread_index_in_simdgroup,
+          simdgroup_index_in_threadgroup, shared);
+"""
+
+SPLITS = Kernel(
+    "leankv_decode_attention",
+    ("layout.metal", "values.metal", "rotate.metal", "decode_attention.metal"),
+    _INPUTS,
+    ("part",),
+    _TEMPLATE,
+    _BODY.format(skip="false", log_skip="0.0f") + "  (void)count;\n",
+)
+SKIPPING = replace(
+    SPLITS,
+    name="leankv_decode_attention_skip",
+    inputs=(*_INPUTS, "log_skip"),
+    outputs=("part", "reads"),
+    body=_BODY.format(skip="true", log_skip="log_skip[0]")
+    + """  if (thread_index_in_simdgroup == 0) {
+    const int group = (int)((threadgroup_position_in_grid.y * threadgroups_per_grid.x +
+                             threadgroup_position_in_grid.x) * threadgroups_per_grid.z +
+                            threadgroup_position_in_grid.z) * NSG +
+                      (int)simdgroup_index_in_threadgroup;
+    reads[2 * group] = count.read;
+    reads[2 * group + 1] = count.all;
+  }
 """,
-)  # fmt: skip
+)
+"""The same with `skip`; every SIMD group also leaves what it read, `Attention.reads`."""
 
 
 @lru_cache
@@ -126,14 +153,17 @@ class DecodeAttention:
     def _attend(self, inputs: DecodeInputs, rotations: Hadamards) -> Attention:
         """The exact rows go with the first tier."""
         bodies, has_rows = inputs.bodies, inputs.exact.k.shape[1] > 0
-        parts = [self._split(inputs, rotations, bodies[0] if bodies else None, has_rows)]
-        parts += [self._split(inputs, rotations, body, False) for body in bodies[1:]]
-        return self._merge(inputs, rotations, parts)
+        splits = [self._split(inputs, rotations, bodies[0] if bodies else None, has_rows)]
+        splits += [self._split(inputs, rotations, body, False) for body in bodies[1:]]
+        attention = self._merge(inputs, rotations, [part for part, *_ in splits])
+        if not inputs.skip:
+            return attention
+        return attention._replace(reads=mx.concatenate([reads for _, reads in splits]))
 
     def _split(
         self, inputs: DecodeInputs, rotations: Hadamards, body: Body | None, with_rows: bool
-    ) -> mx.array:
-        """Parts [Hq * L, splits, Dv + 2] of one tier."""
+    ) -> list[mx.array]:
+        """Parts [Hq * L, splits, Dv + 2] of one tier; with `skip` also what was read, [n, 2]."""
         queries, exact, centers = inputs.queries, inputs.exact, inputs.centers
         rotation = rotations[0] if rotations else None
         heads, v_dim = exact.k.shape[0], exact.v.shape[2]
@@ -153,24 +183,29 @@ class DecodeAttention:
         }  # fmt: skip
         none, no_index = nothing(mx.float32), nothing(mx.int32)
         assert body is None or centers is not None  # fitted before the first body was encoded
-        (part,) = self.launch(
-            SPLITS,
-            [
-                queries,
-                rotation.signs if rotation else none,
-                constant(inputs.scale * _LOG2_E),
-                body.pool if body else nothing(mx.uint32),
-                body.table if body else no_index,
-                body.lengths if body else no_index,
-                *(centers if body and centers else (none, none)),
-                *(x if x.size else nothing(x.dtype) for x in exact),
-            ],
+        arrays = [
+            queries,
+            rotation.signs if rotation else none,
+            constant(inputs.scale * _LOG2_E),
+            body.pool if body else nothing(mx.uint32),
+            body.table if body else no_index,
+            body.lengths if body else no_index,
+            *(centers if body and centers else (none, none)),
+            *(x if x.size else nothing(x.dtype) for x in exact),
+        ]
+        outputs: list[Output] = [((heads * rows, geometry.splits, v_dim + 2), mx.float32)]
+        if inputs.skip:
+            arrays.append(constant(log2(inputs.skip)))
+            groups = heads * tiles * geometry.splits * geometry.simd_groups
+            outputs.append(((groups, 2), mx.int32))
+        return self.launch(
+            SKIPPING if inputs.skip else SPLITS,
+            arrays,
             template,
             (32 * geometry.simd_groups * tiles, heads, geometry.splits),
             (32 * geometry.simd_groups, 1, 1),
-            [((heads * rows, geometry.splits, v_dim + 2), mx.float32)],
+            outputs,
         )
-        return part
 
     def _merge(
         self, inputs: DecodeInputs, rotations: Hadamards, parts: list[mx.array]
