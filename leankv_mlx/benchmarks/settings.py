@@ -12,7 +12,7 @@ from leankv_mlx.config import BackendName, CompressionConfig
 from leankv_mlx.errors import BackendUnavailableError, UsageError
 from leankv_mlx.evaluation.arms import Arm
 
-PARTS = ("attention", "steps", "prefill", "encode")
+PARTS = ("attention", "steps", "prefill", "encode", "skip")
 Row = dict[str, Any]
 """An entry of a part in the JSON document."""
 Advance = Callable[[str], None]
@@ -28,7 +28,7 @@ class Settings:
     Attributes:
         only: parts, see PARTS.
         kv: formats of all parts; empty for the usual ones.
-        attention, steps, prefill, encode: contexts in tokens of each part.
+        attention, steps, prefill, encode, skip: contexts in tokens of each part.
         heads: attention layers to measure.
         shape: the model of the other parts; prefill takes the first layers of it.
         dtypes: of the model, each with an arm of ours and one uncompressed.
@@ -44,6 +44,7 @@ class Settings:
     steps: tuple[int, ...] = (512, 2048, 4096, 8192, 16384)
     prefill: tuple[int, ...] = (8192,)
     encode: tuple[int, ...] = (512, 4096)
+    skip: tuple[int, ...] = (4096, 16384)
     heads: tuple[Heads, ...] = (Heads(32, 8, 128), Heads(4, 1, 128), Heads(4, 1, 256))
     shape: str = DEFAULT_SHAPE
     prefill_layers: int = 1
@@ -57,7 +58,9 @@ class Settings:
 
     def with_tokens(self, tokens: tuple[int, ...]) -> Settings:
         """The same contexts in every part."""
-        return replace(self, attention=tokens, steps=tokens, prefill=tokens, encode=tokens)
+        return replace(
+            self, attention=tokens, steps=tokens, prefill=tokens, encode=tokens, skip=tokens
+        )
 
     def check(self) -> None:
         """Refuse what cannot be run.
@@ -68,7 +71,8 @@ class Settings:
         for part in self.only:
             if part not in PARTS:
                 raise UsageError(f"--only {part} is unknown; use one of {', '.join(PARTS)}.")
-        if min(*self.attention, *self.steps, *self.prefill, *self.encode) < 128:
+        parts = (self.attention, self.steps, self.prefill, self.encode, self.skip)
+        if min(map(min, parts)) < 128:
             raise UsageError("--tokens is too small; use at least 128.")
 
     def configs(self, usual: Sequence[str]) -> dict[str, CompressionConfig]:
@@ -99,6 +103,7 @@ FAST = Settings(
     steps=(512, 16384),
     prefill=(2304,),
     encode=(512,),
+    skip=(16384,),
     heads=(Heads(32, 8, 128), Heads(4, 1, 128)),
     prefill_dtypes=("bf16",),
     prefill_rounds=1,

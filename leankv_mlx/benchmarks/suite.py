@@ -13,6 +13,7 @@ from leankv_mlx.benchmarks.models import Models
 from leankv_mlx.benchmarks.prefill import measure_prefill
 from leankv_mlx.benchmarks.settings import Advance, Row, Settings
 from leankv_mlx.benchmarks.shapes import Shape, shape_of
+from leankv_mlx.benchmarks.skip import measure_skip
 from leankv_mlx.benchmarks.steps import measure_steps
 from leankv_mlx.evaluation.lab import machine as software
 from leankv_mlx.kernels import resolve_backend
@@ -28,6 +29,7 @@ class Report:
     steps: list[Row] = field(default_factory=list)
     prefill: list[Row] = field(default_factory=list)
     encode: list[Row] = field(default_factory=list)
+    skip: list[Row] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document."""
@@ -57,6 +59,8 @@ def run(settings: Settings, advance: Advance = lambda what: None) -> Report:
     if "prefill" in settings.only:
         shorter = _at_most(shape, settings.prefill_layers)
         report.prefill = measure_prefill(settings, Models(shorter), advance)
+    if "skip" in settings.only:
+        report.skip = measure_skip(settings, advance)
     return report
 
 

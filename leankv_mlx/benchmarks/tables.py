@@ -8,6 +8,7 @@ from itertools import groupby
 from leankv_mlx.benchmarks import static
 from leankv_mlx.benchmarks.fill import DTYPES, STOCK
 from leankv_mlx.benchmarks.settings import Row
+from leankv_mlx.benchmarks.skip import NONE
 from leankv_mlx.benchmarks.suite import Report
 from leankv_mlx.evaluation.tables import Grid
 
@@ -24,6 +25,7 @@ def tables(report: Report) -> list[Grid]:
         ("Decode steps", report.steps, _STEPS, _STEPS_NOTE),
         ("Prefill", report.prefill, _PREFILL, "needs: bytes beyond weights and caches, at most"),
         ("Encoding", report.encode, _ENCODE, _ENCODE_NOTE),
+        ("Attention with skip", report.skip, _SKIP, _SKIP_NOTE),
     ):
         for shape, of_shape in groupby(rows, lambda row: row["shape"]):
             grids.append(_grid(f"{title}, {shape}", list(of_shape), columns, note))
@@ -116,6 +118,21 @@ _ENCODE: tuple[_Column, ...] = (
     ("share of a step", lambda row: f"{row['share']:.2%}"),
 )
 _ENCODE_NOTE = "ms: encoding a block of 32 tokens in every layer, by token"
+_SKIP: tuple[_Column, ...] = (
+    ("tokens", lambda row: f"{row['tokens']}"),
+    ("attention", lambda row: row["data"]),
+    ("format", lambda row: row["format"]),
+    ("skip", lambda row: f"{row['skip']:g}"),
+    ("ms", lambda row: _ms(row["ms"])),
+    (NONE, lambda row: _ms(row["baseline_ms"][NONE])),
+    ("ours / no skip", lambda row: f"{1 / row['ratios'][NONE]:.3f}"),
+    ("values read", lambda row: f"{row['read']:.1%}"),
+    ("output error", lambda row: f"{row['error']:.2%}"),
+)
+_SKIP_NOTE = (
+    "ms: all layers, by decode step; attention: of a text that the model read, repeated beyond its "
+    "length, or uniform; output error: relative to attention without skip, mean"
+)
 
 
 def static_table(rows: Sequence[static.Row]) -> Grid:

@@ -12,6 +12,7 @@ from leankv_mlx.benchmarks import settings as presets
 from leankv_mlx.benchmarks.attention import products
 from leankv_mlx.benchmarks.settings import FULL, PARTS, Settings
 from leankv_mlx.benchmarks.shapes import SHAPES, Heads, Shape, shape_of
+from leankv_mlx.benchmarks.skip import SKIPS
 from leankv_mlx.benchmarks.timing import Budget
 from leankv_mlx.cli.app import run
 from leankv_mlx.config import CompressionConfig
@@ -24,6 +25,7 @@ TINY = replace(
     steps=(160,),
     prefill=(160,),
     encode=(160,),
+    skip=(160,),
     heads=(Heads(4, 2, 64),),
     shape="tiny",
     prefill_rounds=1,
@@ -68,6 +70,11 @@ def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
         assert row["kv_bytes"] < row["baseline_kv_bytes"][row["dtype"]]
     for row in document["prefill"]:
         assert list(row["baseline_ms"]) == [row["dtype"]]
+    uniform = [row for row in document["skip"] if row["data"] == "uniform"]
+    assert len(document["skip"]) == 2 * len(uniform) == 2 * len(SKIPS)
+    assert all(row["read"] == 1 and row["error"] < 1e-3 for row in uniform)
+    for row in document["skip"]:
+        assert 0 < row["read"] <= 1 and list(row["baseline_ms"]) == ["no skip"]
     for row in document["encode"]:
         assert row["share"] == pytest.approx(row["ms"] / row["baseline_ms"]["step"], rel=1e-6)
 
@@ -78,7 +85,7 @@ def test_choices(capsys: pytest.CaptureFixture[str]) -> None:
         "--heads", "6x3x32", "--backend", "reference",
     )  # fmt: skip
     assert document["backend"] == "reference"
-    assert document["steps"] == document["prefill"] == document["encode"] == []
+    assert document["steps"] == document["prefill"] == document["encode"] == document["skip"] == []
     rows = document["attention"]
     assert [(row["tokens"], row["format"]) for row in rows] == [
         (128, "k8v4"), (128, "k4v4"), (192, "k8v4"), (192, "k4v4"),
