@@ -64,6 +64,8 @@ class CompressionConfig:
         scores: what tokens are judged by: the last "queries" of the prompt, or, for a document
             that will be asked many things, a pass in which the model is made to "repeat" it.
         pooling: tokens, an odd number: a score is the largest among so many neighbours.
+        skip: attention weight below which a token's value may be taken for its center, see
+            `kernels.decode_attention`; 0 reads all of them.
         layer_bits: bits of each layer in place of k_bits and v_bits; () for all alike.
         backend: which implementation runs the kernels; "auto" takes the best one present.
 
@@ -90,6 +92,7 @@ class CompressionConfig:
     at: When = "prompt"
     scores: Scores = "queries"
     pooling: int = 15
+    skip: float = 0.0
     layer_bits: tuple[Bits, ...] = ()
     backend: BackendName = "auto"
 
@@ -130,6 +133,8 @@ class CompressionConfig:
             raise ConfigError(f"high={self.high:g} is out of range; use 0 to 1.")
         if self.budget < 0:
             raise ConfigError(f"budget={self.budget} is out of range; use bytes, for example 64M.")
+        if not 0 <= self.skip < 1:
+            raise ConfigError(f"skip={self.skip:g} is no attention weight; use 0, or 0.001.")
         if not 1 <= self.pooling <= 255 or self.pooling % 2 == 0:
             raise ConfigError(f"pooling={self.pooling} is out of range; use an odd number to 255.")
 
@@ -306,6 +311,7 @@ _READERS: dict[str, Callable[[str, str], Any]] = {
     "at": _word,
     "scores": _word,
     "pooling": _integer,
+    "skip": _number,
     "layer_bits": _layers,
     "backend": _word,
 }

@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from leankv_mlx.attention.view import View
-from leankv_mlx.kernels import Mask
+from leankv_mlx.kernels import Attention, Mask
 from leankv_mlx.kernels.decode_attention import decode_attention
 
 
@@ -14,9 +14,9 @@ def attend_codes(
     scale: float,
     mask: Mask,
     sink_logits: mx.array | None,
-) -> tuple[mx.array, mx.array]:
-    """queries: [1, Hq, L, head_dim], the last L tokens of the view -> [1, Hq, L, v_head_dim], and
-    the log-sum-exp of their scores, float32 [Hq, L]."""
+) -> Attention:
+    """queries: [1, Hq, L, head_dim], the last L tokens of the view -> [1, Hq, L, v_head_dim]; the
+    log-sum-exp of their scores, float32 [Hq, L], and what was read come with it."""
     attention = decode_attention(
         queries[0],
         view.bodies,
@@ -28,5 +28,6 @@ def attend_codes(
         sink_logits=sink_logits,
         backend=view.backend,
         rotations=view.rotations,
+        skip=view.skip,
     )
-    return attention.out[None], attention.lse
+    return attention._replace(out=attention.out[None])

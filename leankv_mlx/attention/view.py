@@ -20,6 +20,7 @@ class View:
         sinks: how many of the exact rows are sink tokens.
         rotations: the space that everything here lives in.
         backend: who computes.
+        skip: attention weight below which values may be left out in decode.
     """
 
     bodies: Sequence[Body]
@@ -28,6 +29,7 @@ class View:
     sinks: int
     rotations: Rotations
     backend: Backend
+    skip: float = 0.0
 
     def present(self) -> mx.array | None:
         """Which of the rows that `rows` gives are tokens, bool [H, N]; None if all are."""

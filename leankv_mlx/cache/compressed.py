@@ -28,6 +28,7 @@ class _Calls:
     """Counts of what models do with the fetched arrays; shared with the closures of fetches."""
 
     fused: int = 0
+    reads: mx.array | None = None  # of the last decode call, see `kernels.types.Attention`
 
 
 class CompressedKVCache:
@@ -209,6 +210,14 @@ class CompressedKVCache:
         return self._calls.fused
 
     @property
+    def values_read(self) -> float:
+        """Share of the stored values that the last decode call read; 1.0 without skip=."""
+        if self._calls.reads is None:
+            return 1.0
+        read, present = np.array(self._calls.reads).sum(axis=0)
+        return float(read) / max(1, int(present))
+
+    @property
     def fp16_nbytes(self) -> int:
         """Bytes that the same tokens take in an uncompressed fp16 cache."""
         return self._layer.fp16_nbytes if self._layer else 0
@@ -279,7 +288,8 @@ class CompressedKVCache:
                 rotated = view.rotations[0].apply(q[0])
                 collector.add(rotated, rows.k, stored, scale, sink_logits, view.present())
             if rows is None and q.shape[2] <= MAX_DECODE_TOKENS:
-                out, lse = attend_codes(q, view, scale=scale, mask=mask, sink_logits=sink_logits)
+                found = attend_codes(q, view, scale=scale, mask=mask, sink_logits=sink_logits)
+                out, lse, calls.reads = found
             else:
                 out = attend_rows(
                     q, rows or view.rows(), view, scale=scale, mask=mask, sink_logits=sink_logits

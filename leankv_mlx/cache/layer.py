@@ -155,6 +155,7 @@ class Layer:
             self.sinks,
             self.rotations,
             self._backend,
+            self._config.skip,
         )
 
     def copy(self) -> Layer:

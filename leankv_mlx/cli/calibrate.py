@@ -1,0 +1,151 @@
+"""`leankv calibrate`: find a setting for a model within limits, and keep it as a profile."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from leankv_mlx.cli.console import show
+from leankv_mlx.cli.eval import parsed_lengths, parsed_tasks, progress_bar
+from leankv_mlx.errors import LeanKVError
+
+if TYPE_CHECKING:
+    from leankv_mlx.evaluation.calibration import Allocation, Candidate
+    from leankv_mlx.evaluation.tables import Grid
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the app."""
+    app.command("calibrate")(calibrate)
+
+
+def calibrate(
+    name: Annotated[str, typer.Argument(help="Name of the profile: --kv leankv:NAME takes it.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id (default: the bundled demo model).")
+    ] = None,
+    kv: Annotated[
+        str, typer.Option(help="What to start from; its policy says what is swept.")
+    ] = "leankv:policy=budget,scope=model,window=32",
+    bits: Annotated[
+        float | None,
+        typer.Option(help="First give each layer and side its own bits, so many on average."),
+    ] = None,
+    kld: Annotated[
+        float, typer.Option(help="Largest mean KL divergence from the uncompressed model, in nats.")
+    ] = 0.02,
+    points: Annotated[
+        float, typer.Option(help="Largest loss of retrieval, in points of 100.")
+    ] = 2.0,
+    tasks: Annotated[str, typer.Option(help="Retrieval tasks, or none.")] = "S2,MK1",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths of retrieval in tokens.")] = "2048",
+    samples: Annotated[int, typer.Option(help="Prompts per task and length.")] = 6,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file for the divergence (default: generated text).")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens per chunk of text; half are scored.")] = 2048,
+    chunks: Annotated[int, typer.Option(help="Chunks of text.")] = 2,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="TOML file (default: your own profiles)."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON document as the last line on stdout.")
+    ] = False,
+) -> None:
+    """Find the smallest cache of a model that stays within limits; keep it as a profile."""
+    from leankv_mlx.config import CompressionConfig
+    from leankv_mlx.evaluation.calibration import Limits, allocate, candidates, sweep
+    from leankv_mlx.evaluation.lab import Lab, Settings
+    from leankv_mlx.mlx_lm.attachment import attach
+    from leankv_mlx.profiles import check_name, save_profile, user_profiles
+
+    check_name(name)
+    base = CompressionConfig.parse(kv)
+    candidates(base)  # a policy without anything to sweep is told before the model is loaded
+    chosen_tasks = parsed_tasks(tasks) or ()
+    settings = Settings(
+        kv=(kv,), tasks=chosen_tasks, lengths=parsed_lengths(lengths) or (), samples=samples,
+        text=text, context=context, chunks=chunks,
+    )  # fmt: skip
+    lab = Lab(model, settings)
+    allocation = None
+    with progress_bar() as progress:
+        if bits is not None:
+            layers = attach(lab.loaded.model, base).compressed_layers
+            allocation = allocate(lab.loaded, base, layers, bits, lab.corpus, progress.advance)
+            base = replace(base, layer_bits=allocation.bits)
+        found = sweep(
+            lab.loaded, candidates(base), Limits(kld, points), lab.corpus, lab.cells, samples,
+            progress.advance,
+        )  # fmt: skip
+    show(_tables(allocation, found), to_stderr=as_json)
+    best = max((c for c in found if c.within), key=lambda c: c.size.ratio, default=None)
+    if best is None:
+        raise _NothingWithinLimits(
+            f"no candidate stays within --kld {kld:g} and --points {points:g}; raise them, or "
+            "start from more bits (--kv leankv:k8v4,policy=...)."
+        )
+    about = f"calibrated on {lab.loaded.path.name}: {best.size.ratio:.1f} times smaller after "
+    about += f"{context} tokens, mean KL divergence {best.kld:.4f}"
+    target = output or user_profiles()
+    save_profile(target, name, best.kv, about)
+    typer.echo(f"wrote profile {name} to {target}: leankv:{best.kv}", err=as_json)
+    if as_json:
+        typer.echo(json.dumps(_document(name, allocation, found, best)))
+
+
+class _NothingWithinLimits(LeanKVError):
+    """No candidate was good enough."""
+
+
+def _document(
+    name: str, allocation: Allocation | None, found: list[Candidate], best: Candidate
+) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "profile": name,
+        "kv": best.kv,
+        "candidates": [
+            {
+                "kv": c.kv,
+                "ratio": c.size.ratio,
+                "kld": c.kld,
+                "retrieval": c.retrieval,
+                "within": c.within,
+            }
+            for c in found
+        ],
+    }
+    if allocation:
+        (k, v), kld = allocation.uniform
+        document["layer_bits"] = [list(pair) for pair in allocation.bits]
+        document["layer_bits_kld"] = allocation.kld
+        document["uniform"] = {"k_bits": k, "v_bits": v, "kld": kld}
+    return document
+
+
+def _tables(allocation: Allocation | None, found: list[Candidate]) -> list[Grid]:
+    from leankv_mlx.evaluation.tables import Grid
+
+    grids = []
+    if allocation:
+        (k, v), kld = allocation.uniform
+        rows = [[str(i), str(a), str(b)] for i, (a, b) in enumerate(allocation.bits)]
+        note = f"mean KL divergence {allocation.kld:.5f}; {kld:.5f} with k{k}v{v} in all layers"
+        grids.append(Grid("Bits of each layer", ("layer", "keys", "values"), rows, note))
+    rows = [
+        [
+            c.kv,
+            f"{c.size.ratio:.2f}",
+            f"{c.kld:.5f}",
+            "-" if c.retrieval is None else f"{c.retrieval:.2f}",
+            "yes" if c.within else "no",
+        ]
+        for c in found
+    ]
+    header = ("kv", "ratio", "KLD mean", "retrieval", "within limits")
+    return [*grids, Grid("Candidates", header, rows)]
