@@ -1,12 +1,11 @@
-"""Where the app keeps its files: LEANKV_HOME, else the XDG variables, else the system's places."""
+"""Where the app keeps its files; `leankv_mlx.folders` says in which folders."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-NAME = "leankv"
+from leankv_mlx.folders import folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +27,5 @@ class Paths:
 
 def paths() -> Paths:
     """The paths of this user."""
-    if home := os.environ.get("LEANKV_HOME"):
-        root = Path(home).expanduser()
-        data = config = root
-    else:
-        import platformdirs
-
-        data = _xdg("XDG_DATA_HOME") or Path(platformdirs.user_data_dir(NAME, appauthor=False))
-        config = _xdg("XDG_CONFIG_HOME") or Path(
-            platformdirs.user_config_dir(NAME, appauthor=False)
-        )
+    data, config = folder("data"), folder("config")
     return Paths(data / "chats.db", config / "settings.json", data / "exports")
-
-
-def _xdg(variable: str) -> Path | None:
-    """Honoured on every system, not only where platformdirs looks at it."""
-    value = os.environ.get(variable)
-    return Path(value).expanduser() / NAME if value else None

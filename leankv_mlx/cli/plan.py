@@ -30,9 +30,10 @@ def plan(
     """Say the longest context with the uncompressed cache and with each profile."""
     from leankv_mlx.engine import catalogue
     from leankv_mlx.engine import plan as planning
+    from leankv_mlx.sizes import parse_bytes
 
     entry = catalogue.find(model)
-    found = planning.plan(entry, planning.parse_bytes(memory), planning.parse_bytes(reserve))
+    found = planning.plan(entry, parse_bytes(memory), parse_bytes(reserve))
     if found.kv_budget <= 0:
         raise UsageError(
             f"{entry.name} has {entry.weights / 1e9:.2f} GB of weights; with {reserve} reserved "

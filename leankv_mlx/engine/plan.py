@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from leankv_mlx.config import CompressionConfig, profiles
 from leankv_mlx.engine.catalogue import CatalogueEntry
-from leankv_mlx.errors import UsageError
 
 RESERVE = 2 * 10**9
 """Bytes left to the system and to activations unless something else is asked for."""
 _FP16_STEP = 256
 """Tokens by which mlx-lm's own cache grows."""
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +65,6 @@ def kv_bytes(entry: CatalogueEntry, config: CompressionConfig | None, tokens: in
         return entry.full_layers * steps * row + sliding
     layer = planned(config, tokens, entry.kv_heads, entry.head_dim, entry.head_dim)
     return entry.full_layers * layer.allocated + sliding
-
-
-def parse_bytes(text: str) -> int:
-    """16GB, 512MB, 1.5GiB or a number of bytes.
-
-    Raises:
-        UsageError: it is none of these.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not found or found[2].upper() not in _UNITS:
-        raise UsageError(f"'{text}' is not a size; use for example 16GB.")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 def _row(

@@ -12,8 +12,7 @@ from leankv_mlx.cache.memory import planned
 from leankv_mlx.cli import app
 from leankv_mlx.config import CompressionConfig, profiles
 from leankv_mlx.engine.catalogue import CatalogueEntry, catalogue, find
-from leankv_mlx.engine.plan import kv_bytes, parse_bytes, plan
-from leankv_mlx.errors import UsageError
+from leankv_mlx.engine.plan import kv_bytes, plan
 
 
 def filled(config: CompressionConfig, tokens: int, heads: int, k_dim: int, v_dim: int,
@@ -84,15 +83,6 @@ def test_the_list_of_models() -> None:
     families = ("llama", "qwen", "gemma", "mistral", "phi", "gpt-oss")
     assert all(any(entry.name.startswith(name) for entry in entries) for name in families)
     assert find("mlx-community/phi-4-4bit").name == "phi-4"
-
-
-def test_sizes() -> None:
-    assert parse_bytes("16GB") == 16 * 10**9
-    assert parse_bytes("1.5 GiB") == 3 * 2**29
-    assert parse_bytes("1024") == 1024
-    for text in ("", "GB", "16 bananas", "-1GB"):
-        with pytest.raises(UsageError, match="is not a size"):
-            parse_bytes(text)
 
 
 def test_commands(capfd: pytest.CaptureFixture[str]) -> None:
