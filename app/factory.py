@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from leankv_app.options import Options
 from leankv_app.paths import Paths
-from leankv_mlx.config import CompressionConfig, profiles
+from leankv_mlx.config import CompressionConfig
 from leankv_mlx.engine.requests import Emit, EngineLike
 from leankv_mlx.errors import UsageError
+from leankv_mlx.profiles import profiles
 
 if TYPE_CHECKING:
     from leankv_app.app import ChatApp

@@ -2,13 +2,12 @@
 
 import math
 import re
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from leankv_mlx.errors import ConfigError
-from leankv_mlx.resources import models_toml
+from leankv_mlx.profiles import profiles
 
 Rounding = Literal["search", "rms", "optimal"]
 BackendName = Literal["auto", "metal", "cuda", "cpu", "reference"]
@@ -197,12 +196,6 @@ class CompressionConfig:
             if value != getattr(default, field.name):
                 parts.append(f"{field.name}={_text(value)}")
         return "leankv:" + ",".join(parts)
-
-
-def profiles() -> dict[str, str]:
-    """Named settings from models.toml: profile name -> SPEC."""
-    with models_toml().open("rb") as file:
-        return {name: row["kv"] for name, row in tomllib.load(file)["profiles"].items()}
 
 
 def _check_bits(side: str, bits: int | tuple[int, ...]) -> None:

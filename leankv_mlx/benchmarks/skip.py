@@ -89,7 +89,7 @@ def _calls(loaded: LoadedModel, config: CompressionConfig, tokens: int) -> list[
     text = corpus(loaded, None, tokens, 1).chunks[0].tokens[None]
     calls: list[Call] = []
 
-    def record(queries: mx.array, view: View, *, scale: float, **rest: Any) -> mx.array:
+    def record(queries: mx.array, view: View, *, scale: float, **rest: Any) -> Attention:
         calls.append(Call(queries[0], view, scale))
         return attend_codes(queries, view, scale=scale, **rest)
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from leankv_mlx.cli import bench, demo, doctor, eval, generate, models, plan
+from leankv_mlx.cli import bench, calibrate, demo, doctor, eval, generate, models, plan
 from leankv_mlx.errors import LeanKVError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 bench.register(app)
+calibrate.register(app)
 demo.register(app)
 doctor.register(app)
 eval.register(app)

@@ -60,7 +60,7 @@ def calibrate(
     """Find the smallest cache of a model that stays within limits; keep it as a profile."""
     from leankv_mlx.config import CompressionConfig
     from leankv_mlx.evaluation.calibration import Limits, allocate, candidates, sweep
-    from leankv_mlx.evaluation.lab import Lab, Settings
+    from leankv_mlx.evaluation.lab import Lab, Settings, machine
     from leankv_mlx.mlx_lm.attachment import attach
     from leankv_mlx.profiles import check_name, save_profile, user_profiles
 
@@ -83,7 +83,7 @@ def calibrate(
             lab.loaded, candidates(base), Limits(kld, points), lab.corpus, lab.cells, samples,
             progress.advance,
         )  # fmt: skip
-    show(_tables(allocation, found), to_stderr=as_json)
+    show(_tables(allocation, found), machine(), to_stderr=as_json)
     best = max((c for c in found if c.within), key=lambda c: c.size.ratio, default=None)
     if best is None:
         raise _NothingWithinLimits(

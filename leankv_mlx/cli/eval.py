@@ -79,8 +79,8 @@ def evaluate(
     """Measure what compression does to a model's quality."""
     given: dict[str, Any] = {
         "kv": tuple(kv) if kv else None,
-        "tasks": _tasks(tasks),
-        "lengths": _lengths(lengths),
+        "tasks": parsed_tasks(tasks),
+        "lengths": parsed_lengths(lengths),
         "samples": samples,
         "text": text,
         "context": context,
@@ -97,13 +97,19 @@ def evaluate(
     _run(model, settings, plot, as_json)
 
 
-def _tasks(text: str | None) -> tuple[str, ...] | None:
+def parsed_tasks(text: str | None) -> tuple[str, ...] | None:
+    """The value of --tasks."""
     if text is None or text.strip().lower() == "none":
         return None if text is None else ()
     return tuple(dict.fromkeys(part.strip().upper() for part in text.split(",") if part.strip()))
 
 
-def _lengths(text: str | None) -> tuple[int, ...] | None:
+def parsed_lengths(text: str | None) -> tuple[int, ...] | None:
+    """The value of --lengths.
+
+    Raises:
+        UsageError: it is not understood.
+    """
     if text is None:
         return None
     try:
@@ -125,7 +131,7 @@ def _run(model: str | None, settings: Settings, picture: Path | None, as_json: b
     if picture is not None:
         check_plot(picture)
     lab = Lab(model, settings)
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = lab.run(progress)
     if picture is not None:
         plot(report, picture)
@@ -135,7 +141,8 @@ def _run(model: str | None, settings: Settings, picture: Path | None, as_json: b
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def progress_bar() -> Iterator[Progress]:
+    """A bar on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from leankv_mlx.config import CompressionConfig, profiles
+from leankv_mlx.config import CompressionConfig
 from leankv_mlx.engine.catalogue import CatalogueEntry
+from leankv_mlx.profiles import profiles
 
 RESERVE = 2 * 10**9
 """Bytes left to the system and to activations unless something else is asked for."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,15 +163,17 @@ def allocate(
 def _greedy(cost: NDArray[np.float64], levels: Sequence[int], bits: float) -> NDArray[np.int64]:
     """Index of the level of each layer and side: from the lowest, the step that takes most
     divergence away for its bits, as long as there are bits left."""
-    at = np.zeros(cost.shape[:2], np.int64)
+    at: NDArray[np.int64] = np.zeros((cost.shape[0], cost.shape[1]), np.int64)
     left = bits * at.size - levels[0] * at.size
     while True:
-        best, where, price = 0.0, None, 0
-        for index in np.ndindex(*at.shape):
+        best, price = 0.0, 0
+        where: tuple[tuple[int, int], int] | None = None
+        for index in product(range(at.shape[0]), range(at.shape[1])):
             # Steps over several levels, too: a cost curve need not be convex.
-            for step in range(at[index] + 1, len(levels)):
-                extra = levels[step] - levels[at[index]]
-                gain = (cost[index][at[index]] - cost[index][step]) / extra
+            now = int(at[index])
+            for step in range(now + 1, len(levels)):
+                extra = levels[step] - levels[now]
+                gain = (cost[index][now] - cost[index][step]) / extra
                 if extra <= left and gain > best:
                     best, where, price = gain, (index, step), extra
         if where is None:

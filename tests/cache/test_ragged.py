@@ -191,7 +191,7 @@ class RaggedLayers(RuleBasedStateMachine):
         view = layer.view()
         arguments: dict[str, Any] = {"scale": 1.0, "mask": None, "sink_logits": None}
         if n <= 8:
-            out, _ = attend_codes(queries, view, **arguments)
+            out = attend_codes(queries, view, **arguments).out
         else:
             out = attend_rows(queries, view.rows(), view, **arguments)
         np.testing.assert_allclose(np.array(out), attention(layer, queries), atol=2e-5)

@@ -10,9 +10,10 @@ import pytest
 from leankv_mlx.cache import CompressedKVCache
 from leankv_mlx.cache.memory import planned
 from leankv_mlx.cli import app
-from leankv_mlx.config import CompressionConfig, profiles
+from leankv_mlx.config import CompressionConfig
 from leankv_mlx.engine.catalogue import CatalogueEntry, catalogue, find
 from leankv_mlx.engine.plan import kv_bytes, plan
+from leankv_mlx.profiles import profiles
 
 
 def filled(config: CompressionConfig, tokens: int, heads: int, k_dim: int, v_dim: int,
