@@ -12,9 +12,9 @@
 namespace leankv {
 namespace {
 
-constexpr int kMinUnits = 8;         // of a task: less is not worth its merge
-constexpr int kMinSkipping = 32;     // the same where each task scores the exact rows as well
-constexpr int kTasksPerThread = 4;   // so that a slow thread holds nobody up
+constexpr int kMinUnits = 8;      // of a task: less is not worth its merge
+constexpr int kMinSkipping = 32;  // the same where each task scores the exact rows as well
+constexpr int kShares = 2;  // tasks at least that are left for each thread, until they are minimal
 constexpr int64_t kSerialWork = 1 << 20;  // products below which waking a thread costs more
 
 struct Task {
@@ -30,16 +30,22 @@ struct Scratch {
   std::unique_ptr<float, void (*)(void*)> data;
 };
 
-// Tasks of one head lie together, in the order of its tokens; one a head if `whole`.
+// Tasks of one head lie together, in the order of its tokens; one a head if `whole`. Else the sizes
+// fall with what is left, so that all threads end at about the same time.
 std::vector<Task> split(const AttentionArgs& a, int units, bool whole) {
-  const int wanted = thread_count() * kTasksPerThread;
   const int fewest = a.skip > 0 ? kMinSkipping : kMinUnits;
-  const int size = whole ? units : std::max(fewest, (units + wanted - 1) / wanted);
   std::vector<Task> tasks;
+  int left = units;
   for (int h = 0; h < a.heads; ++h) {
-    const int n = a.units(h), parts = std::max(1, (n + size - 1) / std::max(size, 1));
-    const auto at = [&](int part) { return static_cast<int>(int64_t{n} * part / parts); };
-    for (int i = 0; i < parts; ++i) tasks.push_back({h, at(i), at(i + 1)});
+    const int n = a.units(h);
+    int first = 0;
+    do {
+      const int size = whole ? n : std::max(fewest, left / (kShares * thread_count()));
+      const int last = n - first < size + fewest ? n : first + size;
+      tasks.push_back({h, first, last});
+      left -= last - first;
+      first = last;
+    } while (first < n);
   }
   return tasks;
 }
