@@ -24,14 +24,15 @@ def test_kernels_run_clean(sanitizer: str, tmp_path: Path) -> None:
     subprocess.run([cmake, "-S", REPOSITORY, "-B", tmp_path, flag], check=True)
     subprocess.run([cmake, "--build", tmp_path, "--parallel"], check=True)
     arguments = ["threads-only"] if sanitizer == "thread" else []
-    done = subprocess.run(
-        [tmp_path / "leankv_sanitize", *arguments],
-        env=os.environ | {"LEANKV_THREADS": "4"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "ERROR" not in done.stderr and "WARNING" not in done.stderr, done.stderr
+    for threads in (2, 2 * (os.cpu_count() or 1)):  # more than processors: none waits awake
+        done = subprocess.run(
+            [tmp_path / "leankv_sanitize", *arguments],
+            env=os.environ | {"LEANKV_THREADS": str(threads)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "ERROR" not in done.stderr and "WARNING" not in done.stderr, done.stderr
 
 
 def test_the_pool_outlives_neither_a_fork_nor_the_interpreter() -> None:
