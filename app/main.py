@@ -60,7 +60,7 @@ def chat(
         typer.echo("\n".join(places.paths().lines()))
         return
     from leankv_app.factory import check, make_app
-    from leankv_mlx.engine.plan import parse_bytes
+    from leankv_mlx.sizes import parse_bytes
 
     options = Options(
         model,

@@ -90,7 +90,7 @@ class CompressionConfig:
     scope: Scope = "layer"
     at: When = "prompt"
     scores: Scores = "queries"
-    pooling: int = 15
+    pooling: int = 31
     skip: float = 0.0
     layer_bits: tuple[Bits, ...] = ()
     backend: BackendName = "auto"
