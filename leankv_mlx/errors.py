@@ -40,6 +40,10 @@ class CacheFileError(LeanKVError):
     """A prompt cache file cannot be read, written or used with this model."""
 
 
+class DocumentError(LeanKVError):
+    """A document cannot be read, or its text cannot be got at."""
+
+
 class ContextLengthError(UsageError, ValueError):
     """A prompt does not fit the model's context."""
 

@@ -184,6 +184,18 @@ def read(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     return tensors, metadata
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata alone, for lists: its digest is not checked.
+
+    Raises:
+        DamagedError: the header is not one that `write` made.
+        OSError: it cannot be read.
+    """
+    with _open(Path(path)) as file:
+        _, header = _read_header(file)
+        return _parse(header, os.fstat(file.fileno()).st_size - 8 - len(header))[0]
+
+
 def _open(path: Path) -> BinaryIO:
     # Not blocking, and asked before the first read: a pipe could make us wait for ever.
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))

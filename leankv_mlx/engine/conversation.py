@@ -8,6 +8,7 @@ from typing import Any
 from mlx import nn
 
 from leankv_mlx.engine.requests import Turn
+from leankv_mlx.mlx_lm import prompts
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.usage import measure
 
@@ -43,33 +44,21 @@ class Conversation:
     def beginning(self, turns: Sequence[Turn]) -> list[int]:
         """Tokens that the conversation begins with, whatever is added to its last message."""
         *before, last = turns
-        one, other = (
-            self.prompt([*before, Turn(last.role, last.text + ending)]) for ending in ("A", "?")
+        return prompts.beginning(
+            lambda text: self.prompt([*before, Turn(last.role, text)]), last.text
         )
-        same = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), 0)
-        return one[:same]
 
     def render(self, turns: Sequence[Turn]) -> str:
         """The conversation in the model's own form."""
-        if not self._tokenizer.has_chat_template:
-            said = (f"{turn.role}: {turn.text}" for turn in turns)
-            return "\n".join([*said, "assistant:"])
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        text: str = self._tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
-        return text
+        return prompts.render(self._tokenizer, messages)
 
     def reuse(self, prompt: Sequence[int]) -> int:
         """Cut the cache to what it shares with `prompt`; returns how many tokens it keeps.
 
         At least one token of the prompt is left to read.
         """
-        keep = 0
-        limit = min(len(self.tokens), len(prompt) - 1)
-        while keep < limit and self.tokens[keep] == prompt[keep]:
-            keep += 1
-        self._cut(keep)
+        self._cut(prompts.shared(self.tokens, prompt[:-1]))
         return len(self.tokens)
 
     def settle(self, prompt: Sequence[int], reply: Sequence[int]) -> None:
@@ -112,5 +101,4 @@ class Conversation:
         self.tokens = []
 
     def _encode(self, text: str) -> list[int]:
-        tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return tokens
+        return prompts.encode(self._tokenizer, text)

@@ -87,9 +87,7 @@ class Attachment:
         self._maker: _MakeCache | None = None
         self._caches: list[Any] | None = None
         self._final: list[str] = []
-        current = vars(model).get("make_cache")
-        original = current.original if isinstance(current, _MakeCache) else None
-        self._entries: list[Any] = (original or _original_make_cache(model))()
+        self._entries = own_caches(model)
 
     def start(self) -> Attachment:
         """Begin; every call needs its `stop`."""
@@ -218,6 +216,13 @@ def attach(model: nn.Module, config: CompressionConfig | str = "leankv") -> Atta
             "a model in pipeline stages cannot use a compressed KV cache; load it on one machine."
         )
     return Attachment(model, config)
+
+
+def own_caches(model: nn.Module) -> list[Any]:
+    """The cache list that the model itself makes, attached or not."""
+    current = vars(model).get("make_cache")
+    make = current.original if isinstance(current, _MakeCache) else _original_make_cache(model)
+    return make()
 
 
 def make_caches(model: nn.Module) -> list[Any]:

@@ -41,6 +41,14 @@ class Usage:
         )
 
 
+def summary_line(usage: Usage, backend: str) -> str:
+    """`leankv: N tokens, KV X MB (fp16 Y MB), R.RRx, backend B`."""
+    return (
+        f"leankv: {usage.tokens} tokens, KV {usage.used / 1e6:.2f} MB "
+        f"(fp16 {usage.fp16 / 1e6:.2f} MB), {usage.ratio:.2f}x, backend {backend}"
+    )
+
+
 def measure(caches: Iterable[Any]) -> Usage:
     """Sum over the entries of a cache list."""
     return sum(map(_measure, caches), Usage())

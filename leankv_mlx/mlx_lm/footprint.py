@@ -1,0 +1,128 @@
+"""What the caches of a model will take in memory, before there is a cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
+
+from leankv_mlx.cache.memory import planned
+from leankv_mlx.config import CompressionConfig
+from leankv_mlx.mlx_lm.attachment import Attachment, own_caches
+
+_SPARE = 0.75
+"""Share of the machine's memory that model and cache may take, if no budget is given."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One cache with keys and values of `bound` tokens at most (0: of all)."""
+
+    heads: int
+    k_dim: int
+    v_dim: int
+    element_bytes: int
+    bound: int
+    compressed: bool
+
+    def nbytes(self, config: CompressionConfig | None, tokens: int) -> int:
+        if config is not None and self.compressed:
+            return planned(
+                config, tokens, self.heads, self.k_dim, self.v_dim, self.element_bytes
+            ).used
+        held = min(tokens, self.bound) if self.bound else tokens
+        return held * self.heads * (self.k_dim + self.v_dim) * self.element_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes in use by a model's caches as a function of their length, as `measure` counts them.
+
+    Exact after a prompt is read; after single tokens up to 32 of them are still exact rows that
+    are counted as codes here. Buffers grow by an eighth at a time, so they hold up to that much
+    more.
+
+    Attributes:
+        config: the compression that is planned for, None for none.
+    """
+
+    layers: tuple[_Layer, ...]
+    config: CompressionConfig | None
+
+    @classmethod
+    def of(cls, model: nn.Module, attachment: Attachment | None) -> Footprint:
+        """Find the shapes by a forward of one token that is never computed.
+
+        Args:
+            attachment: what the caches will be, None for the model's own.
+        """
+        caches = own_caches(model)
+        model(mx.array([[1]]), cache=caches)
+        rows = attachment.report if attachment else []
+        compressed = [row.compressed for row in rows] or [False] * len(caches)
+        layers = [
+            layer
+            for cache, replaced in zip(caches, compressed, strict=True)
+            for layer in _layers(cache, replaced)
+        ]
+        return cls(tuple(layers), attachment.config if attachment else None)
+
+    def used(self, tokens: int) -> int:
+        """Bytes that `tokens` tokens take."""
+        return sum(layer.nbytes(self.config, tokens) for layer in self.layers)
+
+    def uncompressed(self, tokens: int) -> int:
+        """Bytes that they take in the model's own caches."""
+        return sum(layer.nbytes(None, tokens) for layer in self.layers)
+
+    def longest(self, budget: int, most: int) -> int:
+        """Tokens that fit `budget` bytes, at most `most`."""
+        if self.used(most) <= budget:
+            return most
+        low, high = 0, most
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.used(middle) <= budget else (low, middle)
+        return low
+
+
+def _layers(cache: Any, compressed: bool) -> Iterator[_Layer]:
+    if (children := getattr(cache, "caches", None)) is not None:  # CacheList
+        for child in children:
+            yield from _layers(child, compressed)
+        return
+    keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
+    if isinstance(keys, mx.array) and isinstance(values, mx.array):
+        bound = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None) or 0
+        yield _Layer(
+            keys.shape[1],
+            keys.shape[3],
+            values.shape[3],
+            keys.dtype.size,
+            bound,
+            compressed,
+        )
+
+
+def memory_size() -> int:
+    """Bytes of memory that this machine has for models."""
+    size = mx.device_info().get("memory_size")
+    if isinstance(size, int) and size > 0:
+        return size
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters."""
+    parameters: Any = tree_flatten(model.parameters())
+    return sum(array.nbytes for _, array in parameters)
+
+
+def spare_memory(model: nn.Module) -> int:
+    """Bytes that a KV cache may take beside the model if nobody says how many."""
+    return max(0, int(memory_size() * _SPARE) - weight_bytes(model))
