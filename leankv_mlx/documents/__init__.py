@@ -1,0 +1,5 @@
+"""Long documents: reading them, answering from them, summaries, and the cache that keeps them.
+
+`readers` turns files, pages and stdin into text and needs no model; `reader` answers with one, over
+prefixes that `prefix` opens from the files of `cache`; `summary` does what `planning` decides.
+"""
