@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
-from leankv_app.documents import Document
 from leankv_app.settings import Settings
 from leankv_app.store import Message, SessionInfo, Store, StoreError
+from leankv_mlx.documents.readers import Document
 from leankv_mlx.engine.events import Done, Failed, Stopped, Text
 from leankv_mlx.engine.requests import EngineLike, Forget, Read, Recode, Reply, Turn
 
@@ -60,15 +60,16 @@ class Chat:
         head = Turn("user", self._documents() + "\n\n")
         turns = _merged([*self.turns(self.messages), head])
         self.reading = next(self._numbers)
-        self.engine.submit(Read(self.reading, tuple(turns)))
+        # What was said before does not go into the cache of documents.
+        name = "" if self.messages else self._names()
+        self.engine.submit(Read(self.reading, tuple(turns), name))
         return self.reading
 
     def ask(self, text: str) -> Message:
         """Save the user's message and ask for a reply; the reply that begins to run."""
         shown = ""
         if self.documents:
-            names = ", ".join(document.name for document in self.documents)
-            shown = f"[{names}] {text}"
+            shown = f"[{self._names()}] {text}"
             text = f"{self._documents()}\n\n{text}"
             self.documents.clear()
         self._begin(shown or text)
@@ -219,6 +220,9 @@ class Chat:
         return tuple(_merged(turns))
 
     # Inside
+
+    def _names(self) -> str:
+        return ", ".join(document.name for document in self.documents)
 
     def _documents(self) -> str:
         return "Document:\n" + "\n\n".join(document.text for document in self.documents)

@@ -14,7 +14,7 @@ COMMANDS: dict[str, str] = {
     "/model": "choose a model: /model [NAME, hub id or folder]",
     "/system": "system prompt of this chat: /system TEXT",
     "/set": "a setting: /set temperature 0.7",
-    "/file": "put a document in context: /file PATH",
+    "/file": "put a document in context: /file PATH or address",
     "/summarize": "summarize the document: /summarize [PATH]",
     "/kv": "compression of this chat: /kv small, /kv k3v2, /kv none",
     "/stats": "numbers of the cache and the last reply",
@@ -27,6 +27,9 @@ COMMANDS: dict[str, str] = {
     "/rename": "title of this chat: /rename TEXT",
     "/quit": "leave",
 }
+
+SLOW = ("/file", "/summarize")
+"""Those that read a document: a long one, or an address, must not hold the screen up."""
 
 
 def complete(text: str) -> Sequence[str]:

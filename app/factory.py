@@ -9,8 +9,8 @@ from leankv_app.options import Options
 from leankv_app.paths import Paths
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.engine.requests import Emit, EngineLike
-from leankv_mlx.errors import UsageError
 from leankv_mlx.profiles import profiles
+from leankv_mlx.errors import DocumentError, UsageError
 
 if TYPE_CHECKING:
     from leankv_app.app import ChatApp
@@ -43,7 +43,7 @@ def check(options: Options) -> None:
     Raises:
         UsageError: an option makes no sense.
     """
-    from leankv_app.documents import DocumentError, read_document
+    from leankv_mlx.documents.readers import check_source
 
     if options.kv is not None:
         full_kv(options.kv)
@@ -57,7 +57,7 @@ def check(options: Options) -> None:
         raise UsageError(f"--resume {options.resume} is not a session; use its number, or last.")
     for file in options.files:
         try:
-            read_document(file)
+            check_source(file)
         except DocumentError as error:
             raise UsageError(str(error)) from error
 

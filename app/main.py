@@ -26,7 +26,8 @@ def chat(
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     file: Annotated[
-        list[Path] | None, typer.Option(help="Text document to read at the start; may repeat.")
+        list[str] | None,
+        typer.Option(help="Document or address to read at the start; may repeat."),
     ] = None,
     memory_budget: Annotated[
         str | None, typer.Option(help="What the KV cache may take, such as 2GB.")

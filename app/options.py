@@ -14,7 +14,7 @@ class Options:
         model: folder or hub id.
         kv: a `--kv` text or a profile's name.
         system: system prompt.
-        files: documents to read at the start.
+        files: documents to read at the start; paths or addresses.
         budget: bytes that the KV cache may take, 0 for what the machine has to spare.
         resume: number of a session, or "last".
         record: file that gets the engine's events.
@@ -25,7 +25,7 @@ class Options:
     model: str | None = None
     kv: str | None = None
     system: str | None = None
-    files: tuple[Path, ...] = ()
+    files: tuple[str, ...] = ()
     budget: int = 0
     resume: str = ""
     record: Path | None = None

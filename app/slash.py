@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leankv_app.commands import COMMANDS
-from leankv_app.documents import DocumentError, read_document
+from leankv_app.commands import COMMANDS, SLOW
 from leankv_app.factory import full_kv
 from leankv_app.format import megabytes
 from leankv_app.settings import checked
 from leankv_app.store import StoreError, export
-from leankv_mlx.errors import ConfigError
+from leankv_mlx.documents.readers import STDIN, read_document
+from leankv_mlx.errors import ConfigError, DocumentError
 
 if TYPE_CHECKING:
     from leankv_app.screens.chat import ChatScreen
@@ -34,7 +35,9 @@ class Slash:
             await self._screen.note(f"There is no command {name}; /help lists them.", error=True)
             return
         done = getattr(self, name[1:])(rest.strip())
-        if inspect.isawaitable(done):
+        if name in SLOW:
+            self._screen.run_worker(done)
+        elif inspect.isawaitable(done):
             await done
 
     def help(self, rest: str) -> None:
@@ -74,14 +77,18 @@ class Slash:
 
     async def file(self, rest: str) -> bool:
         """Put a document in context; True if it could be read."""
-        if not rest:
-            await self._screen.note("Name a text file: /file PATH", error=True)
+        if not rest or rest == STDIN:
+            await self._screen.note("Name a file or an address: /file PATH", error=True)
             return False
         try:
-            document = read_document(rest)
+            # In a thread: a page may take its time, and so may a long PDF.
+            document = await asyncio.to_thread(read_document, rest)
         except DocumentError as error:
-            self._screen.say_error("Document", str(error))
+            text = str(error)
+            self._screen.say_error("Document", text[:1].upper() + text[1:])
             return False
+        for line in document.notes:
+            await self._screen.note(line)
         await self._screen.read(document)
         return True
 

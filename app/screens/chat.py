@@ -13,7 +13,6 @@ from textual.widgets import Footer, Static
 
 from leankv_app.chat import CHECKPOINT_SECONDS, Chat
 from leankv_app.commands import COMMANDS, complete
-from leankv_app.documents import Document
 from leankv_app.format import megabytes
 from leankv_app.link import EngineEvents
 from leankv_app.options import Options
@@ -27,6 +26,7 @@ from leankv_app.widgets.message import Notice, ReplyMessage, UserMessage
 from leankv_app.widgets.progress import ProgressLine
 from leankv_app.widgets.prompt import Prompt
 from leankv_app.widgets.status import StatusLine
+from leankv_mlx.documents.readers import Document
 from leankv_mlx.engine.events import (
     Done,
     Downloading,
@@ -34,6 +34,7 @@ from leankv_mlx.engine.events import (
     Failed,
     Loaded,
     Loading,
+    Noted,
     Prefill,
     Recoded,
     Snapshot,
@@ -115,7 +116,7 @@ class ChatScreen(Screen[None]):
         else:
             await self.note(WELCOME)
         for file in options.files:
-            await self.slash.file(str(file))
+            await self.slash.file(file)
 
     def _history(self) -> list[str]:
         try:
@@ -141,10 +142,8 @@ class ChatScreen(Screen[None]):
 
     def on_prompt_scroll(self, event: Prompt.Scroll) -> None:
         messages = self.conversation.messages
-        if event.pages < 0:
-            messages.scroll_page_up(animate=False)
-        else:
-            messages.scroll_page_down(animate=False)
+        scroll = messages.scroll_page_up if event.pages < 0 else messages.scroll_page_down
+        scroll(animate=False)
 
     async def ask(self, text: str) -> None:
         """Send a question."""
@@ -325,6 +324,8 @@ class ChatScreen(Screen[None]):
                 self.progress.wait(f"loading {event.model or 'the demo model'} …")
             case Downloading():
                 self._downloading(event)
+            case Noted():
+                await self.note(event.text)
             case Loaded():
                 await self._model_loaded(event)
             case Recoded():

@@ -1,8 +1,17 @@
-"""`leankv generate`: mlx-lm's generate command with `--kv`."""
+"""`leankv generate`: mlx-lm's generate command with `--kv` and `--file`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import typer
+
+from leankv_mlx.cli import reading
+
+if TYPE_CHECKING:
+    from leankv_mlx.config import CompressionConfig
+    from leankv_mlx.mlx_lm import LoadedModel
 
 
 def register(app: typer.Typer) -> None:
@@ -20,7 +29,33 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(context: typer.Context) -> None:
-    """Generate text: mlx-lm's own flags, and --kv (see leankv generate --help)."""
+    """Generate text: mlx-lm's own flags, --kv and --file (see leankv generate --help)."""
     from leankv_mlx.mlx_lm.command import run_generate
 
-    run_generate(context.args)
+    run_generate(context.args, documents=_Documents())
+
+
+class _Documents:
+    """What `--file` needs of the layer of documents."""
+
+    def read(self, source: str) -> tuple[str, str]:
+        """The name of a document, and what a message about it begins with."""
+        from leankv_mlx.documents.reader import document_head
+
+        found = reading.document(source)
+        return found.name, document_head(found.text)
+
+    def open(
+        self,
+        loaded: LoadedModel,
+        config: CompressionConfig | None,
+        prefix: Sequence[int],
+        name: str,
+        keep: bool,
+    ) -> list[Any]:
+        """Caches that hold `prefix`."""
+        from leankv_mlx.documents.prefix import Opener
+
+        opener = Opener(loaded, config, reading.store(no_cache=not keep))
+        with reading.Waiting(name) as waiting:
+            return opener.open(prefix, name, waiting.reading).caches

@@ -185,9 +185,18 @@ class Failed:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """Something the user should know that stops nothing, for example that a document could not be
+    kept for the next time."""
+
+    text: str
+
+
 Event = (
     Loading | Downloading | Loaded | Prefill | Text | Snapshot | Done | Stopped | Recoded | Failed
-)
+    | Noted
+)  # fmt: skip
 EVENTS: tuple[type[Event], ...] = (
-    Loading, Downloading, Loaded, Prefill, Text, Snapshot, Done, Stopped, Recoded, Failed,
+    Loading, Downloading, Loaded, Prefill, Text, Snapshot, Done, Stopped, Recoded, Failed, Noted,
 )  # fmt: skip

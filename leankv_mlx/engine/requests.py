@@ -49,10 +49,16 @@ class Reply:
 @dataclass(frozen=True, slots=True)
 class Read:
     """Fill the cache with a conversation whose last message is not complete yet, for example a
-    document that a question will follow. Ends like a reply of no tokens."""
+    document that a question will follow. Ends like a reply of no tokens.
+
+    Attributes:
+        name: what to call it in the document cache, from which it is opened if it was read before;
+            "" for what should not be written to a disk.
+    """
 
     request: int
     turns: tuple[Turn, ...]
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from leankv_mlx.cache import CompressedKVCache
 from leankv_mlx.config import CompressionConfig
+from leankv_mlx.documents.cache import DocumentCache
+from leankv_mlx.documents.prefix import PREFILL_CHUNK, Opener, prefill
 from leankv_mlx.engine.conversation import Conversation
 from leankv_mlx.engine.download import progress_class
 from leankv_mlx.engine.events import (
     Done,
     Loaded,
     Loading,
+    Noted,
     Prefill,
     Recoded,
     Stage,
@@ -28,17 +29,13 @@ from leankv_mlx.engine.requests import Forget, Load, Read, Recode, Reply, Reques
 from leankv_mlx.engine.telemetry import Room, bytes_per_token, snapshot
 from leankv_mlx.errors import ContextLengthError, ModelError, UsageError
 from leankv_mlx.mlx_lm.attachment import Attachment, attach, make_caches
+from leankv_mlx.mlx_lm.footprint import spare_memory, weight_bytes
 from leankv_mlx.mlx_lm.loading import LoadedModel, check_context, context_length, load
 from leankv_mlx.mlx_lm.loading import resolve_model as resolve
 from leankv_mlx.mlx_lm.usage import measure
 
 if TYPE_CHECKING:
     from leankv_mlx.engine.engine import Engine
-
-PREFILL_CHUNK = 512
-"""Prompt tokens between two chances to stop."""
-_SPARE = 0.75
-"""Share of the machine's memory that model and cache may take, if no budget is given."""
 
 
 @dataclass
@@ -71,6 +68,7 @@ class Worker:
         self._loaded: LoadedModel | None = None
         self._attachment: Attachment | None = None
         self._conversation: Conversation | None = None
+        self._opener: Opener | None = None
         self._budget = 0
         self._cost = 0.0  # bytes of a further token
 
@@ -94,7 +92,7 @@ class Worker:
         """Give the model back."""
         if self._attachment is not None:
             self._attachment.stop()
-        self._loaded = self._attachment = self._conversation = None
+        self._loaded = self._attachment = self._conversation = self._opener = None
         mx.clear_cache()
 
     # Loading
@@ -113,9 +111,10 @@ class Worker:
             attachment.start()
         self._cost = bytes_per_token(loaded.model)
         self._conversation = Conversation(loaded.model, loaded.tokenizer)
-        parameters: Any = tree_flatten(loaded.model.parameters())
-        weights = sum(array.nbytes for _, array in parameters)
-        self._budget = request.budget or max(0, int(memory_size() * _SPARE) - weights)
+        store = DocumentCache(lambda line: emit(Noted(line)))
+        self._opener = Opener(loaded, config, store)
+        weights = weight_bytes(loaded.model)
+        self._budget = request.budget or spare_memory(loaded.model)
         mx.reset_peak_memory()
         compressed = attachment.compressed_layers if attachment else 0
         emit(
@@ -183,20 +182,18 @@ class Worker:
         prompt = conversation.beginning(request.turns)
         self._room(loaded, conversation, prompt, 1)
         run = _Run(prompt, conversation.reuse([*prompt, -1]))
-        rest, total = prompt[run.reused :], len(prompt) - run.reused
+        self._find(request, conversation, run)
         emit = self._engine.emit
-        done = 0
+
+        def progress(done: int, total: int) -> None:
+            emit(Prefill(request.request, done, total, run.reused))
+            self._engine.check(request.request)
+            self._snapshot_now_and_then(request.request, 0.0)
+
         try:
-            while True:
-                emit(Prefill(request.request, done, total, run.reused))
-                self._engine.check(request.request)
-                self._snapshot_now_and_then(request.request, 0.0)
-                if done >= total:
-                    break
-                chunk = mx.array(rest[done : done + PREFILL_CHUNK])
-                loaded.model(chunk[None], cache=conversation.caches)
-                mx.eval([cache.state for cache in conversation.caches])
-                done += chunk.size
+            prefill(loaded.model, prompt[run.reused :], conversation.caches, progress)
+            if request.name and not run.reused and self._opener is not None:
+                self._opener.keep(prompt, request.name, conversation.caches)
         except _stop_type():
             emit(Stopped(request.request, "prefill", 0))
         else:
@@ -205,6 +202,15 @@ class Worker:
         finally:
             conversation.settle(prompt, [])
         self._snapshot(request.request, 0.0)
+
+    def _find(self, request: Read, conversation: Conversation, run: _Run) -> None:
+        """Open a document that was read before, unless the conversation has it already."""
+        if not request.name or run.reused == len(run.prompt) or self._opener is None:
+            return
+        found = self._opener.find(run.prompt, request.name)
+        if found is not None:
+            conversation.caches, conversation.tokens = found, list(run.prompt)
+            run.reused = len(run.prompt)
 
     def _generate(
         self,
@@ -285,6 +291,8 @@ class Worker:
         self._attachment = attachment
         if attachment is not None:
             attachment.start()
+        if self._opener is not None:
+            self._opener = replace(self._opener, config=config)
         old, tokens = conversation.caches, conversation.tokens
         self._cost = bytes_per_token(loaded.model)
         reread = not all(map(_can_become, old, [config] * len(old)))
@@ -320,14 +328,6 @@ class Worker:
     def _snapshot_now_and_then(self, request: int, speed: float) -> None:
         if time.perf_counter() >= self._next_snapshot:
             self._snapshot(request, speed)
-
-
-def memory_size() -> int:
-    """Bytes of memory that this machine has for models."""
-    size = mx.device_info().get("memory_size")
-    if isinstance(size, int) and size > 0:
-        return size
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _parse(kv: str) -> CompressionConfig | None:

@@ -29,9 +29,16 @@ from leankv_mlx.mlx_lm.cache_files import (
     load_prompt_cache,
     save_prompt_cache,
 )
-from leankv_mlx.mlx_lm.loading import check_context, fingerprint, load_from, resolve_model
+from leankv_mlx.mlx_lm.document_prompt import DocumentPrompt, Documents
+from leankv_mlx.mlx_lm.loading import (
+    LoadedModel,
+    check_context,
+    fingerprint,
+    load_from,
+    resolve_model,
+)
 from leankv_mlx.mlx_lm.patches import replaced
-from leankv_mlx.mlx_lm.usage import Usage, measure
+from leankv_mlx.mlx_lm.usage import Usage, measure, summary_line
 from leankv_mlx.resources import demo_model
 
 BARE = "leankv"
@@ -62,25 +69,32 @@ class Session:
         command: its name, for example "generate".
         prog: what the user typed, for messages.
         demo: without `--model` the command runs on the bundled demo model.
+        document: what stands for the flag `--file`, if the command has it.
     """
 
-    def __init__(self, command: str, prog: str, demo: bool = False) -> None:
+    def __init__(
+        self, command: str, prog: str, demo: bool = False, document: DocumentPrompt | None = None
+    ) -> None:
         self.command = command
         self.prog = prog
         self.demo = demo
+        self.document = document
         self.config: CompressionConfig | None = None
-        self.model_config: dict[str, Any] = {}
+        self.main_model: LoadedModel | None = None
         self.attachments: list[Attachment] = []
         self.caches: list[list[Any]] = []
         self._args = argparse.Namespace()
         self._loaded: PromptCache | None = None
         self._fingerprint = ""
+        self._undo = ExitStack()
 
     # Before the run: the flags.
 
     def prepare(self, parser: argparse.ArgumentParser, default_kv: str) -> None:
         """Add `--kv` to a parser of mlx-lm, and our checks to its `parse_args`."""
         parser.add_argument("--kv", metavar="KV", default=default_kv, help=KV_HELP)
+        if self.document is not None:
+            self.document.prepare(parser)
         for action in parser._actions:
             if self.demo and action.dest == "model":
                 action.help = "Folder or hub id of the model (default: the bundled demo model)"
@@ -133,6 +147,8 @@ class Session:
             raise UsageError(f"cannot write {target}; name a file in a folder that exists.")
 
     def _accept_generate(self, args: argparse.Namespace) -> None:
+        if self.document is not None:
+            self.document.accept(args, self._undo)
         if args.max_tokens == 0:
             raise UsageError("--max-tokens 0 asks for nothing; use -1 for no limit.")
         file = args.prompt_cache_file
@@ -183,8 +199,8 @@ class Session:
         path = resolve_model(name)
         loaded = load_from(lambda p, **o: original(p, *args, **o), path, **options)
         self._attach(loaded.model)
-        if not self.model_config:  # the draft model comes second
-            self.model_config = loaded.config
+        if self.main_model is None:  # the draft model comes second
+            self.main_model = LoadedModel(*loaded, path)
             self._fingerprint = fingerprint(path)
             self._check_fit(name)
         return loaded if with_config else loaded[:2]
@@ -194,6 +210,10 @@ class Session:
         loaded = original(*args, **options)
         self._attach(loaded[0])
         return loaded
+
+    @property
+    def _context(self) -> dict[str, Any]:
+        return self.main_model.config if self.main_model else {}
 
     def _attach(self, model: Any) -> None:
         if self.config is None:
@@ -222,19 +242,23 @@ class Session:
     ) -> Any:
         """mlx-lm's `generate`, within the model's context."""
         given = options.get("prompt_cache")
-        past = 0
+        past = measure(given or []).tokens
+        wanted = options.get("max_tokens", -1)
+        options["max_tokens"] = check_context(self._context, past + len(prompt), wanted)
+        if self.document and self.main_model:
+            opened = self.document.opened(self.main_model, self.config, prompt)
+            if opened is not None:
+                given, prompt = opened
+                options["prompt_cache"] = given
         if given is not None:
             self.caches.append(given)
-            past = measure(given).tokens
-        wanted = options.get("max_tokens", -1)
-        options["max_tokens"] = check_context(self.model_config, past + len(prompt), wanted)
         return original(model, tokenizer, prompt, **options)
 
     def generate_step(
         self, original: Callable[..., Any], prompt: Any, *args: Any, **options: Any
     ) -> Any:
         """mlx-lm's `generate_step`, within the model's context."""
-        check_context(self.model_config, len(prompt), -1)
+        check_context(self._context, len(prompt), -1)
         return original(prompt, *args, **options)
 
     def make_prompt_cache(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -305,6 +329,7 @@ class Session:
 
     def close(self) -> None:
         """Detach every model."""
+        self._undo.close()
         for attachment in reversed(self.attachments):
             attachment.stop()
 
@@ -323,14 +348,6 @@ class Session:
             return main.backend
         reasons = dict.fromkeys(row.reason for row in main.report)
         return f"{UNCOMPRESSED} (nothing to compress: {'; '.join(reasons)})"
-
-
-def summary_line(usage: Usage, backend: str) -> str:
-    """`leankv: N tokens, KV X MB (fp16 Y MB), R.RRx, backend B`."""
-    return (
-        f"leankv: {usage.tokens} tokens, KV {usage.used / 1e6:.2f} MB "
-        f"(fp16 {usage.fp16 / 1e6:.2f} MB), {usage.ratio:.2f}x, backend {backend}"
-    )
 
 
 Guard = Callable[[Callable[[], Any]], Any]
@@ -355,15 +372,22 @@ def hooked(
 
 
 def run_generate(
-    arguments: Sequence[str], prog: str = "leankv generate", default_kv: str = BARE
+    arguments: Sequence[str],
+    prog: str = "leankv generate",
+    default_kv: str = BARE,
+    documents: Documents | None = None,
 ) -> None:
     """Run mlx-lm's `generate` command; the summary goes to stderr.
+
+    Args:
+        documents: what reads them; with it, there is a flag `--file`.
 
     Raises:
         LeanKVError: anything that the caller can put right.
     """
     module = import_module("mlx_lm.generate")
-    session = Session("generate", prog, demo=True)
+    document = DocumentPrompt(documents) if documents is not None else None
+    session = Session("generate", prog, demo=True, document=document)
 
     def setup_arg_parser(original: Callable[[], argparse.ArgumentParser]) -> Any:
         parser = original()

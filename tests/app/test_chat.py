@@ -10,8 +10,17 @@ import pytest
 from tests.app.harness import LOADED, SNAPSHOT, Driver, drive  # isort: skip
 
 from leankv_app.options import Options
-from leankv_mlx.engine.events import Downloading, Failed, Loading, Prefill, Recoded, Stopped, Text
-from leankv_mlx.engine.requests import Forget, Load, Recode
+from leankv_mlx.engine.events import (
+    Downloading,
+    Failed,
+    Loading,
+    Noted,
+    Prefill,
+    Recoded,
+    Stopped,
+    Text,
+)
+from leankv_mlx.engine.requests import Forget, Load, Read, Recode
 
 FENCE = ("Here it is:\n\n", "```python\n", "def f(x):\n", "    return x + 1\n")
 
@@ -276,8 +285,10 @@ def test_a_document_is_read_with_a_bar_and_asked_about(tmp_path: Path) -> None:
     async def script(d: Driver) -> None:
         await d.loaded()
         await d.type(f"/file {path}")
+        await d.until(lambda: isinstance(d.engine.requests[-1], Read))
         reading = d.engine.read
         assert reading.turns[-1].text == "Document:\nThe budget is 5.\n\n"
+        assert reading.name == "plan.txt"  # it may come from the document cache
         await d.emit(Prefill(reading.request, 512, 2048, 0))
         await d.shows("reading plan.txt")
         d.matches("reading_a_document")
@@ -289,7 +300,15 @@ def test_a_document_is_read_with_a_bar_and_asked_about(tmp_path: Path) -> None:
         )
         assert "[plan.txt] What is the budget?" in d.text
         await d.type("/summarize")
+        await d.until(lambda: d.screen.chat.busy)
         assert d.engine.reply.turns[-1].text == "Summarize the document."
+        d.engine.say("It is 5.")
+        await d.until(lambda: not d.screen.chat.busy)
+        await d.type(f"/file {path}")
+        await d.until(lambda: d.engine.read is not reading)
+        assert d.engine.read.name == ""  # what was said before does not go to the disk
+        await d.emit(Noted("plan.txt is not kept"))
+        await d.shows("plan.txt is not kept")
 
     drive(script, tmp_path)
 
@@ -320,7 +339,7 @@ def test_stopping_a_document_takes_it_out_again(tmp_path: Path) -> None:
         await d.type("hello")
         assert d.engine.reply.turns[-1].text == "hello"
 
-    drive(stop, tmp_path, options=Options(files=(path,)))
+    drive(stop, tmp_path, options=Options(files=(str(path),)))
 
 
 def test_changing_the_compression(tmp_path: Path) -> None:

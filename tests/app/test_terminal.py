@@ -148,7 +148,7 @@ def test_help_imports_neither_mlx_nor_textual() -> None:
     [
         (["--kv", "k5v4"], "k_bits=5 is not supported"),
         (["--memory-budget", "lots"], "'lots' is not a size"),
-        (["--file", "/no/such"], "There is no file /no/such"),
+        (["--file", "/no/such"], "there is no file /no/such"),
         (["--replay", "/no/such"], "cannot read the recording"),
         (["--resume", "x"], "--resume x is not a session"),
         (["--nosuch"], "see leankv-chat --help"),

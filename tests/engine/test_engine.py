@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -17,6 +18,7 @@ from leankv_mlx.engine.events import (
     Event,
     Failed,
     Loaded,
+    Noted,
     Prefill,
     Recoded,
     Snapshot,
@@ -130,6 +132,62 @@ def test_a_document_is_read_before_its_question(driver: Driver) -> None:
     text, done = driver.reply(2, turns())
     assert done.reused == read.prompt_tokens > done.prompt_tokens - 30
     assert "48213" in text
+
+
+def test_a_document_that_was_read_before_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEANKV_HOME", str(tmp_path))
+    head = turns()[0].text.removesuffix(QUESTION)
+    texts = []
+    for opened in (False, True):
+        driver = Driver()
+        driver.engine.submit(Load())
+        driver.wait(Loaded)
+        driver.engine.submit(Read(1, (Turn("user", head),), "report.txt"))
+        read = driver.wait(Done)
+        assert (read.reused == read.prompt_tokens) is opened
+        text, done = driver.reply(2, turns())
+        assert done.reused == read.prompt_tokens
+        texts.append(text)
+        # Another compression has a file of its own.
+        driver.engine.submit(Recode("leankv:k3v3"))
+        driver.wait(Recoded)
+        driver.engine.submit(Forget())
+        driver.engine.submit(Read(3, (Turn("user", head),), "report.txt"))
+        read = driver.wait(Done)
+        assert (read.reused == read.prompt_tokens) is opened
+        driver.engine.close()
+    assert texts[0] == texts[1]
+    files = list((tmp_path / "cache" / "documents").glob("*.safetensors"))
+    assert len(files) == 2
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-1])
+    driver = Driver()
+    driver.engine.submit(Load())
+    driver.engine.submit(Read(1, (Turn("user", head),), "report.txt"))
+    assert "report.txt is not used and made anew" in driver.wait(Noted).text
+    assert driver.wait(Done).reused == 0
+    assert driver.reply(2, turns())[0] == texts[0]
+    driver.engine.close()
+
+
+def test_only_what_has_a_name_and_is_read_by_itself_is_kept(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEANKV_HOME", str(tmp_path))
+    driver.engine.submit(Load())
+    driver.wait(Loaded)
+    head = turns()[0].text.removesuffix(QUESTION)
+    driver.engine.submit(Read(1, (Turn("user", head),)))
+    driver.wait(Done)
+    driver.engine.submit(Read(2, (Turn("user", head + "more\n\n"),), "goes on"))
+    driver.wait(Done)
+    driver.engine.submit(Forget())
+    driver.hook = lambda event: driver.engine.stop(3) if isinstance(event, Prefill) else None
+    driver.engine.submit(Read(3, (Turn("user", head),), "stopped"))
+    driver.wait(Stopped)
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_changed_history_keeps_the_common_prefix(driver: Driver) -> None:

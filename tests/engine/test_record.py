@@ -17,6 +17,7 @@ from leankv_mlx.engine.events import (
     LayerUse,
     Loaded,
     Loading,
+    Noted,
     Prefill,
     Recoded,
     Snapshot,
@@ -40,6 +41,7 @@ ONE_OF_EACH: list[Event] = [
     Stopped(9, "decode", 1),
     Recoded("leankv:k3v3", "reference", 1, False, 10, 8),
     Failed(0, "load", "no"),
+    Noted("not kept"),
 ]
 
 

@@ -1,0 +1,105 @@
+"""`leankv cache`: the documents that were read before and open without being read again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from leankv_mlx.cli import reading
+from leankv_mlx.errors import UsageError
+
+if TYPE_CHECKING:
+    from leankv_mlx.documents.cache import DocumentCache, Entry
+
+_SHOWN = 12
+"""Digits of a key in the table; any number that is unambiguous does for rm."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    group = typer.Typer(
+        help="Documents kept as compressed KV caches.", no_args_is_help=True, add_completion=False
+    )
+    group.command("list")(show)
+    group.command("rm")(remove)
+    group.command("path")(path)
+    app.add_typer(group, name="cache")
+
+
+def show(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """List the kept documents, the most recently used first."""
+    cache = _cache()
+    entries = cache.entries()
+    total = sum(entry.nbytes for entry in entries)
+    if as_json:
+        rows = [asdict(entry) for entry in entries]
+        facts = {"path": str(cache.place), "limit": cache.limit, "nbytes": total, "entries": rows}
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    _table(entries)
+    typer.echo(f"{total / 1e6:.1f} MB of at most {cache.limit / 1e6:,.0f} MB in {cache.place}")
+
+
+def _table(entries: Sequence[Entry]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not entries:
+        return
+    table = Table()
+    for title in ("key", "document", "model", "kv"):
+        table.add_column(title, overflow="fold")
+    for title in ("tokens", "MB", "last used"):
+        table.add_column(title, justify="right")
+    for entry in entries:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+        texts = (entry.key[:_SHOWN], entry.document or "(damaged)", entry.model, entry.kv)
+        numbers = (f"{entry.tokens:,}", f"{entry.nbytes / 1e6:.2f}", used)
+        table.add_row(*map(Text, (*texts, *numbers)))
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 140)
+    console.print(table)
+
+
+def remove(
+    keys: Annotated[
+        list[str] | None, typer.Argument(help="Keys as in the list, or their first digits.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Remove all of them.")] = False,
+) -> None:
+    """Remove kept documents."""
+    if bool(keys) == everything:
+        raise UsageError("name the keys of leankv cache list, or --all.")
+    cache = _cache()
+    known = [entry.key for entry in cache.entries()]
+    chosen = known if everything else [_found(key, known) for key in keys or ()]
+    freed = cache.remove(chosen)
+    typer.echo(f"removed {len(set(chosen))}, {freed / 1e6:.1f} MB")
+
+
+def path() -> None:
+    """Print the folder."""
+    typer.echo(_cache().place)
+
+
+def _cache() -> DocumentCache:
+    from leankv_mlx.documents.cache import DocumentCache
+
+    return DocumentCache(reading.note)
+
+
+def _found(start: str, known: Sequence[str]) -> str:
+    matching = [key for key in known if key.startswith(start)] if start else []
+    if len(matching) != 1:
+        many = "more than one key begins" if matching else "no key begins"
+        raise UsageError(f"{many} with '{start}'; see leankv cache list.")
+    return matching[0]

@@ -1,0 +1,51 @@
+"""How a command ends: its exit code, and its errors as one line on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from leankv_mlx.errors import LeanKVError
+
+
+def run_command(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code: 0, 1 failure, 2 bad usage, 130 Ctrl+C.
+
+    Args:
+        name: what the user typed, for messages.
+    """
+    # --debug is ours wherever it stands, because `generate` hands its arguments to mlx-lm.
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = app(arguments, prog_name=name, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:
+        # The reader has gone; without this, Python reports the failed flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SystemExit as leave:  # argparse, inside mlx-lm's command, after --help
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        text, code = _described(error, name)
+        print(f"{name}: error: {text}", file=sys.stderr)
+        return code
+    return code if isinstance(code, int) else 0
+
+
+def _described(error: Exception, name: str) -> tuple[str, int]:
+    """One line, and the exit code."""
+    if isinstance(error, LeanKVError):
+        text, code = str(error), error.exit_code
+    elif hasattr(error, "format_message"):  # bad usage of our own commands, found by Typer
+        text, code = f"{error.format_message().rstrip('.')}; see {name} --help.", 2
+    else:
+        text, code = f"{type(error).__name__}: {error} (--debug shows where).", 1
+    return " ".join(text.split()), code
