@@ -159,10 +159,10 @@ def static_table(rows: Sequence[static.Row]) -> Grid:
     return Grid("Decode attention on CUDA, compiled and not run", header, cells, note)
 
 
-def ui_table(found: Mapping[str, float | bool]) -> Grid:
-    """Figures of the chat app."""
+def figures_table(title: str, found: Mapping[str, float | bool]) -> Grid:
+    """Figures with their names."""
     cells = [
-        [name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)]
+        [name.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else str(value)]
         for name, value in found.items()
     ]
-    return Grid("Chat app", ("figure", "value"), cells)
+    return Grid(title, ("figure", "value"), cells)

@@ -46,7 +46,8 @@ def ask(
                 if not as_json:
                     typer.echo(piece, nl=False)
         if as_json:
-            typer.echo(json.dumps(_as_dict(found.name, kv, reader, answer), indent=2))
+            result = _as_dict(found.name, kv, reader, answer)
+            typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
         else:
             typer.echo()
     if not answer.complete:

@@ -58,13 +58,17 @@ def bench(
     ui: Annotated[
         bool, typer.Option("--ui", help="Instead, first paint and frame rate of the chat app.")
     ] = False,
+    documents: Annotated[
+        bool,
+        typer.Option("--documents", help="Instead, the second question about a document."),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON document as the last line on stdout.")
     ] = False,
 ) -> None:  # fmt: skip
     """Measure speed: medians and ratios of interleaved runs."""
-    if static or ui:
-        _instead(static, ui, as_json)
+    if static or ui or documents:
+        _instead(static, ui, documents, as_json)
         return
     from leankv_mlx.benchmarks.settings import FAST, FULL
     from leankv_mlx.benchmarks.shapes import Heads
@@ -103,11 +107,11 @@ def _measure(settings: Settings, as_json: bool) -> None:
         typer.echo(json.dumps(report.as_dict()))
 
 
-def _instead(static: bool, ui: bool, as_json: bool) -> None:
+def _instead(static: bool, ui: bool, documents: bool, as_json: bool) -> None:
     """The reports that are no comparison."""
     from leankv_mlx.benchmarks.static import report
     from leankv_mlx.benchmarks.suite import machine
-    from leankv_mlx.benchmarks.tables import static_table, ui_table
+    from leankv_mlx.benchmarks.tables import figures_table, static_table
 
     document: dict[str, Any] = {"machine": machine()}
     grids: list[Grid] = []
@@ -119,7 +123,12 @@ def _instead(static: bool, ui: bool, as_json: bool) -> None:
         # By name: the package does not depend on the app, which comes with it.
         measure_ui: Callable[[], dict[str, Any]] = import_module("leankv_app.bench").measure_ui
         document["ui"] = measure_ui()
-        grids.append(ui_table(document["ui"]))
+        grids.append(figures_table("Chat app", document["ui"]))
+    if documents:
+        from leankv_mlx.benchmarks.documents import measure_documents
+
+        document["documents"] = measure_documents()
+        grids.append(figures_table("Documents", document["documents"]))
     show(grids, document["machine"], to_stderr=as_json)
     if as_json:
         typer.echo(json.dumps(document))

@@ -111,11 +111,13 @@ def summarize(
             _plan(reader, documents, length.value, strategy.value, max_tokens, form)
             return
         printer = _Printer(form, output, len(documents), stream=not no_stream)
-        for document in documents:
-            made = _one(reader, document, length.value, strategy.value, max_tokens, printer)
-            if stats:
-                _stats(made, reader)
-        printer.finish()
+        try:
+            for document in documents:
+                made = _one(reader, document, length.value, strategy.value, max_tokens, printer)
+                if stats:
+                    _stats(made, reader)
+        finally:  # an error or Ctrl+C leaves what is complete
+            printer.finish()
 
 
 def _one(
@@ -180,7 +182,9 @@ class _Printer:
         self._made.append(made)
 
     def finish(self) -> None:
-        """All are complete."""
+        """Nothing more comes."""
+        if not self._made:
+            return
         if self._form is Format.json:
             rows = [made.as_dict() for made in self._made]
             result = json.dumps(rows if self._several else rows[0], indent=2, ensure_ascii=False)

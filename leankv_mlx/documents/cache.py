@@ -213,9 +213,8 @@ class DocumentCache:
             except OSError as error:
                 raise CacheFileError(f"{path} cannot be removed: {error.strerror}.") from error
             freed += size
-        if self.place.is_dir():
-            with self._writing():
-                pass
+        with suppress(OSError), self._writing():
+            pass
         return freed
 
     def _files(self) -> list[Path]:

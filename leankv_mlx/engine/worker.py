@@ -100,6 +100,7 @@ class Worker:
     def _load(self, request: Load) -> None:
         config = _parse(request.kv)
         emit = self._engine.emit
+        store = DocumentCache(lambda line: emit(Noted(line)))
         emit(Loading(request.model))
         progress = progress_class(request.model, emit, lambda: self._engine.check(0))
         path = resolve(request.model or None, progress)
@@ -111,7 +112,6 @@ class Worker:
             attachment.start()
         self._cost = bytes_per_token(loaded.model)
         self._conversation = Conversation(loaded.model, loaded.tokenizer)
-        store = DocumentCache(lambda line: emit(Noted(line)))
         self._opener = Opener(loaded, config, store)
         weights = weight_bytes(loaded.model)
         self._budget = request.budget or spare_memory(loaded.model)

@@ -10,6 +10,7 @@ import pytest
 
 from leankv_mlx.benchmarks import settings as presets
 from leankv_mlx.benchmarks.attention import products
+from leankv_mlx.benchmarks.documents import measure_documents
 from leankv_mlx.benchmarks.settings import FULL, PARTS, Settings
 from leankv_mlx.benchmarks.shapes import SHAPES, Heads, Shape, shape_of
 from leankv_mlx.benchmarks.skip import SKIPS
@@ -160,3 +161,11 @@ def test_an_error_is_one_line(
     assert run(["bench", "--fast", *arguments]) == code
     error = capsys.readouterr().err
     assert message in error and error.strip().count("\n") == 0
+
+
+def test_documents_are_opened_and_answered_alike() -> None:
+    found = measure_documents(tokens=600, rounds=1)
+    assert found["same_answers"] is True
+    assert 500 < found["document_tokens"] < 600
+    assert found["speedup"] > 1
+    assert found["file_bytes"] == pytest.approx(found["resident_bytes"], rel=0.05)

@@ -200,6 +200,19 @@ def test_json_and_files(report: str, tmp_path: Path, capfd: pytest.CaptureFixtur
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
 
 
+def test_what_is_complete_stays_when_a_later_one_fails(
+    report: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    too_long = str(text_file(tmp_path / "b.txt", ["word " * 8100]))
+    target = tmp_path / "out.json"
+    for output in ([], ["-o", str(target)]):
+        assert summarize.run([report, too_long, "--json", "--strategy", "single", *output]) == 2
+        out, err = capfd.readouterr()
+        rows = json.loads(target.read_text() if output else out)
+        assert [row["document"] for row in rows] == ["report.txt"]
+        assert err.count("\n") == 1
+
+
 def test_dry_run_reads_nothing(
     long: str, own_home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
