@@ -8,7 +8,7 @@ from typing import Any
 
 from leankv_app.settings import Settings
 from leankv_app.store import Message, SessionInfo, Store, StoreError
-from leankv_mlx.documents.readers import Document
+from leankv_mlx.documents.readers import Document, document_head
 from leankv_mlx.engine.events import Done, Failed, Stopped, Text
 from leankv_mlx.engine.requests import EngineLike, Forget, Read, Recode, Reply, Turn
 
@@ -57,7 +57,7 @@ class Chat:
     def attach(self, document: Document) -> int:
         """Put a document in front of the next question and read it now; the request's number."""
         self.documents.append(document)
-        head = Turn("user", self._documents() + "\n\n")
+        head = Turn("user", self._documents())
         turns = _merged([*self.turns(self.messages), head])
         self.reading = next(self._numbers)
         # What was said before does not go into the cache of documents.
@@ -70,7 +70,7 @@ class Chat:
         shown = ""
         if self.documents:
             shown = f"[{self._names()}] {text}"
-            text = f"{self._documents()}\n\n{text}"
+            text = self._documents() + text
             self.documents.clear()
         self._begin(shown or text)
         self._add(Message("user", text, shown))
@@ -225,7 +225,7 @@ class Chat:
         return ", ".join(document.name for document in self.documents)
 
     def _documents(self) -> str:
-        return "Document:\n" + "\n\n".join(document.text for document in self.documents)
+        return document_head("\n\n".join(document.text for document in self.documents))
 
     def _reply(self, message: Message, turns: Sequence[Turn]) -> Message:
         self._add(message)

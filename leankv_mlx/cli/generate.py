@@ -40,7 +40,7 @@ class _Documents:
 
     def read(self, source: str) -> tuple[str, str]:
         """The name of a document, and what a message about it begins with."""
-        from leankv_mlx.documents.reader import document_head
+        from leankv_mlx.documents.readers import document_head
 
         found = reading.document(source)
         return found.name, document_head(found.text)

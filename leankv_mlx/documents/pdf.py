@@ -13,7 +13,9 @@ _PASSWORD = 4
 _SCANNED_LETTERS = 16
 """A page with an image and fewer letters is taken for a picture of a page."""
 _WRAPPED = 0.75
-"""Share of the longest line from which on a line counts as wrapped, not ended."""
+"""Share of the page's longest line from which on a line counts as wrapped, not ended."""
+_SHORT_LINE = 40
+"""A line of at most so many characters is never wrapped: it is an entry of a list, or a title."""
 
 
 def pdf_text(raw: bytes, name: str) -> tuple[str, str]:
@@ -74,8 +76,5 @@ def _unwrapped(text: str) -> str:
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = re.sub("[\ufffe\u00ad]\n?", "", text)  # a hyphen that the typesetter has put in
     lines = [line.strip() for line in text.split("\n")]
-    full = _WRAPPED * max(map(len, lines))
-    parts = []
-    for line in lines:
-        parts.append(line + (" " if len(line) > full else "\n"))
-    return "".join(parts).strip()
+    full = max(_SHORT_LINE, _WRAPPED * max(map(len, lines)))
+    return "".join(line + (" " if len(line) > full else "\n") for line in lines).strip()

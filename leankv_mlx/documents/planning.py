@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from leankv_mlx.documents.chunks import chunks
-from leankv_mlx.documents.reader import Reader, document_head
+from leankv_mlx.documents.reader import Reader
+from leankv_mlx.documents.readers import document_head
 from leankv_mlx.errors import ContextLengthError
 
 Length = Literal["short", "medium", "long"]

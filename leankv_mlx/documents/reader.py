@@ -14,6 +14,7 @@ import mlx.core as mx
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.documents.cache import DocumentCache
 from leankv_mlx.documents.prefix import PREFILL_CHUNK, Opener, Progress
+from leankv_mlx.documents.readers import document_head
 from leankv_mlx.errors import ContextLengthError
 from leankv_mlx.mlx_lm import prompts
 from leankv_mlx.mlx_lm.attachment import Attachment, attach
@@ -23,11 +24,6 @@ from leankv_mlx.mlx_lm.usage import Usage, measure
 
 _UNKNOWN_CONTEXT = 1 << 20
 """Tokens to plan with if a model does not say how many it was made for."""
-
-
-def document_head(text: str) -> str:
-    """What a message about a document begins with; the question follows."""
-    return f"Document:\n{text}\n\n"
 
 
 @dataclass

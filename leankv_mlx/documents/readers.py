@@ -42,6 +42,11 @@ class Document:
         return hashlib.blake2b(self.text.encode(), digest_size=16).hexdigest()
 
 
+def document_head(text: str) -> str:
+    """What a message about a document begins with; the question follows."""
+    return f"Document:\n{text}\n\n"
+
+
 def read_document(source: str | Path, encoding: str = "") -> Document:
     """Read a document.
 

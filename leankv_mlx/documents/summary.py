@@ -20,8 +20,8 @@ from leankv_mlx.documents.planning import (
     pieces_of,
     plan,
 )
-from leankv_mlx.documents.reader import Answer, Reader, document_head
-from leankv_mlx.documents.readers import Document
+from leankv_mlx.documents.reader import Answer, Reader
+from leankv_mlx.documents.readers import Document, document_head
 from leankv_mlx.errors import ModelError
 
 

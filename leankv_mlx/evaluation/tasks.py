@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 
+from leankv_mlx.documents.readers import document_head
 from leankv_mlx.evaluation import prose
 from leankv_mlx.evaluation.prose import Split, dealt, made_up_word, number
 
@@ -124,7 +125,7 @@ def user_turn(sample: Sample) -> str:
 
 def document_turn(document: str, question: str) -> str:
     """The user's message that asks the first question about a document."""
-    return f"Document:\n{document}\n\n{question}"
+    return document_head(document) + question
 
 
 def score(sample: Sample, reply: str) -> float:

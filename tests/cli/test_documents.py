@@ -6,10 +6,8 @@ import json
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ def report(tmp_path: Path) -> str:
 
 @pytest.fixture
 def long(tmp_path: Path) -> str:
-    paragraphs = [prose(10, 10 * i + 1) for i in range(12)]
+    paragraphs = [prose(10, 10 * i + 1) for i in range(7)]
     return str(text_file(tmp_path / "long.txt", [*paragraphs[:5], FACT, *paragraphs[5:]]))
 
 
@@ -57,7 +55,7 @@ def test_the_second_ask_starts_at_once(long: str, capfd: pytest.CaptureFixture[s
     assert (first["cached"], second["cached"]) == (False, True)
     assert first["answer"] == second["answer"]
     assert "48213" in first["answer"]
-    assert first["document_tokens"] == second["document_tokens"] > 1500
+    assert first["document_tokens"] == second["document_tokens"] > 1200
     assert second["time_to_first_token_s"] < first["time_to_first_token_s"]
     assert first["kv_bytes"] == second["kv_bytes"] < first["kv_bytes_fp16"] / 2.5
     assert app.run(["cache", "list", "--json"]) == 0
@@ -218,7 +216,8 @@ def test_dry_run_reads_nothing(
 ) -> None:
     assert summarize.run([long, "--dry-run"]) == 0
     out, err = capfd.readouterr()
-    assert "KV 2." in out and "uncompressed" in out and out.endswith("one pass\n")
+    assert re.search(r"KV \d\.\d\d MB, uncompressed \d\.\d\d MB \(fits\)", out)
+    assert out.endswith("one pass\n")
     assert err == ""
     budget = ["--memory-budget", "800kB", "--max-tokens", "64"]
     assert summarize.run([long, "--dry-run", *budget, "--json"]) == 0
@@ -300,26 +299,37 @@ def test_a_damaged_entry_is_one_note(
     assert asked(capfd, report, QUESTION)["cached"] is True
 
 
+INTERRUPTED = """
+import os, signal
+from leankv_mlx.cli import summarize
+from leankv_mlx.documents.partials import Partials
+
+keep = Partials.keep
+
+def kept(self, *answer):
+    keep(self, *answer)
+    os.kill(os.getpid(), signal.SIGINT)
+
+Partials.keep = kept
+summarize.main()
+"""
+
+
 def test_ctrl_c_keeps_the_partial_summaries(long: str, own_home: Path) -> None:
     code = "from leankv_mlx.cli import summarize; summarize.main()"
     arguments = [long, "--memory-budget", "500kB", "--max-tokens", "32", "--json"]
-    command = [sys.executable, "-c", code, *arguments]
-    folder = own_home / "cache" / "summaries"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
-        end = time.monotonic() + 60
-        while not list(folder.glob("*.json")):
-            assert running.poll() is None and time.monotonic() < end
-            time.sleep(0.02)
-        running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=60)
-    assert running.returncode == 130
-    assert out == b""
-    assert re.fullmatch(
-        rb"leankv: note: stopped; partial summaries kept: \d+\. The same [^\n]+\n", err
+    stopped, again = (
+        subprocess.run([sys.executable, "-c", source, *arguments], capture_output=True, timeout=120)
+        for source in (INTERRUPTED, code)
     )
-    again = subprocess.run(command, capture_output=True, timeout=120, check=True)
-    assert json.loads(again.stdout)["resumed"] > 0
-    assert not list(folder.iterdir())
+    assert stopped.returncode == 130
+    assert stopped.stdout == b""
+    assert re.fullmatch(
+        rb"leankv: note: stopped; partial summaries kept: 1\. The same [^\n]+\n", stopped.stderr
+    )
+    assert again.returncode == 0
+    assert json.loads(again.stdout)["resumed"] == 1
+    assert not list((own_home / "cache" / "summaries").iterdir())
 
 
 def test_progress_is_for_terminals_and_goes_away(report: str) -> None:

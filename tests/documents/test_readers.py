@@ -162,6 +162,8 @@ def test_a_page_says_its_encoding(tmp_path: Path) -> None:
 def test_wrapped_lines_are_joined_and_others_kept(tmp_path: Path) -> None:
     path = pdf(tmp_path / "a.pdf", ["word " * 40, "A (short) line"], width=60)
     assert read_document(path).text == f"{('word ' * 40).strip()}\n\nA (short) line"
+    pdf(path, ["first entry other entry"], width=12)
+    assert read_document(path).text == "first entry\nother entry"
 
 
 def test_pictures_of_pages(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub import HfApi, errors
 
 from leankv_mlx.errors import ContextLengthError, ModelError
-from leankv_mlx.mlx_lm import check_context, load
-from leankv_mlx.mlx_lm.loading import context_length, resolve_model
+from leankv_mlx.mlx_lm import check_context, load, loading
+from leankv_mlx.mlx_lm.loading import context_length, fingerprint, resolve_model
 from leankv_mlx.resources import demo_model
 
 
@@ -109,3 +109,21 @@ def test_context_lengths() -> None:
     for tokens in (100, 101):
         with pytest.raises(ContextLengthError, match=f"{tokens} tokens .* 100;"):
             check_context(config, tokens, 5)
+
+
+def test_the_fingerprint_looks_into_large_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_WHOLE_BYTES", 1000)
+    monkeypatch.setattr(loading, "_SAMPLES", 64)
+    (tmp_path / "config.json").write_text("{}")
+    weights = bytearray(3 * 10**6)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    before = fingerprint(tmp_path)
+    for change in (slice(0, 1), slice(-1, None), slice(10**6, 10**6 + 10**5)):
+        changed = bytearray(weights)
+        changed[change] = b"x" * len(changed[change])
+        (tmp_path / "model.safetensors").write_bytes(changed)
+        assert fingerprint(tmp_path) != before
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    assert fingerprint(tmp_path) == before
