@@ -9,8 +9,8 @@ from leankv_app.options import Options
 from leankv_app.paths import Paths
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.engine.requests import Emit, EngineLike
-from leankv_mlx.profiles import profiles
 from leankv_mlx.errors import DocumentError, UsageError
+from leankv_mlx.profiles import profiles
 
 if TYPE_CHECKING:
     from leankv_app.app import ChatApp

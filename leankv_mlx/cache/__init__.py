@@ -4,6 +4,7 @@ from leankv_mlx.cache.compressed import (
     CompressedKVCache,
     act_together,
     end_prompt,
+    forget_queries,
     place_by,
 )
 from leankv_mlx.cache.memory import CacheMemory
@@ -15,6 +16,7 @@ __all__ = [
     "Fetched",
     "act_together",
     "end_prompt",
+    "forget_queries",
     "owner_of",
     "place_by",
 ]

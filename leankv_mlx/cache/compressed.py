@@ -332,6 +332,13 @@ def end_prompt(caches: Iterable[Any]) -> None:
         sparsifier.end_prompt()
 
 
+def forget_queries(caches: Iterable[Any]) -> None:
+    """Let stored tokens be judged by what comes next alone."""
+    for cache in _flat(caches):
+        if isinstance(cache, CompressedKVCache) and cache._layer and cache._layer.observations:
+            cache._layer.observations.clear()
+
+
 def place_by(caches: Iterable[Any], scores: Sequence[mx.array]) -> None:
     """Let the policy place all stored tokens by given scores.
 

@@ -18,6 +18,7 @@ from leankv_mlx.config import CompressionConfig
 from leankv_mlx.documents.cache import DocumentCache, Key, kv_name, model_identity
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel
+from leankv_mlx.mlx_lm.repetition import settle_document
 
 PREFILL_CHUNK = 512
 """Prompt tokens between two chances to stop."""
@@ -68,7 +69,7 @@ class Opener:
 
     def keep(self, prefix: Sequence[int], name: str, caches: list[Any]) -> None:
         """Call it when a prefix was read into its caches, before anything follows."""
-        settle(caches)
+        settle(self.loaded.model, prefix, caches)
         if self.store is not None:
             self.store.save(self._key(prefix), name, self.loaded.path.name, caches)
 
@@ -80,9 +81,10 @@ class Opener:
         return model_identity(self.loaded.path)
 
 
-def settle(caches: list[Any]) -> None:
+def settle(model: nn.Module, prefix: Sequence[int], caches: list[Any]) -> None:
     """The document is read, and no question is known yet: whatever is done to its caches as a
     whole is done here, so that a file and the caches in memory stay the same."""
+    settle_document(model, caches, prefix)
     mx.eval([cache.state for cache in caches])
     mx.clear_cache()  # buffers of the prefill
 

@@ -56,7 +56,7 @@ def snapshot(request: int, caches: Sequence[Any], room: Room, speed: float) -> S
         total.fp16,
         memory.codes,
         memory.scales,
-        memory.tables,
+        memory.tables + memory.side,
         memory.exact,
         memory.centers,
         total.used - memory.used,

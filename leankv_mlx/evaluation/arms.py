@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -16,7 +17,7 @@ from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ModelError
 from leankv_mlx.mlx_lm.attachment import attach, make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel
-from leankv_mlx.mlx_lm.repetition import repeat_and_place
+from leankv_mlx.mlx_lm.repetition import judges_by_repetition, settle_document
 from leankv_mlx.mlx_lm.usage import measure
 
 NONE = "none"
@@ -117,8 +118,10 @@ def prefill(model: nn.Module, tokens: mx.array, caches: list[Any]) -> None:
 
 def settle(model: nn.Module, caches: list[Any], tokens: mx.array) -> None:
     """The whole prompt, `tokens` [N], is in: policies drop what they drop."""
-    repeat_and_place(model, caches, tokens.tolist())  # type: ignore[arg-type]
-    end_prompt(caches)
+    if judges_by_repetition(caches):
+        settle_document(model, caches, [int(token) for token in np.array(tokens)])
+    else:
+        end_prompt(caches)
 
 
 @contextmanager

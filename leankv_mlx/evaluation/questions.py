@@ -18,7 +18,7 @@ from leankv_mlx.evaluation.retrieval import reply_to, tokens_of
 from leankv_mlx.evaluation.tasks import Sample, document_chat, document_turn, score, seeded
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel
-from leankv_mlx.mlx_lm.repetition import repeat_and_place
+from leankv_mlx.mlx_lm.repetition import settle_document
 from leankv_mlx.mlx_lm.usage import measure
 
 QUESTIONS = 10
@@ -98,7 +98,7 @@ def _ask(loaded: LoadedModel, samples: Sequence[Sample]) -> tuple[list[float], f
     shared = _shared(prompts)
     caches = make_caches(loaded.model)
     prefill(loaded.model, mx.array(prompts[0][:shared]), caches)
-    repeat_and_place(loaded.model, caches, prompts[0][:shared])
+    settle_document(loaded.model, caches, prompts[0][:shared])
     scores, ratios = [], []
     for sample, prompt in zip(samples, prompts, strict=True):
         rest = mx.array(prompt[shared:])

@@ -43,9 +43,9 @@ class _Layer:
 class Footprint:
     """Bytes in use by a model's caches as a function of their length, as `measure` counts them.
 
-    Exact after a prompt is read; after single tokens up to 32 of them are still exact rows that
-    are counted as codes here. Buffers grow by an eighth at a time, so they hold up to that much
-    more.
+    That is what reading a prompt takes, before a policy drops tokens. Exact after a prompt is read;
+    after single tokens up to 32 of them are still exact rows that are counted as codes here.
+    Buffers grow by an eighth at a time, so they hold up to that much more.
 
     Attributes:
         config: the compression that is planned for, None for none.
@@ -74,7 +74,14 @@ class Footprint:
 
     def used(self, tokens: int) -> int:
         """Bytes that `tokens` tokens take."""
-        return sum(layer.nbytes(self.config, tokens) for layer in self.layers)
+        total, done = 0, 0
+        compressed = sum(layer.compressed for layer in self.layers)
+        for layer in self.layers:
+            config = self.config
+            if config is not None and layer.compressed:
+                config, done = config.for_layer(done, compressed), done + 1
+            total += layer.nbytes(config, tokens)
+        return total
 
     def uncompressed(self, tokens: int) -> int:
         """Bytes that they take in the model's own caches."""

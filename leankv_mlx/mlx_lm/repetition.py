@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from leankv_mlx.cache import CompressedKVCache, place_by
+from leankv_mlx.cache import CompressedKVCache, forget_queries, place_by
 from leankv_mlx.sparsity import LargestReceived
 
 PART = 512
@@ -28,24 +28,32 @@ def judges_by_repetition(caches: Sequence[Any]) -> bool:
     return any(cache.config.scores == "repeat" for cache in _with_policy(caches))
 
 
-def repeat_and_place(
+def settle_document(
     model: nn.Module, caches: list[Any], tokens: Sequence[int], instruction: Sequence[int] = ()
 ) -> None:
-    """Drop and demote stored tokens of a document that was read; later questions keep what is left.
+    """A document was read, and no question is known yet.
 
-    Does nothing unless the settings say scores=repeat. Costs about as much as reading did.
+    With scores=repeat its stored tokens are judged and placed, which costs about as much as
+    reading did, and later questions find what is left. Otherwise nothing is dropped yet. What
+    comes next is judged by queries that come next, not by those of the document.
 
     Args:
-        model: the model that read them.
+        model: the model that read it.
         caches: its cache list, which holds `tokens` and nothing else.
         tokens: of the document.
         instruction: tokens that ask for the repetition, for models that need to be asked.
     """
+    if judges_by_repetition(caches):
+        _repeat_and_place(model, caches, tokens, instruction)
+    forget_queries(caches)
+
+
+def _repeat_and_place(
+    model: nn.Module, caches: list[Any], tokens: Sequence[int], instruction: Sequence[int]
+) -> None:
     layers = [c for c in _with_policy(caches) if c.layer and c.layer.body]
-    if not layers or not judges_by_repetition(caches):
-        return
     collectors = [LargestReceived() for _ in layers]
-    for start in range(0, len(tokens), PART):
+    for start in range(0, len(tokens) if layers else 0, PART):
         part = tokens[max(0, start - LEAD) : start + PART]
         twins = deepcopy(caches)
         listening = [c for c in _with_policy(twins) if c.layer and c.layer.body]
@@ -55,7 +63,9 @@ def repeat_and_place(
         # More than 8 tokens, or the call would count as decoding.
         read = [*instruction, *part, *part[: max(0, 9 - len(part) - len(instruction))]]
         mx.eval(model(mx.array([read]), cache=twins))
-    place_by(caches, [c.scores for c in collectors if c.scores is not None])
+    scores = [c.scores for c in collectors if c.scores is not None]
+    if len(scores) == len(layers):  # a layer on the fallback path tells nothing
+        place_by(caches, scores)
 
 
 def _with_policy(caches: Sequence[Any]) -> Iterator[CompressedKVCache]:

@@ -21,7 +21,7 @@ from leankv_mlx.cache import (
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError, UnsupportedError
 from leankv_mlx.mlx_lm.attachment import make_caches
-from leankv_mlx.mlx_lm.repetition import repeat_and_place
+from leankv_mlx.mlx_lm.repetition import settle_document
 from leankv_mlx.sparsity.policies import LEAST_SLOTS
 from tests.models import TINY
 
@@ -179,7 +179,7 @@ def test_what_repetition_does_not_ask_for_goes() -> None:
         model(mx.array([prompt]), cache=caches)
         whole = [c.layer.body.slots for c in caches]
         twin = copy.deepcopy(caches)
-        repeat_and_place(model, caches, prompt)
+        settle_document(model, caches, prompt)
         assert all(c.offset == 1200 for c in caches)
         kept = [c.layer.body.slots for c in caches]
         assert kept[0] < 0.6 * whole[0]
