@@ -85,6 +85,8 @@ class MemoryPanel(VerticalScroll):
         self.query_one("#bars", Static).update(self._bars(snapshot))
         rows = [("tokens", f"{snapshot.tokens:,}"), ("context left", f"{snapshot.context_left:,}")]
         rows.append(("tokens/s", f"{self._fastest:.1f}" if self._fastest else "-"))
+        if snapshot.values_read < 1:
+            rows.append(("values read", f"{snapshot.values_read:.0%}"))
         if self.detail:
             rows += self._parts(snapshot)
         width = max(20, self.content_size.width)

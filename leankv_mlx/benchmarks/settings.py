@@ -12,7 +12,7 @@ from leankv_mlx.config import BackendName, CompressionConfig
 from leankv_mlx.errors import BackendUnavailableError, UsageError
 from leankv_mlx.evaluation.arms import Arm
 
-PARTS = ("attention", "steps", "prefill", "encode", "skip")
+PARTS = ("attention", "steps", "prefill", "encode", "skip", "policy")
 Row = dict[str, Any]
 """An entry of a part in the JSON document."""
 Advance = Callable[[str], None]
@@ -28,13 +28,14 @@ class Settings:
     Attributes:
         only: parts, see PARTS.
         kv: formats of all parts; empty for the usual ones.
-        attention, steps, prefill, encode, skip: contexts in tokens of each part.
+        attention, steps, prefill, encode, skip, policy: contexts in tokens of each part.
         heads: attention layers to measure.
         shape: the model of the other parts; prefill takes the first layers of it.
         dtypes: of the model, each with an arm of ours and one uncompressed.
         more_dtypes: with an uncompressed arm only.
         stock_tokens: longest context of mlx-lm's quantized caches, which take seconds per layer.
-        prefill_layers, prefill_dtypes, prefill_rounds: less of that, because it takes minutes.
+        prefill_layers, prefill_dtypes, prefill_rounds, policy_rounds: less of
+            that, because it takes minutes.
         budget: per arm, except in prefill.
     """
 
@@ -45,11 +46,13 @@ class Settings:
     prefill: tuple[int, ...] = (8192,)
     encode: tuple[int, ...] = (512, 4096)
     skip: tuple[int, ...] = (4096, 16384)
+    policy: tuple[int, ...] = (4096,)
     heads: tuple[Heads, ...] = (Heads(32, 8, 128), Heads(4, 1, 128), Heads(4, 1, 256))
     shape: str = DEFAULT_SHAPE
     prefill_layers: int = 1
     prefill_dtypes: tuple[str, ...] = ("bf16", "fp32")
     prefill_rounds: int = 2
+    policy_rounds: int = 3
     dtypes: tuple[str, ...] = ("bf16", "fp32")
     more_dtypes: tuple[str, ...] = ("fp16",)
     stock_tokens: int = 16384
@@ -59,7 +62,13 @@ class Settings:
     def with_tokens(self, tokens: tuple[int, ...]) -> Settings:
         """The same contexts in every part."""
         return replace(
-            self, attention=tokens, steps=tokens, prefill=tokens, encode=tokens, skip=tokens
+            self,
+            attention=tokens,
+            steps=tokens,
+            prefill=tokens,
+            encode=tokens,
+            skip=tokens,
+            policy=tokens,
         )
 
     def check(self) -> None:
@@ -71,7 +80,7 @@ class Settings:
         for part in self.only:
             if part not in PARTS:
                 raise UsageError(f"--only {part} is unknown; use one of {', '.join(PARTS)}.")
-        parts = (self.attention, self.steps, self.prefill, self.encode, self.skip)
+        parts = (self.attention, self.steps, self.prefill, self.encode, self.skip, self.policy)
         if min(map(min, parts)) < 128:
             raise UsageError("--tokens is too small; use at least 128.")
 
@@ -107,6 +116,8 @@ FAST = Settings(
     heads=(Heads(32, 8, 128), Heads(4, 1, 128)),
     prefill_dtypes=("bf16",),
     prefill_rounds=1,
+    policy=(2048,),
+    policy_rounds=1,
     more_dtypes=(),
     stock_tokens=1024,
     budget=Budget(seconds=1.0, warm_up=0.1, fewest=2, most=40),

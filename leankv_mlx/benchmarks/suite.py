@@ -10,6 +10,7 @@ from typing import Any
 from leankv_mlx.benchmarks.attention import measure_attention
 from leankv_mlx.benchmarks.encode import measure_encode
 from leankv_mlx.benchmarks.models import Models
+from leankv_mlx.benchmarks.policy import measure_policy
 from leankv_mlx.benchmarks.prefill import measure_prefill
 from leankv_mlx.benchmarks.settings import Advance, Row, Settings
 from leankv_mlx.benchmarks.shapes import Shape, shape_of
@@ -30,6 +31,7 @@ class Report:
     prefill: list[Row] = field(default_factory=list)
     encode: list[Row] = field(default_factory=list)
     skip: list[Row] = field(default_factory=list)
+    policy: list[Row] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document."""
@@ -61,6 +63,9 @@ def run(settings: Settings, advance: Advance = lambda what: None) -> Report:
         report.prefill = measure_prefill(settings, Models(shorter), advance)
     if "skip" in settings.only:
         report.skip = measure_skip(settings, advance)
+    if "policy" in settings.only:
+        shorter = _at_most(shape, settings.prefill_layers)
+        report.policy = measure_policy(settings, Models(shorter), advance)
     return report
 
 

@@ -29,6 +29,9 @@ def tables(report: Report) -> list[Grid]:
     ):
         for shape, of_shape in groupby(rows, lambda row: row["shape"]):
             grids.append(_grid(f"{title}, {shape}", list(of_shape), columns, note))
+    if report.policy:
+        title = f"Policies, {report.policy[0]['shape']}"
+        grids.append(_plain(title, report.policy, _POLICY, _POLICY_NOTE))
     return grids
 
 
@@ -36,13 +39,12 @@ def _grid(title: str, rows: Sequence[Row], columns: Sequence[_Column], note: str
     used = [base for base in _BASELINES if any(base in row["baseline_ms"] for row in rows)]
     at = next(i for i, (name, _) in enumerate(columns) if name == "ms") + 1
     baselines = [(base, _baseline(base)) for base in used]
-    every = [*columns[:at], *baselines, *columns[at:]]
-    return Grid(
-        title,
-        [name for name, _ in every],
-        [[text(row) for _, text in every] for row in rows],
-        note,
-    )
+    return _plain(title, rows, [*columns[:at], *baselines, *columns[at:]], note)
+
+
+def _plain(title: str, rows: Sequence[Row], columns: Sequence[_Column], note: str) -> Grid:
+    header = [name for name, _ in columns]
+    return Grid(title, header, [[text(row) for _, text in columns] for row in rows], note)
 
 
 def _attention(rows: Sequence[Row]) -> Grid:
@@ -132,6 +134,23 @@ _SKIP: tuple[_Column, ...] = (
 _SKIP_NOTE = (
     "ms: all layers, by decode step; attention: of a text that the model read, repeated beyond its "
     "length, or uniform; output error: relative to attention without skip, mean"
+)
+
+
+_POLICY: tuple[_Column, ...] = (
+    ("tokens", lambda row: f"{row['tokens']}"),
+    ("settings", lambda row: row["format"]),
+    ("prompt ms", lambda row: _ms(row["prompt_ms"])),
+    ("its end ms", lambda row: _ms(row["end_ms"])),
+    ("share", lambda row: f"{row['prompt_share']:.2%}"),
+    ("step ms", lambda row: _ms(row["step_ms"])),
+    ("flush ms", lambda row: f"{row['flush_ms']:.3f}"),
+    ("share", lambda row: f"{row['decode_share']:.2%}"),
+    ("ratio", lambda row: _times(row["ratio"])),
+)
+_POLICY_NOTE = (
+    "its end: judging and placing all tokens once the prompt is in; flush: judging, encoding and "
+    "placing the tokens that leave the window, by generated token; random weights"
 )
 
 

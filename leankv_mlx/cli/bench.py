@@ -26,8 +26,8 @@ def register(app: typer.Typer) -> None:
 def bench(
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Part to run: attention, steps, prefill, encode or skip; repeat for "
-                     "more.", show_default="all"),
+        typer.Option(help="Part to run: attention, steps, prefill, encode, skip or policy; "
+                     "repeat for more.", show_default="all"),
     ] = None,
     kv: Annotated[
         list[str] | None,

@@ -96,13 +96,14 @@ class Snapshot:
         tokens: tokens in the cache.
         fp16: what they take at two bytes an element.
         codes, scales, tables, exact, centers: parts of the compressed cache; `exact` are the
-            first and the most recent tokens.
+            first and the most recent tokens, `tables` say where a token is and what it is worth.
         other: caches that are not compressed (sliding windows, or all of them).
         allocated: what the buffers hold, unused space included.
         process_peak: highest memory use of mlx in this process.
         context_left: tokens that still fit the budget and the model.
         speed: tokens of the reply per second, 0 outside of a reply.
         layers: bytes per entry of the cache list.
+        values_read: share of the stored values that the last token read; below 1 with skip= only.
     """
 
     request: int
@@ -119,6 +120,7 @@ class Snapshot:
     context_left: int
     speed: float
     layers: tuple[LayerUse, ...] = ()
+    values_read: float = 1.0
 
     @property
     def used(self) -> int:

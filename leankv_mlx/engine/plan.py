@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from leankv_mlx.config import CompressionConfig
@@ -45,11 +46,16 @@ class Plan:
 
 
 def plan(entry: CatalogueEntry, memory: int, reserve: int = RESERVE) -> Plan:
-    """The longest context of a model with fp16 and with each profile."""
+    """The longest context of a model with fp16 and with each profile that suits it.
+
+    A policy drops tokens when the whole prompt is in, so it does not let a longer one in.
+    """
     budget = memory - entry.weights - reserve
     settings: list[tuple[str, str, CompressionConfig | None]] = [("fp16", "none", None)]
     for name, spec in profiles().items():
         config = CompressionConfig.parse(f"leankv:{spec}")
+        if len(config.layer_bits) not in (0, entry.full_layers):
+            continue  # calibrated for another model
         settings.append((name, config.spec(), config))
     rows = tuple(_row(entry, budget, *setting) for setting in settings)
     return Plan(entry, memory, reserve, budget, rows)
@@ -64,8 +70,9 @@ def kv_bytes(entry: CatalogueEntry, config: CompressionConfig | None, tokens: in
     if config is None:
         steps = -(-tokens // _FP16_STEP) * _FP16_STEP
         return entry.full_layers * steps * row + sliding
-    layer = planned(config, tokens, entry.kv_heads, entry.head_dim, entry.head_dim)
-    return entry.full_layers * layer.allocated + sliding
+    layers = Counter(config.for_layer(i, entry.full_layers) for i in range(entry.full_layers))
+    dims = entry.kv_heads, entry.head_dim, entry.head_dim
+    return sliding + sum(n * planned(c, tokens, *dims).allocated for c, n in layers.items())
 
 
 def _row(

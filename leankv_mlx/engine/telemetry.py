@@ -65,7 +65,13 @@ def snapshot(request: int, caches: Sequence[Any], room: Room, speed: float) -> S
         room.left(total.tokens, total.used),
         speed,
         tuple(layers),
+        _values_read(caches),
     )
+
+
+def _values_read(caches: Sequence[Any]) -> float:
+    shares = [cache.values_read for cache in caches if isinstance(cache, CompressedKVCache)]
+    return sum(shares) / len(shares) if shares else 1.0
 
 
 def bytes_per_token(model: nn.Module) -> float:

@@ -165,16 +165,11 @@ class Attachment:
         attention = self._attention() or [""] * len(self._entries)
         rows = []
         for index, (entry, path) in enumerate(zip(self._entries, attention, strict=True)):
-            reason = self._reason(entry)
-            rows.append(
-                LayerReport(
-                    index,
-                    type(entry).__name__,
-                    reason is None,
-                    self.config.spec() if reason is None else reason,
-                    path,
-                )
-            )
+            refused = self._reason(entry)
+            reason = self.config.spec() if refused is None else refused
+            if refused is None and path == "fallback" and self.config.policy != "keep_all":
+                reason += "; keeps every token, because its attention does not go through the cache"
+            rows.append(LayerReport(index, type(entry).__name__, refused is None, reason, path))
         return rows
 
     @property

@@ -27,9 +27,11 @@ TINY = replace(
     prefill=(160,),
     encode=(160,),
     skip=(160,),
+    policy=(600,),
     heads=(Heads(4, 2, 64),),
     shape="tiny",
     prefill_rounds=1,
+    policy_rounds=1,
     budget=Budget(seconds=0.01, warm_up=0.0, fewest=1, most=3),
 )
 
@@ -54,7 +56,7 @@ def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(document) == ["machine", "backend", *PARTS]
     assert document["backend"] == resolve_backend().name
     shared = {"tokens", "format", "ms", "baseline_ms", "speedup"}
-    for part in PARTS:
+    for part in [part for part in PARTS if part != "policy"]:
         assert document[part]
         for row in document[part]:
             own = {"query_heads", "kv_heads", "head_dim"} if part == "attention" else {"shape"}
@@ -76,6 +78,10 @@ def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["read"] == 1 and row["error"] < 1e-3 for row in uniform)
     for row in document["skip"]:
         assert 0 < row["read"] <= 1 and list(row["baseline_ms"]) == ["no skip"]
+    assert len(document["policy"]) == 2
+    for row in document["policy"]:
+        assert row["prompt_share"] == pytest.approx(row["end_ms"] / row["prompt_ms"])
+        assert 0 < row["decode_share"] < 1 < row["ratio"]
     for row in document["encode"]:
         assert row["share"] == pytest.approx(row["ms"] / row["baseline_ms"]["step"], rel=1e-6)
 
@@ -86,7 +92,8 @@ def test_choices(capsys: pytest.CaptureFixture[str]) -> None:
         "--heads", "6x3x32", "--backend", "reference",
     )  # fmt: skip
     assert document["backend"] == "reference"
-    assert document["steps"] == document["prefill"] == document["encode"] == document["skip"] == []
+    assert document["steps"] == document["prefill"] == document["encode"] == []
+    assert document["skip"] == document["policy"] == []
     rows = document["attention"]
     assert [(row["tokens"], row["format"]) for row in rows] == [
         (128, "k8v4"), (128, "k4v4"), (192, "k8v4"), (192, "k4v4"),
