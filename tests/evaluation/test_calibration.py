@@ -1,0 +1,141 @@
+"""Calibration picks what it measured, and keeps it where `--kv` finds it."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from leankv_mlx import profiles
+from leankv_mlx.cli.app import run
+from leankv_mlx.config import CompressionConfig
+from leankv_mlx.errors import ConfigError, UsageError
+from leankv_mlx.evaluation import calibration
+from leankv_mlx.evaluation.arms import Size
+from leankv_mlx.evaluation.calibration import Candidate, _greedy, _uniform, candidates
+from leankv_mlx.profiles import profiles as all_profiles
+from leankv_mlx.profiles import save_profile, user_profiles
+
+QUICK = ["--tasks", "none", "--context", "256", "--chunks", "1"]
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LEANKV_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_bits_go_where_they_take_most_away() -> None:
+    levels = [2, 3, 4, 8]
+    cost = np.array([[[9.0, 0.1, 0.05, 0.0], [0.2, 0.1, 0.05, 0.0]],
+                     [[1.0, 0.9, 0.8, 0.0], [0.3, 0.2, 0.1, 0.0]]])  # fmt: skip
+    assert _greedy(cost, levels, 2).tolist() == [[0, 0], [0, 0]]
+    assert _greedy(cost, levels, 2.25).tolist() == [[1, 0], [0, 0]]
+    # A curve that falls late is seen too: six bits for 1.0 are more than 0.1 for each of them.
+    assert _greedy(cost, levels, 3.75).tolist() == [[1, 0], [3, 0]]
+    assert _greedy(cost, levels, 8).tolist() == [[3, 3], [3, 3]]
+
+
+def test_the_uniform_setting_of_so_many_bits() -> None:
+    assert [_uniform(x) for x in (2, 2.6, 3, 3.5, 4, 5.9, 6, 8)] == [
+        (2, 2), (3, 2), (3, 3), (4, 3), (4, 4), (8, 3), (8, 4), (8, 8),
+    ]  # fmt: skip
+
+
+def test_candidates_are_the_policys_own_settings() -> None:
+    budget = candidates(CompressionConfig.parse("leankv:policy=budget,window=32"))
+    ratios = [arm.config.ratio for arm in budget if arm.config]
+    assert ratios == sorted(ratios, reverse=True) and len(ratios) == len(calibration.RATIOS)
+    alphas = candidates(CompressionConfig.parse("leankv:k8v4,policy=threshold"))
+    assert [arm.config.alpha_low for arm in alphas if arm.config] == [0.5, 0.2, 0.1, 0.05, 0.02, 0]
+    with pytest.raises(UsageError, match="policy=streaming has nothing to calibrate"):
+        candidates(CompressionConfig.parse("leankv:policy=streaming"))
+
+
+def found(*rows: tuple[str, float, bool]) -> list[Candidate]:
+    return [Candidate(kv, Size(1.0, ratio), 0.01, None, ok) for kv, ratio, ok in rows]
+
+
+def test_the_smallest_cache_within_limits_becomes_a_profile(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = found(
+        ("policy=budget,ratio=20", 18.0, False), ("policy=budget,ratio=6", 5.5, True),
+        ("policy=budget,ratio=4", 3.9, True),
+    )  # fmt: skip
+    monkeypatch.setattr(calibration, "sweep", lambda *arguments: rows)
+    assert run(["calibrate", "mine", "--json", *QUICK]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["profile"] == "mine" and document["kv"] == "policy=budget,ratio=6"
+    assert len(document["candidates"]) == 3
+    config = CompressionConfig.parse("leankv:mine,window=128")
+    assert (config.policy, config.ratio, config.window) == ("budget", 6, 128)
+    assert (
+        "5.5 times smaller"
+        in tomllib.loads(user_profiles().read_text())["profiles"]["mine"]["about"]
+    )
+
+
+def test_nothing_within_limits_is_an_error_and_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = found(("policy=budget,ratio=20", 18.0, False))
+    monkeypatch.setattr(calibration, "sweep", lambda *arguments: rows)
+    assert run(["calibrate", "mine", *QUICK]) == 1
+    assert "no candidate stays within --kld 0.02" in capsys.readouterr().err
+    assert not user_profiles().exists()
+
+
+def test_it_measures_through_the_real_cache(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(calibration, "RATIOS", (3.0, 30.0))
+    options = ["--kld", "5", "--tasks", "S2", "--lengths", "400", "--samples", "1"]
+    options += ["--context", "2048", "--chunks", "1", "--json"]
+    assert run(["calibrate", "mine", *options]) == 0
+    small, large = json.loads(capsys.readouterr().out.splitlines()[-1])["candidates"]
+    assert small["ratio"] > large["ratio"] and small["kld"] > large["kld"] > 0
+    assert small["retrieval"] is not None
+
+
+@pytest.mark.parametrize("name", ["", "k4v4", "3d", "a b", "a.b", "x=y", "../x"])
+def test_names_that_a_setting_could_not_say(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["calibrate", name, *QUICK]) == 2
+    assert "cannot be called" in capsys.readouterr().err
+
+
+def test_other_profiles_of_the_file_stay(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "profiles.toml"
+    save_profile(path, "one", "k4v4", 'about "one" \x7f\n')
+    save_profile(path, "two", "k3v3", "")
+    save_profile(path, "one", "k8v8", "again")
+    rows = tomllib.loads(path.read_text())["profiles"]
+    assert rows == {"one": {"kv": "k8v8", "about": "again"}, "two": {"kv": "k3v3", "about": ""}}
+    assert [p.name for p in path.parent.iterdir()] == ["profiles.toml"]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "profiles = 3", "[profiles.x]\nabout = ''", "[profiles.x]\nkv = 4", "\x00"]
+)
+def test_a_damaged_file_of_profiles_is_told(text: str) -> None:
+    user_profiles().write_text(text)
+    with pytest.raises(ConfigError, match="is not a file of profiles"):
+        all_profiles()
+    assert profiles.user_profiles().read_text() == text
+
+
+def test_a_profile_of_ones_own_wins() -> None:
+    save_profile(user_profiles(), "small", "k2v2", "")
+    assert CompressionConfig.parse("leankv:small").k_bits == 2
+
+
+def test_every_profile_is_understood() -> None:
+    parsed: dict[str, Any] = {
+        name: CompressionConfig.parse(f"leankv:{name}") for name in all_profiles()
+    }
+    assert parsed["lean"].policy == "budget" and parsed["document"].scores == "repeat"
+    assert parsed["paper"].tiers == ((8, 4), (4, 2))
