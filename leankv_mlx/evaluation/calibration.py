@@ -23,7 +23,9 @@ from leankv_mlx.evaluation.retrieval import Cell, run_retrieval
 from leankv_mlx.mlx_lm.loading import LoadedModel
 
 RATIOS = (4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 20.0)
-ALPHAS = ((4.0, 0.5), (3.0, 0.2), (2.0, 0.1), (1.0, 0.05), (1.0, 0.02), (1.0, 0.0))
+ALPHAS = ((30.0, 10.0), (16.0, 4.0), (8.0, 2.0), (4.0, 1.0), (2.0, 0.5), (1.0, 0.2), (1.0, 0.02))
+"""The scores of pooled neighbourhoods are above those of single tokens, which the values of the
+LeanKV paper are for."""
 
 Advance = Callable[[str, int], None]
 

@@ -51,7 +51,7 @@ def test_candidates_are_the_policys_own_settings() -> None:
     ratios = [arm.config.ratio for arm in budget if arm.config]
     assert ratios == sorted(ratios, reverse=True) and len(ratios) == len(calibration.RATIOS)
     alphas = candidates(CompressionConfig.parse("leankv:k8v4,policy=threshold"))
-    assert [arm.config.alpha_low for arm in alphas if arm.config] == [0.5, 0.2, 0.1, 0.05, 0.02, 0]
+    assert [arm.config.alpha_low for arm in alphas if arm.config] == [10, 4, 2, 1, 0.5, 0.2, 0.02]
     with pytest.raises(UsageError, match="policy=streaming has nothing to calibrate"):
         candidates(CompressionConfig.parse("leankv:policy=streaming"))
 
