@@ -112,6 +112,7 @@ class CompressedKVCache:
                 return keys, values
         view = self.view()
         assert self._layer is not None
+        self._unread = self._calls.fused if self._layer.ragged else -1
         return self._track(self._layer, view, None)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:

@@ -344,7 +344,7 @@ def _can_become(cache: Any, config: CompressionConfig | None) -> bool:
     """Whether nothing is gained by reading the tokens again."""
     if not isinstance(cache, CompressedKVCache) or cache.empty():
         return True
-    if config is None:
+    if config is None or (cache.layer and cache.layer.ragged):
         return False
     pairs: list[tuple[Any, Any]] = [
         (config.k_bits, cache.config.k_bits),

@@ -272,6 +272,19 @@ def test_more_bits_need_the_conversation_again(driver: Driver) -> None:
     assert changed.after < changed.before / 2
 
 
+def test_dropped_tokens_are_read_again_for_a_setting_that_keeps_them(driver: Driver) -> None:
+    driver.engine.submit(Recode("leankv:policy=streaming,window=32"))
+    driver.wait(Recoded)
+    driver.reply(1, turns(40))
+    last = driver.snapshot()
+    assert last.used == sum(layer.used for layer in last.layers)
+    assert last.codes == 0  # nothing but the first tokens and the window
+    driver.engine.submit(Recode("leankv"))
+    assert driver.wait(Recoded).reread
+    text, _ = driver.reply(2, turns(40))
+    assert "48213" in text
+
+
 def test_failures_are_events_and_the_engine_goes_on(driver: Driver) -> None:
     def failure(request: Any) -> str:
         driver.engine.submit(request)
