@@ -18,7 +18,7 @@ def attend_codes(
     """queries: [1, Hq, L, head_dim], the last L tokens of the view -> [1, Hq, L, v_head_dim]; the
     log-sum-exp of their scores, float32 [Hq, L], and what was read come with it."""
     attention = decode_attention(
-        queries[0],
+        mx.squeeze(queries, 0),  # an index would be a gather
         view.bodies,
         view.exact,
         view.centers,
