@@ -34,6 +34,15 @@ class Timings:
 
     seconds: Mapping[str, Mapping[int, float]]
 
+    def divided(self, by: Mapping[str, int]) -> Timings:
+        """The same with the times of some arms divided: their calls did the work so many times."""
+        return Timings(
+            {
+                name: {i: one / by.get(name, 1) for i, one in runs.items()}
+                for name, runs in self.seconds.items()
+            }
+        )
+
     def ms(self, name: str) -> float:
         """The median of an arm in milliseconds."""
         return 1e3 * statistics.median(self.seconds[name].values())
