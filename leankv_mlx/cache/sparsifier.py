@@ -50,13 +50,8 @@ class Sparsifier:
             ConfigError: policy=budget with less than what is never dropped.
         """
         self._members.append(weakref.ref(layer))
-        budget, layers = self._config.budget, len(self._members)
-        fixed = layers * (layer.fixed_nbytes + layer.growth_nbytes)
-        if self._config.policy == "budget" and 0 < budget < fixed:
-            raise ConfigError(
-                f"budget={budget} bytes is too small: sink tokens and window of {layers} layers "
-                f"alone take {fixed}; use a larger budget, or a smaller window."
-            )
+        if layer.offset == 0:  # copies and files of what was begun are not refused
+            self._check_budget()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sparsifier:
         """For copies of the layers, which have to join."""
@@ -83,7 +78,13 @@ class Sparsifier:
             self._flush(layer)
 
     def end_prompt(self) -> None:
-        """The whole prompt is in: judge all stored tokens by its last queries, and place them."""
+        """The whole prompt is in: judge all stored tokens by its last queries, and place them.
+
+        Raises:
+            ConfigError: policy=budget with less than what is never dropped, now that it is known
+                what the observed queries take.
+        """
+        self._check_budget()
         self._ended = True
         layers = self._alive()
         for layer in layers:
@@ -174,6 +175,16 @@ class Sparsifier:
         around = np.broadcast_to(layer.exact_positions, scores.shape)
         start, stop = layer.leaving
         return pooled(scores, around, self._config.pooling)[:, start:stop]
+
+    def _check_budget(self) -> None:
+        budget, layers = self._config.budget, self._alive()
+        fixed = sum(layer.fixed_nbytes + layer.growth_nbytes for layer in layers)
+        if self._config.policy == "budget" and 0 < budget < fixed:
+            raise ConfigError(
+                f"budget={budget} bytes is too small: sink tokens, window and observed queries of "
+                f"{len(layers)} layers alone take {fixed}; use a larger budget, or a smaller "
+                "window."
+            )
 
     def _alive(self) -> list[Layer]:
         return [layer for ref in self._members if (layer := ref()) is not None]

@@ -43,9 +43,9 @@ def settle_document(
         tokens: of the document.
         instruction: tokens that ask for the repetition, for models that need to be asked.
     """
+    forget_queries(caches)  # or at=chunk drops tokens of the copies that repeat the document
     if judges_by_repetition(caches):
         _repeat_and_place(model, caches, tokens, instruction)
-    forget_queries(caches)
 
 
 def _repeat_and_place(

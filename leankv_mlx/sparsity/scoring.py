@@ -100,7 +100,9 @@ def significance(
         for start in range(0, tier.body.table.shape[1], _SLAB)
     ]
     everywhere = _everywhere(exact.positions, heads)
-    lse = mx.logsumexp(scorer.scores(exact.keys, everywhere)[0], axis=-1)
+    s = scorer.scores(exact.keys, everywhere)[0]
+    # A trim may have left no exact row.
+    lse = mx.logsumexp(s, axis=-1) if s.shape[-1] else mx.full(s.shape[:-1], -mx.inf)
     if observed.sink_logits is not None:
         logits = observed.sink_logits.astype(mx.float32).reshape(*scorer.shape[:2], 1)
         lse = mx.logaddexp(lse, logits)
@@ -181,8 +183,10 @@ def pooled(scores: NDArray[np.float32], positions: Positions, width: int) -> NDA
     """The largest score among tokens at most width // 2 positions away, [H, S].
 
     Slots may stand in any order and have gaps between their positions; empty ones (-1) score 0.
+    What is no number, because a query overflowed, says nothing and counts as 1, the most there is.
     """
     used = positions >= 0
+    scores = np.where(np.isfinite(scores), scores, np.float32(1))
     if width <= 1 or not scores.size:
         return np.where(used, scores, 0).astype(np.float32)
     heads, half = len(scores), width // 2

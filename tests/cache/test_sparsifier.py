@@ -171,10 +171,11 @@ def test_chunks_are_judged_as_they_come() -> None:
     assert most < H * 3000
 
 
-def test_what_repetition_does_not_ask_for_goes() -> None:
+@pytest.mark.parametrize("at", ["prompt", "chunk"])
+def test_what_repetition_does_not_ask_for_goes(at: str) -> None:
     model = TINY["llama"](dtype=mx.float32)
     prompt = np.random.default_rng(0).integers(0, 100, 1200).tolist()
-    with attach(model, f"{BUDGET},scores=repeat"):
+    with attach(model, f"{BUDGET},scores=repeat,at={at}"):
         caches = make_caches(model)
         model(mx.array([prompt]), cache=caches)
         whole = [c.layer.body.slots for c in caches]
@@ -249,6 +250,44 @@ def test_a_budget_below_sink_tokens_and_window() -> None:
     stack = Stack("leankv:policy=budget,budget=100K", layers=8)
     with pytest.raises(ConfigError, match="budget=102400 bytes is too small"):
         stack.feed(100)
+
+
+def test_a_budget_that_the_observed_queries_break_is_told_when_they_are_known() -> None:
+    stack = Stack("leankv:policy=budget,ratio=1.5,budget=110000,window=32")
+    stack.feed(1500)
+    stack.feed(1)
+    twin = copy.deepcopy(stack.caches)  # a copy, or a file, of what was begun is not refused
+    offsets = [cache.offset for cache in stack.caches]
+    for caches in (stack.caches, twin):
+        with pytest.raises(ConfigError, match="budget=110000 bytes is too small"):
+            end_prompt(caches)
+    with pytest.raises(ConfigError, match="a larger budget"):
+        stack.feed(1)
+    assert [cache.offset for cache in stack.caches] == offsets
+
+
+def test_queries_that_overflow_say_nothing() -> None:
+    stack = Stack("leankv:policy=budget,ratio=8,window=32,low=k3v2")
+    stack.feed(1500)
+    for cache in stack.caches:
+        nothing = mx.full((H * G, 64, DIM), mx.nan)
+        cache.layer.observations.add(nothing, None, cache.offset, 1.0, None)
+    end_prompt(stack.caches)
+    assert all(slots >= H * 300 for slots in stack.slots)
+    stack.steps(40)
+
+
+def test_a_trim_that_leaves_no_exact_row_leaves_what_can_be_judged() -> None:
+    stack = Stack(f"{BUDGET},sink_tokens=0,at=chunk")
+    stack.feed(1500)
+    stack.feed(500)
+    for cache in stack.caches:
+        cache.trim(50)
+    assert stack.caches[0].layer.observed and stack.caches[0].layer.exact.k.shape[1] == 0
+    before = stack.slots
+    stack.feed(20)
+    assert stack.slots[0] < before[0]
+    assert all(cache.offset == 1970 for cache in stack.caches)
 
 
 def test_layers_with_bits_of_their_own() -> None:
