@@ -26,6 +26,7 @@ _SLAB = 64
 
 Positions = NDArray[np.int32]
 Scores = NDArray[np.float32]
+Marks = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
 
@@ -49,13 +50,14 @@ class _Tier:
     """Blocks of one format, and what is known of each slot beside its codes.
 
     Attributes:
-        side: (positions [H, S] as the smallest unsigned integers that hold them, marks uint8
-            [H, S], see `_mark`); None while every head has every token in order.
+        side: positions, as the smallest unsigned integers that hold them, and marks, uint8, see
+            `_mark`; of the used slots alone, head by head, because one head may be many times as
+            long as the others. None while every head has every token in order.
     """
 
     format: Format
     table: BlockTable
-    side: tuple[NDArray[Any], NDArray[np.uint8]] | None = None
+    side: tuple[NDArray[Any], Marks] | None = None
 
     @property
     def slots(self) -> int:
@@ -66,6 +68,20 @@ class _Tier:
         """bool [H, S]."""
         mask: Mask = np.arange(self.slots) < self.table.lengths[:, None]
         return mask
+
+    def remember(self, positions: Positions, marks: Marks) -> None:
+        """Make side data of what is given for all slots, [H, S]."""
+        held = positions[self.used]
+        kind = np.min_scalar_type(int(held.max(initial=0)))
+        self.side = held.astype(kind), marks[self.used]
+
+    def recall(self) -> tuple[Positions, Marks]:
+        """The side data for all slots, [H, S]; -1 and 0 where there is no token."""
+        used = self.used
+        positions, marks = np.full(used.shape, -1, np.int32), np.zeros(used.shape, np.uint8)
+        if self.side is not None:
+            positions[used], marks[used] = self.side
+        return positions, marks
 
     @property
     def nbytes(self) -> int:
@@ -161,10 +177,7 @@ class CompressedBody:
             np.where(tier.used, name, DROP).astype(np.int8)
             for name, tier in zip((HIGH, LOW), self._tiers, strict=False)
         ]
-        scores = [
-            np.zeros(tier.used.shape, np.float32) if tier.side is None else _unmark(tier.side[1])
-            for tier in self._tiers
-        ]
+        scores = [_unmark(tier.recall()[1]) for tier in self._tiers]
         return Slots(
             np.concatenate(self._positions(), axis=1),
             np.concatenate(scores, axis=1),
@@ -183,8 +196,7 @@ class CompressedBody:
         if scores is not None:
             start = 0
             for tier in self._tiers:
-                assert tier.side is not None
-                tier.side = tier.side[0], _mark(scores[:, start : start + tier.slots])
+                tier.remember(tier.recall()[0], _mark(scores[:, start : start + tier.slots]))
                 start += tier.slots
         high, *lows = self._tiers
         of_high, of_low = plan[:, : high.slots], plan[:, high.slots :]
@@ -212,6 +224,11 @@ class CompressedBody:
         self._open()
         for tier, positions in zip(self._tiers, self._positions(), strict=True):
             self._rewrite(tier, tier.used & (positions < position))
+
+    def compact(self) -> None:
+        """Hold no blocks in reserve."""
+        for tier in self._tiers:
+            tier.table.compact()
 
     def copy(self) -> CompressedBody:
         """A body that shares the blocks until one of the two changes them."""
@@ -244,8 +261,8 @@ class CompressedBody:
 
     @property
     def state(self) -> list[list[mx.array]]:
-        """Of each tier: blocks of the pool, block ids, lengths, and positions and marks if the
-        body is ragged."""
+        """Of each tier: blocks of the pool, block ids, lengths, and positions and marks of its
+        slots, [sum of the lengths], if the body is ragged."""
         return [
             [t.table.pool.array, *t.table.arrays(), *(mx.array(x) for x in t.side or ())]
             for t in self._tiers
@@ -261,25 +278,21 @@ class CompressedBody:
 
     def _positions(self) -> list[Positions]:
         """Of each tier, int32 [H, S]."""
-        found = []
-        for tier in self._tiers:
-            if tier.side is None:
-                positions = np.arange(self._first, self._first + tier.slots)
-            else:
-                positions = tier.side[0].astype(np.int32)
-            found.append(np.where(tier.used, positions, -1).astype(np.int32))
-        return found
+        return [
+            tier.recall()[0] if tier.side else
+            np.where(tier.used, np.arange(tier.slots, dtype=np.int32) + self._first, np.int32(-1))
+            for tier in self._tiers
+        ]  # fmt: skip
 
     def _open(self) -> None:
         """Store positions and marks from now on."""
         for tier, positions in zip(self._tiers, self._positions(), strict=True):
             if tier.side is None:
-                tier.side = _compact(positions), np.full(positions.shape, 255, np.uint8)
+                tier.remember(positions, np.full(positions.shape, 255, np.uint8))
                 tier.table.compact()  # the pool of a prompt has room to grow
 
     def _encoded_again(self, tier: _Tier, format: Format, chosen: Mask) -> _Extra:
         """Slots of a tier in another format, without anything but their codes."""
-        assert tier.side is not None
         index, _ = _in_front(chosen)
         index = np.pad(index, ((0, 0), (0, -index.shape[1] % TILE)), constant_values=-1)
         parts = []
@@ -290,8 +303,8 @@ class CompressedBody:
             rows = dequantize(body, self.centers, mx.float32, self._backend)
             parts.append(encode(rows, self.centers, format, self._rounding, self._backend))
         blocks = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-        positions, marks = (_taken(x, index) for x in tier.side)
-        return _Extra(blocks, np.where(index >= 0, positions.astype(np.int32), -1), marks)
+        positions, marks = (_taken(x, index) for x in tier.recall())
+        return _Extra(blocks, np.where(index >= 0, positions, -1), marks)
 
     def _rewrite(self, tier: _Tier, keep: Mask, extra: _Extra | None = None) -> None:
         """Keep some slots of a tier and put others behind them.
@@ -299,30 +312,29 @@ class CompressedBody:
         Full blocks before the first slot that goes stay where they are; the rest is gathered into
         new blocks. Shared blocks are never written.
         """
-        assert tier.side is not None
         if extra is None and not (tier.used & ~keep).any():
             return
         leading = np.logical_and.accumulate(tier.used & keep, axis=1).sum(axis=1)
         fixed = leading // TILE
         blocks, at = self._behind(tier, fixed)
         valid = (at >= 0) & _taken(keep, at)
-        positions, marks = (_taken(x, at) for x in tier.side)
+        old = tier.recall()
+        positions, marks = (_taken(x, at) for x in old)
         if extra is not None:
             blocks = mx.concatenate([blocks, extra.blocks], axis=1)
             valid = np.concatenate([valid, extra.positions >= 0], axis=1)
-            positions = np.concatenate([positions.astype(np.int32), extra.positions], axis=1)
+            positions = np.concatenate([positions, extra.positions], axis=1)
             marks = np.concatenate([marks, extra.marks], axis=1)
         index, counts = _in_front(valid)
         packed = blocks
         if index.shape[1]:
             packed = repack(_loose(blocks, tier.format), mx.array(index), self._backend)
-        old = tier.side
         tier.table.replace_tails(fixed, counts, packed)
-        positions, marks = (
-            _continued(x, fixed * TILE, _taken(tail, index), tier.slots)
-            for x, tail in zip(old, (positions, marks), strict=True)
+        tails = _taken(positions, index), _taken(marks, index)
+        tier.remember(
+            _continued(old[0], fixed * TILE, tails[0], tier.slots),
+            _continued(old[1], fixed * TILE, tails[1], tier.slots),
         )
-        tier.side = _compact(np.where(tier.used, positions, -1)), marks.astype(np.uint8)
 
     def _behind(self, tier: _Tier, fixed: NDArray[Any]) -> tuple[mx.array, NDArray[np.int32]]:
         """Blocks [H, B, words] of each head behind its first `fixed`, and the numbers of their
@@ -346,7 +358,7 @@ class _Extra:
 
     blocks: mx.array
     positions: Positions
-    marks: NDArray[np.uint8]
+    marks: Marks
 
 
 def _loose(blocks: mx.array, format: Format) -> Body:
@@ -382,19 +394,13 @@ def _continued(
     return taken
 
 
-def _compact(positions: NDArray[Any]) -> NDArray[Any]:
-    """As the smallest unsigned integers that hold them; slots without a token become 0."""
-    kind = np.min_scalar_type(int(positions.max(initial=0)))
-    return np.asarray(np.maximum(positions, 0), kind)
-
-
-def _mark(scores: Scores) -> NDArray[np.uint8]:
+def _mark(scores: Scores) -> Marks:
     """Scores from 0 to 1 as eighths of a power of two, one byte each: 255 is 1, 0 is 0."""
     with np.errstate(divide="ignore"):
         steps = np.rint(255 + 8 * np.log2(scores))
     return np.asarray(np.clip(steps, 0, 255), np.uint8)
 
 
-def _unmark(marks: NDArray[np.uint8]) -> Scores:
+def _unmark(marks: Marks) -> Scores:
     scores = np.exp2((marks.astype(np.float32) - 255) / 8)
     return np.where(marks == 0, 0, scores).astype(np.float32)

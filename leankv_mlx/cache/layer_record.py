@@ -8,7 +8,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 from leankv_mlx.cache.compressed import CompressedKVCache
 from leankv_mlx.cache.container import DamagedError
@@ -19,7 +18,7 @@ LAYERS = "its layers are damaged"
 _COUNTS = "its numbers of tokens contradict each other"
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 _POSITIONS = (mx.uint8, mx.uint16, mx.uint32)
-_NUMBERS = {"offset": 1 << 31, "heads": 1 << 14, "k_dim": 1 << 14, "v_dim": 1 << 14}
+_NUMBERS = {"offset": 1 << 24, "heads": 1 << 14, "k_dim": 1 << 14, "v_dim": 1 << 14}
 _MAX_SPEC = 1000
 
 Tensors = dict[str, mx.array]
@@ -136,8 +135,8 @@ class _Content:
         tier = [blocks, mx.array(ids), lengths]
         if ragged:
             tier += [self._take(f"{index}.positions"), self._take(f"{index}.marks")]
-            _expect(tier[3], (heads, width * TILE), _POSITIONS)
-            _expect(tier[4], (heads, width * TILE), (mx.uint8,))
+            _expect(tier[3], (int(slots.sum()),), _POSITIONS)
+            _expect(tier[4], (int(slots.sum()),), (mx.uint8,))
         return tier
 
     def _check_in_order(self, lengths: list[mx.array]) -> None:
@@ -151,16 +150,12 @@ class _Content:
         """A head has a token once at most, between the sink tokens and the window."""
         sinks = self._config.sink_tokens
         end = self._offset - (self._exact - sinks)
-        held: list[NDArray[np.int64]] = []
-        for _, _, lengths, positions, _ in tiers:
-            used = np.arange(positions.shape[1]) < np.array(lengths)[:, None]
-            at = np.array(positions).astype(np.int64)
-            if ((at < sinks) | (at >= end))[used].any():
-                raise DamagedError(_COUNTS)
-            free = -1 - np.arange(at.shape[1]) - sum(x.shape[1] for x in held)
-            held.append(np.where(used, at, free))
-        every = np.sort(np.concatenate(held, axis=1), axis=1)
-        if (np.diff(every, axis=1) == 0).any():
+        of_head = [np.repeat(np.arange(self._heads), np.array(tier[2])) for tier in tiers]
+        at = np.concatenate([np.array(tier[3]).astype(np.int64) for tier in tiers])
+        if ((at < sinks) | (at >= end)).any():
+            raise DamagedError(_COUNTS)
+        each = np.unique(np.concatenate(of_head) * np.int64(end) + at)
+        if len(each) != len(at):
             raise DamagedError(_COUNTS)
 
     def _has(self, what: str) -> bool:

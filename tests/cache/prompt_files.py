@@ -50,7 +50,18 @@ def one_of_each() -> list[Any]:
         filled(stock.ConcatenateKVCache(), 5),
         arrays,
         stock.CacheList(filled(stock.KVCache(), 3), stock.KVCache()),
+        ragged(filled(CompressedKVCache("leankv:policy=threshold,window=32"), 300)),
     ]
+
+
+def ragged(cache: CompressedKVCache) -> CompressedKVCache:
+    """The cache after some slots were dropped, and others went to the low tier."""
+    assert cache.layer is not None and cache.layer.body is not None
+    body = cache.layer.body
+    plan = body.describe().tiers.copy()
+    plan[0, ::3], plan[1, :100], plan[:, 1::3] = -1, -1, 1
+    body.place(plan)
+    return cache
 
 
 def content(value: Any) -> Any:

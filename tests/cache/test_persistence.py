@@ -22,7 +22,7 @@ from leankv_mlx.cache import CompressedKVCache, container
 from leankv_mlx.errors import CacheFileError, UnsupportedError
 from leankv_mlx.mlx_lm import attach, load, load_prompt_cache, make_caches, save_prompt_cache
 from tests.cache.harness import feed, tokens
-from tests.cache.prompt_files import content, filled, one_of_each, rows, signed, taken_apart
+from tests.cache.prompt_files import content, filled, one_of_each, ragged, rows, signed, taken_apart
 from tests.models import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +104,7 @@ def test_every_class_and_the_metadata_come_back(tmp_path: Path) -> None:
         "leankv:k3v2,window=32,equalize=on",
         "leankv:k4v4",
         "leankv:k2v2",
+        "leankv:k4v4,window=32,policy=threshold",
     ]
 
 
@@ -313,7 +314,7 @@ SHAPES: list[list[Any]] = [
 
 
 def test_fuzz_absurd_shapes(fuzz: Fuzz) -> None:
-    for name in ("0.k", "0.blocks", "0.lengths", "4.0"):
+    for name in ("0.k", "0.0.blocks", "0.0.lengths", "4.0", "11.1.positions", "11.0.marks"):
         for shape in SHAPES:
             fuzz.signed(lambda h, n=name, s=shape: h[n].update(shape=s))
             fuzz.signed(lambda h, n=name, s=shape: h[n].update(shape=s, data_offsets=[0, 0]))
@@ -327,6 +328,38 @@ def test_fuzz_absurd_shapes(fuzz: Fuzz) -> None:
             fuzz.signed(lambda h, n=name, d=sizes[row["dtype"]]: h[n].update(dtype=d))
 
 
+def test_fuzz_slots_of_ragged_heads(fuzz: Fuzz) -> None:
+    """Lengths and positions that no layer has are refused, and what is not can be worked with."""
+    kinds: dict[str, Any] = {"I32": np.int32, "U16": np.uint16, "U8": np.uint8}
+    accepted = 0
+    for _ in range(300):
+        name = fuzz.random.choice([f"11.{i}.{x}" for i in (0, 1) for x in ("lengths", "positions")])
+        begin, end = fuzz.header[name]["data_offsets"]
+        values = np.frombuffer(fuzz.data[begin:end], kinds[fuzz.header[name]["dtype"]]).copy()
+        limits = np.iinfo(values.dtype)
+        value = fuzz.random.choice([limits.min, -1, 0, 1, 4, 32, 99, 268, 269, 300, limits.max])
+        values[fuzz.random.randrange(len(values))] = np.clip(value, limits.min, limits.max)
+        data = fuzz.data[:begin] + values.tobytes() + fuzz.data[end:]
+        if data == fuzz.data:
+            continue
+        fuzz.path.write_bytes(signed(copy.deepcopy(fuzz.header), data))
+        try:
+            cache = load_prompt_cache(fuzz.path).caches[-1]
+        except CacheFileError:
+            fuzz.cases += 1
+            continue
+        accepted += 1
+        positions = cache.layer.body.describe().positions
+        for head in positions:
+            held = head[head >= 0]
+            assert len(np.unique(held)) == len(held) and held.min() >= 4 and held.max() < 268
+        ragged(cache)
+        filled(cache, 40)
+        cache.trim(60)
+        mx.eval(filled(cache, 1).state)
+    assert fuzz.cases > 150 and accepted
+
+
 def test_fuzz_foreign_tensors_and_classes(fuzz: Fuzz) -> None:
     end = len(fuzz.data)
 
@@ -334,7 +367,19 @@ def test_fuzz_foreign_tensors_and_classes(fuzz: Fuzz) -> None:
         header[name] = {"dtype": "U8", "shape": [4], "data_offsets": [end, end + 4]}
         return fuzz.data + extra
 
-    for name in ("foreign", "0", "0.mu", "2.blocks", "2.key_scales", "3.k", "99.k", "", "model"):
+    for name in (
+        "foreign",
+        "0",
+        "0.mu",
+        "2.0.blocks",
+        "0.blocks",
+        "0.0.positions",
+        "2.key_scales",
+        "3.k",
+        "99.k",
+        "",
+        "model",
+    ):
         fuzz.signed(lambda h, n=name: foreign(h, n))
         fuzz.signed(lambda h, n=name: foreign(h, n, b""))
     for name in ("BatchKVCache", "LRUPromptCache", "os.system", "__import__", "object", "", "dict"):
@@ -349,7 +394,7 @@ def test_fuzz_foreign_tensors_and_classes(fuzz: Fuzz) -> None:
 
 
 def test_fuzz_versions(fuzz: Fuzz) -> None:
-    for version in ("2", "10", "0", "", "1.0", " 1", "x" * 9999, 1, None, [1], {"a": 1}):
+    for version in ("1", "3", "10", "0", "", "1.0", " 1", "x" * 9999, 1, None, [1], {"a": 1}):
         fuzz.signed(lambda h, v=version: h["__metadata__"].update(version=v))
     fuzz.signed(lambda h: h["__metadata__"].pop("version"))
     assert any("another version of the package" in message for message in fuzz.messages)
@@ -363,7 +408,7 @@ def test_fuzz_counts_and_settings_that_contradict_each_other(fuzz: Fuzz) -> None
                 layers = json.loads(fuzz.header["__metadata__"]["layers"])
                 layers[at][name] += by
                 fuzz.signed(lambda h, c=layers: h["__metadata__"].update(layers=json.dumps(c)))
-    start, end = fuzz.header["0.lengths"]["data_offsets"]
+    start, end = fuzz.header["0.0.lengths"]["data_offsets"]
     for lengths in ((0, 0), (96, 64), (64, 64), (96, 97), (-1, 96), (1 << 30, 96)):
         changed = np.array(lengths, np.int32).tobytes()
         fuzz.signed(lambda h, c=changed: fuzz.data[:start] + c + fuzz.data[end:])
