@@ -216,15 +216,18 @@ class Layer:
     @property
     def fixed_nbytes(self) -> int:
         """Bytes that no policy drops: sink tokens, a window at its fullest, queries, centers."""
-        row = sum(x.shape[0] * x.shape[2] * x.dtype.size for x in self.exact)
-        rows = self._config.sink_tokens + self._config.window + TILE
-        memory = self.memory()
-        return rows * row + memory.centers + self._queries_nbytes
+        return self._most_exact_nbytes + self.memory().centers + self._queries_nbytes
 
     @property
     def growth_nbytes(self) -> int:
         """Bytes by which the observed queries may still grow."""
         return self.observations.most_nbytes - self._queries_nbytes if self.observations else 0
+
+    @property
+    def most_nbytes(self) -> int:
+        """Bytes allocated once window and queries are at their fullest, with no further block."""
+        memory = self.memory()
+        return memory.allocated - memory.exact + self._most_exact_nbytes + self.growth_nbytes
 
     def memory(self) -> CacheMemory:
         """Bytes, counted from the buffers."""
@@ -237,6 +240,11 @@ class Layer:
         return body + CacheMemory(
             side=queries, exact=exact, centers=centers, allocated=exact + queries + centers
         )
+
+    @property
+    def _most_exact_nbytes(self) -> int:
+        row = sum(x.shape[0] * x.shape[2] * x.dtype.size for x in self.exact)
+        return row * (self._config.sink_tokens + self._config.window + TILE)
 
     @property
     def _queries_nbytes(self) -> int:

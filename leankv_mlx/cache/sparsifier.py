@@ -169,6 +169,14 @@ class Sparsifier:
         for i, (body, plan) in enumerate(zip(bodies, plans, strict=True)):
             assert body is not None
             body.place(plan, scores[i] if scores else None)
+        if self._over_budget():  # with blocks that pools hold in reserve
+            for body in bodies:
+                assert body is not None
+                body.compact()
+
+    def _over_budget(self) -> bool:
+        budget = self._config.budget if self._config.policy == "budget" else 0
+        return budget > 0 and sum(x.most_nbytes for x in self._alive()) > budget
 
     def _of_leaving(self, layer: Layer, scores: Scores) -> Scores:
         """Of the scores of the exact rows those of the rows that leave."""

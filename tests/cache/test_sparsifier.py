@@ -129,6 +129,39 @@ def test_generation_under_a_byte_budget_stays_flat() -> None:
     assert min(seen[500:]) > 0.8 * nbytes  # and it is made use of
 
 
+@pytest.mark.parametrize(
+    ("prompt", "settings"),
+    [(1700, ""), (3000, ",low=k3v2,scope=model"), (3000, ",low=k3v2"), (200, ",low=k3v2")],
+)
+def test_no_step_takes_more_than_the_byte_budget(prompt: int, settings: str) -> None:
+    nbytes = 600_000
+    stack = Stack(f"leankv:policy=budget,ratio=1.01,budget={nbytes},window=32{settings}")
+    stack.feed(prompt)
+    for step in range(150):
+        stack.feed(1)
+        assert step < 2 or stack.allocated <= nbytes
+
+
+def test_a_head_much_longer_than_the_others_keeps_to_the_budget_too() -> None:
+    heads, nbytes = 8, 600_000
+    cache = CompressedKVCache(f"leankv:policy=budget,ratio=1.01,budget={nbytes},window=32")
+    k, v, q = (
+        np.random.default_rng(i).standard_normal((1, heads, 4000, DIM)).astype(np.float16)
+        for i in range(3)
+    )
+    q[:, 1:], k[:, 1:] = 4, -1
+    k[:, 1:, -64:] = 1  # all heads but the first one look at the window alone
+    for start, stop in ((0, 3960), *((i, i + 1) for i in range(3960, 4000))):
+        rows = (mx.array(x[:, :, start:stop]) for x in (k, v))
+        fetched = owner_of(*cache.update_and_fetch(*rows))
+        assert fetched is not None
+        asked = mx.array(q[:, :, max(start, stop - 64) : stop])
+        mx.eval(fetched.attend(asked, scale=1.0, mask="causal"))
+        lengths = cache.layer.body.tables[0].lengths
+        assert stop < 3962 or cache.memory().allocated <= nbytes
+    assert lengths[0] > 2 * lengths[1:].max()
+
+
 def test_one_wait_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     stack = Stack(BUDGET, layers=4)
     stack.feed(2000)
