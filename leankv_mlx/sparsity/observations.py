@@ -37,21 +37,21 @@ class Observed:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Queries of one call, [Hq, L, head_dim] as the model made them; the last stands at end - 1."""
+    """Queries [Hq, L, head_dim] as the model made them, and where they stand, ascending, [L]."""
 
     queries: mx.array
     lse: mx.array | None
-    end: int
+    positions: NDArray[np.int64]
 
     @property
     def length(self) -> int:
-        return int(self.queries.shape[1])
+        return len(self.positions)
 
     def part(self, start: int, stop: int) -> _Entry:
         """Its queries start..stop. A copy: a slice would keep the whole buffer behind it."""
         lse = None if self.lse is None else mx.contiguous(self.lse[:, start:stop])
         queries = mx.contiguous(self.queries[:, start:stop])
-        return _Entry(queries, lse, self.end - self.length + stop)
+        return _Entry(queries, lse, self.positions[start:stop])
 
 
 class Observations:
@@ -59,6 +59,7 @@ class Observations:
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
+        self._held = 0  # queries of all entries
         self._scale = 1.0
         self._row_nbytes = 0  # of one query of all heads, with its log-sum-exp
         self._sink_logits: mx.array | None = None
@@ -79,27 +80,25 @@ class Observations:
             end: tokens in the cache, these included.
             scale, sink_logits: as in `kernels.decode_attention`.
         """
-        entry = _Entry(queries, lse, end)
+        entry = _Entry(queries, lse, np.arange(end - queries.shape[1], end))
         if entry.length > OBSERVED_QUERIES:
             entry = entry.part(entry.length - OBSERVED_QUERIES, entry.length)
             mx.eval(entry.queries)  # or the queries of the whole prompt stay alive
         self._scale, self._sink_logits = scale, sink_logits
         self._row_nbytes = queries.nbytes // queries.shape[1] + 4 * queries.shape[0]
         self._entries.append(entry)
-        held = sum(e.length for e in self._entries)
-        while held - self._entries[0].length >= OBSERVED_QUERIES:
-            held -= self._entries.pop(0).length
+        self._held += entry.length
+        while self._held - self._entries[0].length >= OBSERVED_QUERIES:
+            self._held -= self._entries.pop(0).length
 
     def trim(self, offset: int) -> None:
         """Forget the queries of tokens that stand at `offset` or later."""
         kept = []
         for entry in self._entries:
-            surplus = entry.end - offset
-            if surplus <= 0:
-                kept.append(entry)
-            elif surplus < entry.length:
-                kept.append(entry.part(0, entry.length - surplus))
-        self._entries = kept
+            stop = int(np.searchsorted(entry.positions, offset))
+            if stop:
+                kept.append(entry if stop == entry.length else entry.part(0, stop))
+        self._keep(kept)
 
     def latest(self, into_keys: Callable[[mx.array], mx.array]) -> Observed | None:
         """The last queries; None if there are none.
@@ -116,7 +115,7 @@ class Observations:
             if known
             else None
         )
-        positions = np.concatenate([np.arange(e.end - e.length, e.end) for e in self._entries])
+        positions = np.concatenate([entry.positions for entry in self._entries])
         surplus = max(0, len(positions) - OBSERVED_QUERIES)
         return Observed(
             into_keys(queries[:, surplus:].astype(mx.float32)),
@@ -128,15 +127,22 @@ class Observations:
 
     def clear(self) -> None:
         """Forget all queries."""
-        self._entries = []
+        self._keep([])
 
     def settle(self, lse: mx.array) -> None:
         """Remember the log-sum-exps [Hq, R] of what `latest` gave."""
         queries = mx.concatenate([entry.queries for entry in self._entries], axis=1)
-        settled = _Entry(queries[:, -lse.shape[1] :], lse, self._entries[-1].end)
+        # Layers that share a cache ask at the same positions, so those need not be consecutive.
+        positions = np.concatenate([entry.positions for entry in self._entries])
+        count = lse.shape[1]
+        settled = _Entry(queries[:, -count:], lse, positions[-count:])
         # In parts, so that the oldest can go while new ones come.
-        starts = range(0, settled.length, _PART)
-        self._entries = [settled.part(i, min(i + _PART, settled.length)) for i in starts]
+        starts = range(0, count, _PART)
+        self._keep([settled.part(i, min(i + _PART, count)) for i in starts])
+
+    def _keep(self, entries: list[_Entry]) -> None:
+        self._entries = entries
+        self._held = sum(entry.length for entry in entries)
 
     @property
     def nbytes(self) -> int:
@@ -151,7 +157,7 @@ class Observations:
     def copy(self) -> Observations:
         """Another ring with the same content."""
         other = Observations()
-        other._entries = list(self._entries)
+        other._keep(list(self._entries))
         other._scale, other._sink_logits = self._scale, self._sink_logits
         other._row_nbytes = self._row_nbytes
         return other

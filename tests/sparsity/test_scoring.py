@@ -115,6 +115,25 @@ def test_the_ring_holds_the_last_64_queries_and_follows_a_trim() -> None:
     assert ring.latest(lambda x: x) is None and ring.nbytes == 0
 
 
+def test_queries_keep_their_positions_once_they_are_judged() -> None:
+    ring = Observations()
+    q = mx.arange(60, dtype=mx.float32).reshape(1, 60, 1)
+    ring.add(q[:, :50], None, 50, 1.0, None)
+    for i in range(50, 60):  # two layers attend to one cache
+        for _ in range(2):
+            ring.add(q[:, i : i + 1], mx.zeros((1, 1)), i + 1, 1.0, None)
+    before = ring.latest(lambda x: x)
+    assert before is not None and before.lse is None
+    ring.settle(before.queries[..., 0] * 2)
+    after = ring.latest(lambda x: x)
+    assert after is not None and after.lse is not None
+    np.testing.assert_array_equal(after.queries, before.queries)
+    np.testing.assert_array_equal(after.positions, before.positions)
+    np.testing.assert_array_equal(after.positions, after.queries[0, :, 0])
+    np.testing.assert_array_equal(after.lse[0], 2 * after.positions)
+    assert len(after.positions) == 64 and after.positions[-2:].tolist() == [59, 59]
+
+
 def test_the_ring_does_not_hold_the_queries_of_the_prompt() -> None:
     ring = Observations()
     ring.add(mx.zeros((4, 5000, 64)), None, 5000, 1.0, None)
