@@ -36,7 +36,8 @@ def attend_rows(
     q = view.rotations[0].apply(queries)
     length, tokens = q.shape[2], rows.k.shape[1]
     present = view.present()
-    if present is not None and isinstance(mask, mx.array):
+    in_order = present is None and len(view.bodies) <= 1
+    if isinstance(mask, mx.array) and not (in_order and mask.shape[-1] == tokens):
         raise UnsupportedError(
             "this model attends with an array mask, which does not go with a policy that drops "
             "tokens; use policy=keep_all."

@@ -279,6 +279,23 @@ def test_reading_the_arrays_of_a_pruned_cache_is_refused() -> None:
         stack.feed(1)
 
 
+@pytest.mark.parametrize("plan", [[0, -1], [1, 0]])
+def test_an_array_mask_over_full_blocks_that_are_not_all_in_order_is_refused(
+    plan: list[int],
+) -> None:
+    cache = CompressedKVCache("leankv:policy=threshold,window=32")
+    rows = mx.random.normal((1, H, 4 + 64 + 32, DIM))
+    cache.update_and_fetch(rows, rows)
+    # All heads lose the same block, or have it in the low tier, behind the later one.
+    cache.layer.body.place(np.tile(np.repeat(np.array(plan, np.int8), 32), (H, 1)))
+    rows = mx.random.normal((1, H, 20, DIM))
+    fetched = owner_of(*cache.update_and_fetch(rows, rows))
+    assert fetched is not None
+    mask = mx.ones((20, cache.offset), mx.bool_)
+    with pytest.raises(UnsupportedError, match="array mask"):
+        fetched.attend(rows, scale=1.0, mask=mask)
+
+
 def test_a_budget_below_sink_tokens_and_window() -> None:
     stack = Stack("leankv:policy=budget,budget=100K", layers=8)
     with pytest.raises(ConfigError, match="budget=102400 bytes is too small"):
