@@ -24,7 +24,8 @@ class BlockPool:
     def holding(cls, array: mx.array, ids: np.ndarray) -> "BlockPool":
         """A pool around an existing array of which the blocks `ids` are in use once each."""
         pool = cls(array.shape[1])
-        pool.array = array
+        if array.shape[0]:  # what has no rows is never computed, and would keep what it came from
+            pool.array = array
         pool._references = np.bincount(ids.ravel(), minlength=array.shape[0]).astype(np.int32)
         return pool
 
@@ -108,6 +109,11 @@ class BlockPool:
             more = mx.zeros((missing, self.words), mx.uint32)
             self.array = mx.concatenate([self.array, more]) if self.capacity else more
             self._references = np.pad(self._references, (0, missing))
+        elif capacity == 0:
+            self.array, self._references = (
+                mx.zeros((0, self.words), mx.uint32),
+                np.zeros(0, np.int32),
+            )
         else:
             # A copy, because a slice would keep the whole buffer.
             self.array = mx.concatenate([self.array[:capacity], self.array[:0]])

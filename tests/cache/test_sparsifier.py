@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import mlx.core as mx
@@ -114,6 +115,18 @@ def test_half_the_slots_take_half_the_memory() -> None:
     assert 0.45 < stack.allocated / before[0] < 0.55
     pools = sum(t.pool.array.nbytes for c in stack.caches for t in c.layer.body.tables)
     assert stack.allocated > pools > 0.8 * stack.allocated  # counted from the arrays themselves
+
+
+@pytest.mark.parametrize("policy", ["streaming", "threshold,alpha_high=900,alpha_low=0"])
+def test_nothing_keeps_the_blocks_of_a_tier_that_has_none_left(policy: str) -> None:
+    gc.collect()
+    before = mx.get_active_memory()
+    stack = Stack(f"leankv:policy={policy},window=32")
+    stack.feed(4000)
+    stack.steps(2)  # no state is evaluated, as while a model generates
+    gc.collect()
+    held = stack.allocated - sum(t.nbytes for c in stack.caches for t in c.layer.body._tiers)
+    assert mx.get_active_memory() - before < 1.1 * held + 20_000
 
 
 def test_generation_under_a_byte_budget_stays_flat() -> None:
