@@ -334,10 +334,9 @@ def end_prompt(caches: Iterable[Any]) -> None:
 
 
 def forget_queries(caches: Iterable[Any]) -> None:
-    """Let stored tokens be judged by what comes next alone."""
-    for cache in _flat(caches):
-        if isinstance(cache, CompressedKVCache) and cache._layer and cache._layer.observations:
-            cache._layer.observations.clear()
+    """Let stored tokens be judged by what comes next alone, as if they came from a file."""
+    for sparsifier in _sparsifiers(caches):
+        sparsifier.forget_queries()
 
 
 def place_by(caches: Iterable[Any], scores: Sequence[mx.array]) -> None:

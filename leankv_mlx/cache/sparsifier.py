@@ -90,11 +90,14 @@ class Sparsifier:
         for layer in layers:
             layer.compress()
         judged = self._judged(layers) if self._config.scores == "queries" else None
-        for layer in layers:
-            if layer.observations:  # what is generated will be judged by what comes after it
-                layer.observations.clear()
+        self._clear_queries()  # what is generated will be judged by what comes after it
         if judged:
             self._place(*judged)
+
+    def forget_queries(self) -> None:
+        """Another prompt begins: what came before says neither what is needed nor where it ends."""
+        self._last_update, self._ended, self._judged_at = 0, False, 0
+        self._clear_queries()
 
     def place_by(self, scores: Sequence[Scores]) -> None:
         """Place the stored tokens by given scores.
@@ -183,6 +186,11 @@ class Sparsifier:
         around = np.broadcast_to(layer.exact_positions, scores.shape)
         start, stop = layer.leaving
         return pooled(scores, around, self._config.pooling)[:, start:stop]
+
+    def _clear_queries(self) -> None:
+        for layer in self._alive():
+            if layer.observations:
+                layer.observations.clear()
 
     def _check_budget(self) -> None:
         budget, layers = self._config.budget, self._alive()

@@ -63,7 +63,7 @@ class Allocation:
     Attributes:
         bits: of the keys and values of each.
         kld: mean KL divergence, measured with all of them in place.
-        uniform: the same bytes or more, alike in all layers, and their divergence.
+        uniform: the largest bits alike in all layers within the same limit, and their divergence.
     """
 
     bits: tuple[Bits, ...]

@@ -15,6 +15,7 @@ from leankv_mlx.cache import (
     CompressedKVCache,
     act_together,
     end_prompt,
+    forget_queries,
     owner_of,
     place_by,
     sparsifier,
@@ -90,6 +91,31 @@ def test_a_verification_in_drafts_ends_the_prompt_too() -> None:
     assert stack.slots == whole  # calls of other sizes say nothing
     stack.feed(4)
     assert stack.slots[0] < whole[0]
+
+
+def test_a_document_does_not_tell_where_the_question_ends() -> None:
+    stack = Stack(BUDGET)
+    stack.feed(2000)
+    stack.feed(1)  # the last chunk of the document
+    forget_queries(stack.caches)
+    whole = stack.slots
+    stack.feed(1)
+    assert stack.slots == whole
+    stack.feed(1)
+    assert all(slots < 0.4 * before for slots, before in zip(stack.slots, whole, strict=True))
+
+
+def test_a_trim_of_ragged_heads_takes_what_stands_behind_it() -> None:
+    stack = Stack(BUDGET)
+    stack.feed(2000)
+    stack.steps(2)
+    for cache in stack.caches:
+        before = cache.layer.body.describe().positions
+        cut = int(np.sort(before[before >= 0])[-40])
+        cache.trim(cache.offset - cut)
+        after = cache.layer.body.describe().positions
+        kept = [sorted(head[(head >= 0) & (head < cut)]) for head in before]
+        assert [sorted(head[head >= 0]) for head in after] == kept
 
 
 def test_bytes_fall_as_the_policy_says() -> None:
