@@ -187,17 +187,28 @@ def pooled(scores: NDArray[np.float32], positions: Positions, width: int) -> NDA
     """
     used = positions >= 0
     scores = np.where(np.isfinite(scores), scores, np.float32(1))
-    if width <= 1 or not scores.size:
+    if width <= 1 or not used.any():
         return np.where(used, scores, 0).astype(np.float32)
     heads, half = len(scores), width // 2
-    length = int(positions.max(initial=-1)) + 1
-    by_position = np.zeros((heads, length + 2 * half + 1), np.float32)
+    column, columns = _without_gaps(positions, half)
+    in_columns = np.zeros((heads, columns + 2 * half + 1), np.float32)
     # Empty slots write to the spare column at the end.
-    column = np.where(used, positions + half, length + 2 * half)
-    np.put_along_axis(by_position, column, np.where(used, scores, 0), axis=1)
-    best = _running_max(by_position[:, :-1], 2 * half + 1)
-    picked = np.take_along_axis(best, np.maximum(positions, 0), axis=1)
+    target = np.where(used, column + half, columns + 2 * half)
+    np.put_along_axis(in_columns, target, np.where(used, scores, 0), axis=1)
+    best = _running_max(in_columns[:, :-1], 2 * half + 1)
+    picked = np.take_along_axis(best, column, axis=1)
     return np.where(used, picked, 0).astype(np.float32)
+
+
+def _without_gaps(positions: Positions, reach: int) -> tuple[Positions, int]:
+    """Columns for positions [H, S], and their number: equally far apart up to `reach`, but with
+    gaps cut to reach + 1, because sink tokens and window may be very far from each other."""
+    present = np.zeros(int(positions.max()) + 1, np.bool_)
+    present[positions[positions >= 0]] = True
+    at = np.flatnonzero(present)
+    column = np.zeros(len(present), np.int32)
+    column[at] = np.cumsum(np.minimum(np.diff(at, prepend=at[0]), reach + 1))
+    return column[positions], int(column[at[-1]]) + 1
 
 
 def _running_max(x: NDArray[np.float32], width: int) -> NDArray[np.float32]:
