@@ -401,6 +401,9 @@ def _mark(scores: Scores) -> Marks:
     return np.asarray(np.clip(steps, 0, 255), np.uint8)
 
 
+_SCORES: Scores = np.exp2((np.arange(256) - 255) / 8).astype(np.float32)
+_SCORES[0] = 0
+
+
 def _unmark(marks: Marks) -> Scores:
-    scores = np.exp2((marks.astype(np.float32) - 255) / 8)
-    return np.where(marks == 0, 0, scores).astype(np.float32)
+    return _SCORES[marks]

@@ -24,6 +24,7 @@ from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError, UnsupportedError
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.repetition import settle_document
+from leankv_mlx.sparsity import pooled
 from leankv_mlx.sparsity.policies import LEAST_SLOTS
 from tests.models import TINY
 
@@ -199,6 +200,38 @@ def test_a_head_much_longer_than_the_others_keeps_to_the_budget_too() -> None:
         lengths = cache.layer.body.tables[0].lengths
         assert stop < 3962 or cache.memory().allocated <= nbytes
     assert lengths[0] > 2 * lengths[1:].max()
+
+
+def test_tokens_that_leave_the_window_are_scored_by_what_later_queries_saw() -> None:
+    stack = Stack("leankv:policy=threshold,alpha_high=0,alpha_low=0,window=32,pooling=3")
+    stack.feed(500)
+    stack.steps(2)
+    layer = stack.caches[1].layer
+    while layer.leaving[0] == layer.leaving[1]:
+        stack.steps(1)
+    start, stop = layer.leaving
+    at = layer.exact_positions
+    judged = np.array(layer.judge_window())
+    expected = pooled(judged, np.broadcast_to(at, judged.shape), 3)[:, start:stop]
+    stack.steps(1)
+    slots = layer.body.describe()
+    for head, positions in enumerate(slots.positions):
+        found = dict(zip(positions.tolist(), slots.scores[head].tolist(), strict=True))
+        ours = [found[int(position)] for position in at[start:stop]]
+        np.testing.assert_allclose(ours, expected[head], rtol=0.05)
+    assert expected.min() < 0.9 * expected.max()
+
+
+def test_tokens_that_nothing_is_known_of_are_kept() -> None:
+    stack = Stack(BUDGET)
+    stack.feed(2000)
+    stack.steps(2)
+    stack.feed(200)  # a further prompt
+    slots = stack.caches[0].layer.body.describe()
+    fresh = slots.positions >= 2002
+    assert fresh.sum() >= 100 * H and (slots.scores[fresh] == 1).all()
+    known = (slots.positions >= 0) & (slots.positions < 1900)
+    assert slots.scores[known].max() < 0.5
 
 
 def test_one_wait_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
