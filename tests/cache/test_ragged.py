@@ -194,6 +194,11 @@ class RaggedLayers(RuleBasedStateMachine):
             out = attend_codes(queries, view, **arguments).out
         else:
             out = attend_rows(queries, view.rows(), view, **arguments)
+            arguments["mask"] = "causal"
+            if layer.exact.k.shape[1] - layer.sinks >= n:
+                causal = attend_rows(queries, view.rows(), view, **arguments)[..., -8:, :]
+                same = attend_codes(queries[..., -8:, :], view, **arguments).out
+                np.testing.assert_allclose(np.array(causal), np.array(same), atol=2e-5)
         np.testing.assert_allclose(np.array(out), attention(layer, queries), atol=2e-5)
 
     @invariant()

@@ -20,6 +20,7 @@ from leankv_mlx.cache import (
     place_by,
     sparsifier,
 )
+from leankv_mlx.cache.layer import Layer
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError, UnsupportedError
 from leankv_mlx.mlx_lm.attachment import make_caches
@@ -222,6 +223,59 @@ def test_tokens_that_leave_the_window_are_scored_by_what_later_queries_saw() -> 
     assert expected.min() < 0.9 * expected.max()
 
 
+def judged(layer: Layer, width: int) -> Any:
+    """What the stored scores should be if they were made now, [H, S]."""
+    stored, exact = (np.array(x) for x in layer.judge())
+    positions = layer.body.describe().positions
+    around = np.broadcast_to(layer.exact_positions, exact.shape)
+    both = np.concatenate([stored, exact], 1), np.concatenate([positions, around], 1)
+    return pooled(*both, width)[:, : positions.shape[1]]
+
+
+def test_the_end_of_the_prompt_scores_every_stored_token() -> None:
+    stack = Stack("leankv:policy=threshold,alpha_high=0,alpha_low=0,window=32,pooling=3")
+    stack.feed(515)
+    stack.feed(1)  # a block is about to leave the window
+    layer = stack.caches[1].layer
+    assert layer.leaving[1] > layer.leaving[0]
+    twin = layer.copy()
+    twin.compress()
+    expected = judged(twin, 3)
+    end_prompt(stack.caches)
+    assert layer.leaving[1] == layer.leaving[0] and not layer.observed
+    np.testing.assert_allclose(layer.body.describe().scores, expected, rtol=0.05)
+
+
+def test_stored_scores_are_made_anew_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparsifier, "REFRESH_TOKENS", 96)
+    stack = Stack("leankv:policy=threshold,alpha_high=0,alpha_low=0,window=32")
+    stack.feed(1000)
+    stack.steps(2)
+    body = stack.caches[0].layer.body
+    assert stack.allocated < 1.02 * stack.used  # no room to grow is left of the prompt
+    seen = []
+    for _ in range(240):
+        stack.steps(1)
+        seen.append(body.describe().scores[:, :900])
+    changes = [i for i in range(1, 240) if (seen[i] != seen[i - 1]).any()]
+    assert len(changes) == 2 and 96 <= changes[1] - changes[0] < 128
+
+
+def test_scores_go_to_the_slots_of_both_tiers() -> None:
+    stack = Stack("leankv:policy=threshold,window=32", layers=1)
+    stack.feed(500)
+    body = stack.caches[0].layer.body
+    plan = body.describe().tiers.copy()
+    plan[:, ::3], plan[0, 1::3] = 1, -1
+    body.place(plan)
+    slots = body.describe()
+    assert (slots.scores[slots.positions >= 0] == 1).all()  # nothing is known yet
+    scores = stack.rng.uniform(0.01, 1, slots.tiers.shape).astype(np.float32)
+    body.place(slots.tiers, scores)
+    held = slots.positions >= 0
+    np.testing.assert_allclose(body.describe().scores[held], scores[held], rtol=0.05)
+
+
 def test_tokens_that_nothing_is_known_of_are_kept() -> None:
     stack = Stack(BUDGET)
     stack.feed(2000)
@@ -314,12 +368,13 @@ def test_given_scores_decide() -> None:
 def test_copies_go_their_own_way() -> None:
     stack = Stack(BUDGET)
     stack.feed(2000)
+    stack.feed(1)
     twin = Stack(BUDGET)
     twin.caches = copy.deepcopy(stack.caches)
     before = stack.slots
-    twin.steps(2)
+    twin.feed(1)  # with the queries of the prompt, which the copy knows, too
     assert twin.slots[0] < before[0] and stack.slots == before
-    stack.steps(2)
+    stack.feed(1)
     assert stack.slots[0] < before[0]
 
 

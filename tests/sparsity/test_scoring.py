@@ -135,6 +135,35 @@ def test_queries_keep_their_positions_once_they_are_judged() -> None:
     assert len(after.positions) == 64 and after.positions[-2:].tolist() == [59, 59]
 
 
+def test_slots_without_a_token_receive_and_take_nothing() -> None:
+    rng, collector = np.random.default_rng(0), LargestReceived()
+    q = rng.standard_normal((H * G, 5, DIM)).astype(np.float32)
+    k = rng.standard_normal((H, 40, DIM)).astype(np.float32)
+    present = rng.random((H, 40)) < 0.7
+    present[:, 32:] = True
+    stored = slice(4, 32)
+    arguments = SCALE, None, mx.array(present)
+    collector.add(mx.array(q), mx.array(k), stored, *arguments)
+    s = np.einsum("hgrd,hnd->hgrn", q.reshape(H, G, 5, DIM), k) * SCALE
+    visible = np.arange(40) <= np.arange(35, 40)[:, None]
+    p = np.where(visible & present[:, None, None], np.exp(s), 0)
+    p /= p.sum(-1, keepdims=True)
+    np.testing.assert_allclose(collector.scores, p[..., stored].max(axis=(1, 2)), atol=1e-6)
+
+
+def test_the_ring_does_not_keep_the_buffer_of_a_prompt_alive() -> None:
+    ring = Observations()
+    before = mx.get_active_memory()
+    queries = mx.ones((4, 5000, 64))
+    mx.eval(queries)
+    ring.add(queries, None, 5000, 1.0, None)
+    del queries
+    assert mx.get_active_memory() - before < 2 * ring.nbytes
+    ring.trim(4960)
+    kept = ring.latest(lambda x: x)
+    assert kept is not None and len(kept.positions) == 24
+
+
 def test_the_ring_does_not_hold_the_queries_of_the_prompt() -> None:
     ring = Observations()
     ring.add(mx.zeros((4, 5000, 64)), None, 5000, 1.0, None)
