@@ -207,15 +207,21 @@ def _check_bits(side: str, bits: int | tuple[int, ...]) -> None:
         raise ConfigError(f"{side}_bits={bits} stores nothing; give one group at least 2 bits.")
 
 
-def _fields(settings: str) -> dict[str, Any]:
-    """What comma-separated settings set. They are checked together, so their order is free."""
+def _fields(settings: str, inside: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What comma-separated settings set. They are checked together, so their order is free.
+
+    Args:
+        inside: the profiles whose settings these are.
+    """
     found: dict[str, Any] = {}
     for item in filter(None, (part.strip() for part in settings.split(","))):
         name, equals, value = (part.strip() for part in item.partition("="))
         if match := _BITS_RE.fullmatch(item):
             found |= {"k_bits": int(match[1]), "v_bits": int(match[2])}
         elif not equals:
-            found |= _fields(_profile(name))
+            if name in inside:
+                raise ConfigError(f"the profile '{name}' names itself; mend it in your profiles.")
+            found |= _fields(_profile(name), (*inside, name))
         elif name in _READERS:
             found[name] = _READERS[name](name, value)
         else:

@@ -133,6 +133,15 @@ def test_a_profile_of_ones_own_wins() -> None:
     assert CompressionConfig.parse("leankv:small").k_bits == 2
 
 
+def test_profiles_that_name_each_other_are_told() -> None:
+    save_profile(user_profiles(), "one", "k4v4,two", "")
+    save_profile(user_profiles(), "two", "window=32,one", "")
+    save_profile(user_profiles(), "three", "lean,window=128", "")
+    with pytest.raises(ConfigError, match="profile 'one' names itself"):
+        CompressionConfig.parse("leankv:one")
+    assert CompressionConfig.parse("leankv:three").window == 128
+
+
 def test_every_profile_is_understood() -> None:
     parsed: dict[str, Any] = {
         name: CompressionConfig.parse(f"leankv:{name}") for name in all_profiles()
