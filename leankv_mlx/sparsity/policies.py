@@ -144,8 +144,10 @@ class Budget:
         room = self._room(layers, float(prices[0].sum()), nbytes)
         place = _ranks_in_rows(scores)
         high = _slots_per_head(scores, prices[0], self.high * room)
-        behind = np.where(place < high[:, None], -np.inf, scores)
-        low = _slots_per_head(behind, prices[1], (1 - self.high) * room)
+        low = np.zeros_like(high)
+        if self.high < 1:
+            behind = np.where(place < high[:, None], -np.inf, scores)
+            low = _slots_per_head(behind, prices[1], (1 - self.high) * room)
         wanted = np.where(
             place < high[:, None], HIGH, np.where(place < (high + low)[:, None], LOW, DROP)
         )
@@ -185,10 +187,29 @@ def _not_above(present: Tiers, wanted: NDArray[np.int_]) -> Tiers:
 
 def _ranks_in_rows(scores: Scores) -> NDArray[np.int64]:
     """Rank of every slot in its head, 0 for the highest score; earlier slots win ties."""
-    order = np.argsort(-scores, axis=1, kind="stable")
+    order = _descending(scores)
     ranks = np.empty(scores.shape, np.int64)
     np.put_along_axis(ranks, order, np.arange(scores.shape[1])[None].repeat(len(scores), 0), 1)
     return ranks
+
+
+def _descending(scores: Scores) -> NDArray[np.int64]:
+    """Indices that sort the last axis from high to low, earlier ones first among equals.
+
+    What a stable argsort gives, but NumPy sorts 16-bit numbers by radix, several times faster: one
+    pass for scores that come from marks, whose lower half is zero, and two for others.
+
+    Args:
+        scores: at least 0, or -inf.
+    """
+    bits = np.uint32(0x7F800000) - np.abs(scores).view(np.uint32)  # of floats, ordered as they are
+    keys = np.where(np.isfinite(scores), bits, np.uint32(0x7F810000))
+    upper, lower = (keys >> np.uint32(16)).astype(np.uint16), keys.astype(np.uint16)
+    if not lower.any():
+        return np.argsort(upper, axis=-1, kind="stable")
+    order = np.argsort(lower, axis=-1, kind="stable")
+    again = np.argsort(np.take_along_axis(upper, order, axis=-1), axis=-1, kind="stable")
+    return np.take_along_axis(order, again, axis=-1)
 
 
 def _slots_per_head(scores: Scores, price: NDArray[np.float64], room: float) -> NDArray[np.int64]:
@@ -208,7 +229,7 @@ def _slots_per_head(scores: Scores, price: NDArray[np.float64], room: float) -> 
     blocks_available = -(-available // TILE)
     if float((blocks_available * TILE * price).sum()) <= room:
         return np.asarray(blocks_available * TILE)
-    order = np.argsort(-scores, axis=None, kind="stable")[: int(available.sum())]
+    order = _descending(scores.ravel())[: int(available.sum())]
     owner = order // width
     affordable = np.cumsum(price[owner]) <= room
     share = np.bincount(owner[affordable], minlength=heads).astype(np.float64)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from leankv_mlx.cache.body import _unmark
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError
 from leankv_mlx.sparsity import (
@@ -22,7 +23,7 @@ from leankv_mlx.sparsity import (
     Threshold,
     policy_of,
 )
-from leankv_mlx.sparsity.policies import FLOOR, LEAST_SLOTS
+from leankv_mlx.sparsity.policies import FLOOR, LEAST_SLOTS, _descending
 
 
 def layer(scores: Any, tiers: Any = None, **numbers: Any) -> LayerSlots:
@@ -130,6 +131,18 @@ def test_no_plan_moves_a_slot_up_or_costs_more_than_it_may(
     if nbytes:
         spent = sum(cost(plan, x) for plan, x in zip(plans, layers, strict=True))
         assert spent <= max(0, nbytes - 2000) + 1
+
+
+@pytest.mark.parametrize("kind", ["floats", "marks", "ties"])
+def test_ranking_is_that_of_a_stable_sort(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    scores = (rng.random((3, 500)) ** 20).astype(np.float32)
+    if kind == "marks":
+        scores = _unmark(rng.integers(0, 256, scores.shape).astype(np.uint8))
+    elif kind == "ties":
+        scores = rng.integers(0, 3, scores.shape).astype(np.float32) / 3
+    scores[:, ::9], scores[:, 5] = -np.inf, 0
+    np.testing.assert_array_equal(_descending(scores), np.argsort(-scores, axis=1, kind="stable"))
 
 
 def test_the_settings_make_the_policy() -> None:
