@@ -317,8 +317,10 @@ def test_a_new_prompt_is_judged_with_what_was_kept() -> None:
     stack.feed(300)  # over heads of different lengths
     assert stack.slots[0] >= kept[0] + H * 256
     stack.steps(2)
-    positions = stack.caches[0].layer.body.describe().positions
-    assert (positions >= 2040).any() and (positions[positions >= 0] < 2040).any()
+    slots = stack.caches[0].layer.body.describe()
+    held = slots.positions[slots.positions >= 0]
+    assert (held >= 2040).any() and (held < 2040).any()
+    assert slots.scores[slots.positions >= 2040].max() < 0.5  # the new ones are judged, too
 
 
 def test_chunks_are_judged_as_they_come() -> None:
