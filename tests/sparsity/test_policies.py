@@ -89,6 +89,17 @@ def test_the_high_tier_takes_its_share() -> None:
         assert scores[head == HIGH].min() >= scores[head == LOW].max() >= scores[head == DROP].max()
 
 
+def test_the_low_tier_goes_to_what_the_high_one_left() -> None:
+    scores = np.full((2, 3000), 1e-6)
+    scores[0, :1000], scores[1, :1000] = 1, 0.5
+    slots = layer(scores)
+    room = slots.fp16_nbytes / 16 - slots.fixed_nbytes
+    (plan,) = Budget(ratio=16, high=0.66).plan([slots])
+    assert 0.6 * room < (plan == HIGH).sum() * 100 <= 0.66 * room
+    high, low = (plan == HIGH).sum(axis=1), (plan == LOW).sum(axis=1)
+    assert high[0] > 2 * high[1] and low[1] > 2 * low[0]
+
+
 def test_short_prompts_keep_what_costs_little() -> None:
     slots = layer(np.random.default_rng(0).random((2, LEAST_SLOTS + 100)))
     (plan,) = Budget(ratio=1000).plan([slots])
