@@ -20,13 +20,12 @@ from leankv_mlx.kernels.dequantize import dequantize
 from leankv_mlx.kernels.encode import encode
 from leankv_mlx.kernels.repack import repack
 from leankv_mlx.sparsity import DROP, HIGH, LOW, Stored
+from leankv_mlx.sparsity.marks import Marks, Scores, marks_of, scores_of
 
 _SLAB = 64
 """Blocks that change their tier at a time: bounds what is decoded at once."""
 
 Positions = NDArray[np.int32]
-Scores = NDArray[np.float32]
-Marks = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 
 
@@ -51,8 +50,8 @@ class _Tier:
 
     Attributes:
         side: positions, as the smallest unsigned integers that hold them, and marks, uint8, see
-            `_mark`; of the used slots alone, head by head, because one head may be many times as
-            long as the others. None while every head has every token in order.
+            `sparsity.marks`; of the used slots alone, head by head, because one head may be many
+            times as long as the others. None while every head has every token in order.
     """
 
     format: Format
@@ -168,7 +167,7 @@ class CompressedBody:
             return
         shape = rows.k.shape[:2]
         positions = np.broadcast_to(np.arange(position, position + shape[1]), shape)
-        marks = np.full(shape, 255, np.uint8) if scores is None else _mark(scores)
+        marks = np.full(shape, 255, np.uint8) if scores is None else marks_of(scores)
         self._rewrite(tier, tier.used, _Extra(blocks, positions.astype(np.int32), marks))
 
     def describe(self) -> Slots:
@@ -177,7 +176,7 @@ class CompressedBody:
             np.where(tier.used, name, DROP).astype(np.int8)
             for name, tier in zip((HIGH, LOW), self._tiers, strict=False)
         ]
-        scores = [_unmark(tier.recall()[1]) for tier in self._tiers]
+        scores = [scores_of(tier.recall()[1]) for tier in self._tiers]
         return Slots(
             np.concatenate(self._positions(), axis=1),
             np.concatenate(scores, axis=1),
@@ -196,7 +195,7 @@ class CompressedBody:
         if scores is not None:
             start = 0
             for tier in self._tiers:
-                tier.remember(tier.recall()[0], _mark(scores[:, start : start + tier.slots]))
+                tier.remember(tier.recall()[0], marks_of(scores[:, start : start + tier.slots]))
                 start += tier.slots
         high, *lows = self._tiers
         of_high, of_low = plan[:, : high.slots], plan[:, high.slots :]
@@ -392,19 +391,3 @@ def _continued(
     both = np.concatenate([x, tail], axis=1)
     taken: NDArray[Any] = np.take_along_axis(both, np.minimum(source, both.shape[1] - 1), axis=1)
     return taken
-
-
-def _mark(scores: Scores) -> Marks:
-    """Scores from 0 to 1 as eighths of a power of two, one byte each: 255 is 1, 0 is 0."""
-    with np.errstate(divide="ignore"):
-        steps = np.rint(255 + 8 * np.log2(scores))
-    return np.asarray(np.clip(steps, 0, 255), np.uint8)
-
-
-_SCORES: Scores = np.exp2((np.arange(256) - 255) / 8).astype(np.float32)
-_SCORES[0] = 0
-_SCORES.view(np.uint32)[:] &= 0xFFFF0000  # as bfloat16, which is faster to sort
-
-
-def _unmark(marks: Marks) -> Scores:
-    return _SCORES[marks]

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leankv_mlx.cache.body import _unmark
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError
 from leankv_mlx.sparsity import (
@@ -23,6 +22,7 @@ from leankv_mlx.sparsity import (
     Threshold,
     policy_of,
 )
+from leankv_mlx.sparsity.marks import scores_of
 from leankv_mlx.sparsity.policies import FLOOR, LEAST_SLOTS, _descending
 
 
@@ -149,7 +149,7 @@ def test_ranking_is_that_of_a_stable_sort(kind: str) -> None:
     rng = np.random.default_rng(0)
     scores = (rng.random((3, 500)) ** 20).astype(np.float32)
     if kind == "marks":
-        scores = _unmark(rng.integers(0, 256, scores.shape).astype(np.uint8))
+        scores = scores_of(rng.integers(0, 256, scores.shape).astype(np.uint8))
     elif kind == "ties":
         scores = rng.integers(0, 3, scores.shape).astype(np.float32) / 3
     scores[:, ::9], scores[:, 5] = -np.inf, 0
