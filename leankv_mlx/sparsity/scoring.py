@@ -54,19 +54,24 @@ class _Scorer:
         self._queries = (observed.queries * observed.scale).reshape(
             heads, -1, observed.queries.shape[2]
         )
-        self._at = mx.array(observed.positions)[:, None]
+        self._at = observed.positions
 
-    def scores(self, keys: mx.array, positions: mx.array) -> tuple[mx.array, mx.array]:
+    def scores(self, keys: mx.array, positions: Positions) -> tuple[mx.array, mx.array | None]:
         """Keys [H, n, D] at [H, n] -> scores [H, G, R, n], -inf where a query does not see the
-        key, and whether it does, bool [H, R, n]."""
+        key, and whether it does, bool [H, R, n]; None if all see all, as most of a prompt is."""
         s = (self._queries @ keys.astype(mx.float32).swapaxes(1, 2)).reshape(*self.shape, -1)
-        visible = (positions[:, None] >= 0) & (positions[:, None] <= self._at)
+        if positions.size and positions.min() >= 0 and positions.max() <= self._at.min():
+            return s, None
+        where = mx.array(positions)[:, None]
+        visible = (where >= 0) & (where <= mx.array(self._at)[:, None])
         return mx.where(visible[:, None], s, -mx.inf), visible
 
-    def received(self, keys: mx.array, positions: mx.array, lse: mx.array) -> mx.array:
+    def received(self, keys: mx.array, positions: Positions, lse: mx.array) -> mx.array:
         """Mean weight over the queries that see a key, the largest of the group: [H, n]."""
         s, visible = self.scores(keys, positions)
         weights = mx.exp(s - lse.reshape(*self.shape, 1))
+        if visible is None:
+            return weights.mean(axis=2).max(axis=1)
         mean = weights.sum(axis=2) / mx.maximum(visible.sum(axis=1), 1)[:, None]
         return mean.max(axis=1)
 
@@ -226,9 +231,9 @@ def _slab(body: Body, centers: Centers, backend: Backend, start: int) -> Callabl
     return lambda: dequantize(part, centers, mx.float32, backend).k
 
 
-def _where(positions: Positions, start: int) -> mx.array:
-    return mx.array(positions[:, TILE * start : TILE * (start + _SLAB)])
+def _where(positions: Positions, start: int) -> Positions:
+    return positions[:, TILE * start : TILE * (start + _SLAB)]
 
 
-def _everywhere(positions: Positions, heads: int) -> mx.array:
-    return mx.broadcast_to(mx.array(positions), (heads, len(positions)))
+def _everywhere(positions: Positions, heads: int) -> Positions:
+    return np.broadcast_to(positions, (heads, len(positions)))
