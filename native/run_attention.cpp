@@ -2,11 +2,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <memory>
 #include <vector>
 
-#include "dispatch.h"
-#include "run.h"
+#include "ends.h"
+#include "scratch.h"
 #include "thread_pool.h"
 
 namespace leankv {
@@ -19,15 +18,6 @@ constexpr int64_t kSerialWork = 1 << 20;  // products below which waking a threa
 
 struct Task {
   int head, first, last;
-};
-
-// Uninitialized floats, aligned to cache lines.
-struct Scratch {
-  explicit Scratch(size_t floats)
-      : data(static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64)), std::free) {
-    if (!data) throw std::bad_alloc();
-  }
-  std::unique_ptr<float, void (*)(void*)> data;
 };
 
 // Tasks of one head lie together, in the order of its tokens; one a head if `whole`. Else the sizes
@@ -54,17 +44,13 @@ std::vector<Task> split(const AttentionArgs& a, int units, bool whole) {
 void prepare(const AttentionJob& job, int head, float* queries, float* bias) {
   const AttentionArgs& a = job.args;
   const int rows = a.rows(), dim = a.k_dim;
-  const int given = job.k_rotation.signs ? job.k_rotation.head_dim : dim;
   float row[kMaxDim];
   for (int r = 0; r < rows; ++r) {
-    std::fill(row + given, row + dim, 0.0f);
-    kernels().read(job.queries, head * a.group + r / a.length, r % a.length, 1, given, row);
-    if (job.k_rotation.signs) kernels().rotate(job.k_rotation, row);
+    read_query(job.ends, head * a.group + r / a.length, r % a.length, dim, row);
     const int chunk = r / kRowChunk * kRowChunk, in_chunk = std::min(kRowChunk, rows - chunk);
     float* to = queries + int64_t{chunk} * dim + (r - chunk) * kTile;
     float dot = 0;
     for (int i = 0; i < dim; ++i) {
-      row[i] *= job.scale * kLog2E;
       to[i / kTile * in_chunk * kTile + i % kTile] = row[i];
       if (job.mu_k) dot += row[i] * job.mu_k[head * dim + i];
     }
@@ -79,14 +65,15 @@ void merge(const AttentionJob& job, int head, const Partial* parts, int n) {
     job.reads[2 * head + 1] += parts[i].reads[1];
   }
   const AttentionArgs& a = job.args;
-  const int dim = a.v_dim, out_dim = job.v_rotation.signs ? job.v_rotation.head_dim : dim;
+  const int dim = a.v_dim;
   float row[kMaxDim];
   for (int r = 0; r < a.rows(); ++r) {
     const int query_head = head * a.group + r / a.length;
-    const float logit = job.sink_logits ? job.sink_logits[query_head] * kLog2E : kLowest;
+    const float* logits = job.ends.sink_logits;
+    const float logit = logits ? logits[query_head] * kLog2E : kLowest;
     float top = logit, body = 0;
     for (int i = 0; i < n; ++i) top = std::max(top, parts[i].max[r]);
-    float sum = job.sink_logits ? std::exp2(logit - top) : 0;
+    float sum = logits ? std::exp2(logit - top) : 0;
     std::fill(row, row + dim, 0.0f);
     for (int i = 0; i < n; ++i) {
       const float factor = std::exp2(parts[i].max[r] - top);
@@ -98,8 +85,7 @@ void merge(const AttentionJob& job, int head, const Partial* parts, int n) {
     for (int d = 0; d < dim; ++d) {  // centers count with the mass of the body only
       row[d] = (row[d] + (job.mu_v ? body * job.mu_v[head * dim + d] : 0.0f)) / sum;
     }
-    if (job.v_rotation.signs) kernels().unrotate(job.v_rotation, row);
-    kernels().write(job.out, query_head, r % a.length, 1, out_dim, row);
+    write_output(job.ends, query_head, r % a.length, dim, row);
     job.lse[int64_t{query_head} * a.length + r % a.length] = (top + std::log2(sum)) * kLn2;
   }
 }
@@ -115,7 +101,7 @@ void run_attention(const AttentionJob& job) {
       thread_count() == 1 || units * kTile * rows * (a.k_dim + a.v_dim) < kSerialWork;
   const auto tasks = split(a, units, alone);
   const int64_t part_size = rows * (4 + a.v_dim + 2 * kMaxWidth);
-  const Scratch queries(a.heads * rows * (a.k_dim + 1)), scratch(tasks.size() * part_size);
+  const Scratch<float> queries(a.heads * rows * (a.k_dim + 1)), scratch(tasks.size() * part_size);
   float* bias = queries.data.get() + a.heads * rows * a.k_dim;
   for (int h = 0; h < a.heads; ++h) {
     prepare(job, h, queries.data.get() + h * rows * a.k_dim, bias + h * rows);

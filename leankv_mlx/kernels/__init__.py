@@ -9,6 +9,7 @@ from leankv_mlx.kernels.types import (
     Centers,
     DecodeInputs,
     Mask,
+    PrefillInputs,
     Rotations,
     Rows,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "Centers",
     "DecodeInputs",
     "Mask",
+    "PrefillInputs",
     "Rotations",
     "Rows",
     "available_backends",

@@ -9,6 +9,7 @@ from leankv_mlx.kernels.decode_attention import decode_attention_ops
 from leankv_mlx.kernels.dequantize import dequantize_ops
 from leankv_mlx.kernels.encode import encode_ops
 from leankv_mlx.kernels.gather import gather_ops
+from leankv_mlx.kernels.prefill_attention import prefill_attention_ops
 from leankv_mlx.kernels.repack import repack_ops
 from leankv_mlx.kernels.types import Backend
 
@@ -19,6 +20,7 @@ def _reference() -> Backend:
         encode=encode_ops,
         dequantize=dequantize_ops,
         decode_attention=decode_attention_ops,
+        prefill_attention=prefill_attention_ops,
         gather=gather_ops,
         append=append_ops,
         repack=repack_ops,

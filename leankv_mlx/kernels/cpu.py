@@ -21,12 +21,14 @@ from leankv_mlx.kernels.append import append_ops
 from leankv_mlx.kernels.decode_attention import between_rotations, decode_attention_ops
 from leankv_mlx.kernels.encode import encode_ops
 from leankv_mlx.kernels.gather import gather_ops
+from leankv_mlx.kernels.prefill_attention import prefill_attention_ops
 from leankv_mlx.kernels.types import (
     Attention,
     Backend,
     Body,
     Centers,
     DecodeInputs,
+    PrefillInputs,
     Rotations,
     Rows,
 )
@@ -47,6 +49,7 @@ def make() -> Backend:
         encode=_encode,
         dequantize=_dequantize,
         decode_attention=_decode_attention,
+        prefill_attention=_prefill_attention,
         gather=_gather,
         append=_append,
         repack=_repack,
@@ -175,3 +178,24 @@ def _decode_attention(inputs: DecodeInputs) -> Attention:
             inputs.skip,
         )
     )
+
+
+def _prefill_attention(inputs: PrefillInputs) -> mx.array:
+    dims = [x.shape[2] for x in inputs.rows]
+    if isinstance(inputs.mask, mx.array) or max(dims) > 256:
+        return prefill_attention_ops(inputs)
+    native, queries = _rotations(inputs.rotations), inputs.queries
+    if native is None:
+        queries = inputs.rotations[0].apply(queries)
+    out: mx.array = load().prefill_attention(
+        queries,
+        *inputs.rows,
+        inputs.scale,
+        inputs.mask == "causal",
+        inputs.present,
+        inputs.sink_logits,
+        native,
+    )
+    # What follows in a lazy graph would be allocated while the rows are still held.
+    mx.eval(out)
+    return inputs.rotations[1].undo(out) if native is None else out

@@ -96,6 +96,20 @@ class DecodeInputs:
     skip: float = 0.0
 
 
+@dataclass(frozen=True)
+class PrefillInputs:
+    """What prefill attention reads: the arguments of
+    `kernels.prefill_attention.prefill_attention`, checked there."""
+
+    queries: mx.array
+    rows: Rows
+    scale: float
+    mask: Mask
+    present: mx.array | None
+    sink_logits: mx.array | None
+    rotations: Rotations
+
+
 class EncodeOp(Protocol):
     """See `kernels.encode.encode`."""
 
@@ -126,6 +140,7 @@ class Backend:
     encode: EncodeOp
     dequantize: Callable[[Body, Centers, mx.Dtype], Rows]
     decode_attention: Callable[[DecodeInputs], Attention]
+    prefill_attention: Callable[[PrefillInputs], mx.array]
     gather: GatherOp
     append: Callable[[Rows, Rows, Rotations], Rows]
     repack: Callable[[Body, mx.array], mx.array]

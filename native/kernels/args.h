@@ -102,6 +102,38 @@ struct Partial {
   int32_t* reads = nullptr;   // [2], added to: blocks whose values were read, and all blocks
 };
 
+constexpr int kQueryTile = 128;  // query rows that share one conversion of a key tile
+constexpr int kKeyTile = 64;
+// Floats from row to row of a key tile. Not a multiple of 64: rows would lie in the same few cache sets.
+constexpr int kTileStride = kMaxDim + 16;
+
+// Prefill attention. Query row r of a KV head is new token r / group of query head r % group.
+struct PrefillArgs {
+  int heads = 0, group = 0, length = 0, tokens = 0, k_dim = 0, v_dim = 0;
+  Vectors k, v;                   // [H, N, dim], the new tokens last
+  const bool* present = nullptr;  // [H, N]: which rows are tokens; null if all are
+  bool causal = false;
+
+  LEANKV_INLINE int rows() const { return group * length; }
+  // How many rows, from the first, row r of a head may look at.
+  LEANKV_INLINE int seen(int r) const { return causal ? tokens - length + r / group + 1 : tokens; }
+};
+
+// Up to kQueryTile query rows of a head, and room for what their kernel needs. Queries and output lie
+// in blocks of Kernels::lanes rows, [block][dim][lanes]: a lane of a vector is a query row, and what
+// keys and values are multiplied with is the same for all lanes.
+struct PrefillTile {
+  int first = 0, rows = 0;
+  alignas(64) float queries[kQueryTile * kMaxDim];  // in units of log2
+  alignas(64) float out[kQueryTile * kMaxDim];      // not yet normalized
+  float max[kQueryTile];  // in units of log2; given, as if of earlier tokens
+  float sum[kQueryTile];  // given as well
+  alignas(64) float keys[kKeyTile * kTileStride];
+  alignas(64) float values[kKeyTile * kTileStride];
+  alignas(64) float scores[kKeyTile * 2 * kMaxWidth];
+  int32_t positions[kKeyTile];
+};
+
 enum class Rounding { search, rms };
 
 struct EncodeArgs {
@@ -144,6 +176,9 @@ struct Kernels {
   void (*write)(const Output&, int head, int64_t first, int n, int dim, const float* rows);
   void (*rotate)(const Rotation&, float* row);    // head_dim channels, zeros behind -> dim
   void (*unrotate)(const Rotation&, float* row);  // dim -> head_dim channels
+  // Rows of queries of one head over all tokens that they see.
+  int lanes;
+  void (*prefill)(const PrefillArgs&, int head, PrefillTile&);
   // At least n multiply-adds and nothing else, for benchmarks; returns how many.
   int64_t (*multiply_add)(int64_t n);
 };

@@ -4,6 +4,7 @@
 #include "tile.h"
 #include "rows.h"
 #include "attention.h"
+#include "prefill.h"
 #include "encode.h"
 #include "decode.h"
 #include "repack.h"
@@ -12,7 +13,8 @@
 namespace leankv::LEANKV_ISA {
 
 constexpr Kernels kernels(const char* name) {
-  return {name, attend, encode, decode, repack, read, write, rotate, unrotate, multiply_add};
+  return {name,   attend,   encode,     decode,  repack,      read, write,
+          rotate, unrotate, kRowLanes, prefill, multiply_add};
 }
 
 }  // namespace leankv::LEANKV_ISA

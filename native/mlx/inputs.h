@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <vector>
 
 #include "mlx/allocator.h"
 #include "mlx/array.h"
@@ -64,6 +65,45 @@ class Rows {
  private:
   std::unique_ptr<Dense> dense_;
   Vectors vectors_;
+};
+
+// Reads inputs in the order in which an operation lists them.
+class Reader {
+ public:
+  explicit Reader(const std::vector<mx::array>& in) : in_(in) {}
+
+  const mx::array& next() { return in_[at_++]; }
+
+  template <class T>
+  const T* dense() {
+    dense_.push_back(std::make_unique<Dense>(next()));
+    return dense_.back()->template as<T>();
+  }
+
+  Vectors rows() {
+    rows_.push_back(std::make_unique<Rows>(next()));
+    return rows_.back()->vectors();
+  }
+
+  Body body(const Format& format) {
+    Body body;
+    body.pool = dense<uint32_t>();
+    body.width = in_[at_].shape(1);
+    body.table = dense<int32_t>();
+    body.lengths = dense<int32_t>();
+    body.format = format;
+    return body;
+  }
+
+  void rotation(Rotation& rotation, bool present) {
+    if (present) rotation.signs = dense<float>();
+  }
+
+ private:
+  const std::vector<mx::array>& in_;
+  size_t at_ = 0;
+  std::vector<std::unique_ptr<Dense>> dense_;
+  std::vector<std::unique_ptr<Rows>> rows_;
 };
 
 // A new output [.., T, dim]. Allocated when the graph is scheduled, written when it runs.

@@ -68,6 +68,8 @@ NB_MODULE(_native, m) {
   m.def("decode_attention", &decode_attention, "queries"_a, "bodies"_a, "exact_k"_a, "exact_v"_a,
         "centers"_a.none(), "scale"_a, "causal"_a, "sink_logits"_a.none(), "rotations"_a.none(),
         "skip"_a);
+  m.def("prefill_attention", &prefill_attention, "queries"_a, "k"_a, "v"_a, "scale"_a, "causal"_a,
+        "present"_a.none(), "sink_logits"_a.none(), "rotations"_a.none());
   m.def("encode",
         [](const mx::array& k, const mx::array& v, const CenterArrays& centers,
            const Format& format, const std::string& rounding) {

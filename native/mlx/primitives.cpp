@@ -44,45 +44,6 @@ class Operation : public mx::Primitive {
   virtual std::function<void()> task(Arrays in, Arrays out) const = 0;
 };
 
-// Reads inputs in the order in which the operations below list them.
-class Reader {
- public:
-  explicit Reader(const Arrays& in) : in_(in) {}
-
-  const mx::array& next() { return in_[at_++]; }
-
-  template <class T>
-  const T* dense() {
-    dense_.push_back(std::make_unique<Dense>(next()));
-    return dense_.back()->template as<T>();
-  }
-
-  Vectors rows() {
-    rows_.push_back(std::make_unique<Rows>(next()));
-    return rows_.back()->vectors();
-  }
-
-  Body body(const Format& format) {
-    Body body;
-    body.pool = dense<uint32_t>();
-    body.width = in_[at_].shape(1);
-    body.table = dense<int32_t>();
-    body.lengths = dense<int32_t>();
-    body.format = format;
-    return body;
-  }
-
-  void rotation(Rotation& rotation, bool present) {
-    if (present) rotation.signs = dense<float>();
-  }
-
- private:
-  const Arrays& in_;
-  size_t at_ = 0;
-  std::vector<std::unique_ptr<Dense>> dense_;
-  std::vector<std::unique_ptr<Rows>> rows_;
-};
-
 // The parts of a sequence that several operations share.
 struct Parts {
   std::vector<Format> formats;
@@ -113,6 +74,13 @@ struct Parts {
     v_rotation = plain(rotations->second);
   }
 
+  void read_rotations(Reader& reader, Rotation& k, Rotation& v) const {
+    k = k_rotation;
+    v = v_rotation;
+    reader.rotation(k, rotated);
+    reader.rotation(v, rotated);
+  }
+
   std::vector<Body> bodies(Reader& reader) const {
     std::vector<Body> bodies;
     for (const auto& format : formats) bodies.push_back(reader.body(format));
@@ -134,7 +102,7 @@ class DecodeAttention : public Operation {
       Reader reader(in);
       AttentionJob job;
       const mx::array& q = in[0];
-      job.queries = reader.rows();
+      job.ends.queries = reader.rows();
       const mx::array& k = in[1];
       const mx::array& v = in[2];
       job.args.exact_k = reader.rows();
@@ -144,11 +112,8 @@ class DecodeAttention : public Operation {
         job.mu_k = reader.dense<float>();
         job.mu_v = reader.dense<float>();
       }
-      job.k_rotation = parts.k_rotation;
-      job.v_rotation = parts.v_rotation;
-      reader.rotation(job.k_rotation, parts.rotated);
-      reader.rotation(job.v_rotation, parts.rotated);
-      if (logits) job.sink_logits = reader.dense<float>();
+      parts.read_rotations(reader, job.ends.k_rotation, job.ends.v_rotation);
+      if (logits) job.ends.sink_logits = reader.dense<float>();
       job.args.heads = k.shape(0);
       job.args.group = q.shape(0) / k.shape(0);
       job.args.length = q.shape(1);
@@ -159,8 +124,8 @@ class DecodeAttention : public Operation {
       job.args.exact = k.shape(1);
       job.args.causal = causal;
       job.args.skip = skip;
-      job.scale = scale;
-      job.out = output_of(out[0]);
+      job.ends.scale = scale;
+      job.ends.out = output_of(out[0]);
       job.lse = out[1].data<float>();
       if (out.size() > 2) job.reads = out[2].data<int32_t>();
       run_attention(job);
@@ -172,6 +137,48 @@ class DecodeAttention : public Operation {
   float scale_;
   bool causal_, logits_;
   float skip_;
+};
+
+class PrefillAttention : public Operation {
+ public:
+  PrefillAttention(mx::Stream s, Parts parts, float scale, bool causal, bool present,
+                   bool sink_logits)
+      : Operation(s), parts_(std::move(parts)), scale_(scale), causal_(causal), present_(present),
+        logits_(sink_logits) {}
+  const char* name() const override { return "LeanKVPrefillAttention"; }
+
+ protected:
+  std::function<void()> task(Arrays in, Arrays out) const override {
+    return [in = std::move(in), out = std::move(out), parts = parts_, scale = scale_,
+            causal = causal_, present = present_, logits = logits_]() mutable {
+      Reader reader(in);
+      PrefillJob job;
+      const mx::array& q = in[0];
+      job.ends.queries = reader.rows();
+      const mx::array& k = in[1];
+      const mx::array& v = in[2];
+      job.args.k = reader.rows();
+      job.args.v = reader.rows();
+      parts.read_rotations(reader, job.ends.k_rotation, job.ends.v_rotation);
+      if (present) job.args.present = reader.dense<bool>();
+      if (logits) job.ends.sink_logits = reader.dense<float>();
+      job.args.heads = k.shape(0);
+      job.args.group = q.shape(0) / k.shape(0);
+      job.args.length = q.shape(1);
+      job.args.tokens = k.shape(1);
+      job.args.k_dim = k.shape(2);
+      job.args.v_dim = v.shape(2);
+      job.args.causal = causal;
+      job.ends.scale = scale;
+      job.ends.out = output_of(out[0]);
+      run_prefill(job);
+    };
+  }
+
+ private:
+  Parts parts_;
+  float scale_;
+  bool causal_, present_, logits_;
 };
 
 class Encode : public Operation {
@@ -242,10 +249,7 @@ class Decode : public Operation {
         job.args.mu_k = reader.dense<float>();
         job.args.mu_v = reader.dense<float>();
       }
-      job.args.k_rotation = parts.k_rotation;
-      job.args.v_rotation = parts.v_rotation;
-      reader.rotation(job.args.k_rotation, parts.rotated);
-      reader.rotation(job.args.v_rotation, parts.rotated);
+      parts.read_rotations(reader, job.args.k_rotation, job.args.v_rotation);
       job.args.k = output_of(out[0]);
       job.args.v = output_of(out[1]);
       job.bodies = bodies.data();
@@ -312,6 +316,22 @@ std::vector<mx::array> decode_attention(
     types.push_back(mx::int32);
   }
   return mx::array::make_arrays(shapes, types, op, in);
+}
+
+mx::array prefill_attention(const mx::array& queries, const mx::array& k, const mx::array& v,
+                            float scale, bool causal, const std::optional<mx::array>& present,
+                            const std::optional<mx::array>& sink_logits,
+                            const std::optional<Rotations>& rotations) {
+  Arrays in{queries, k, v};
+  Parts parts;
+  parts.add_rotations(in, rotations);
+  if (present) in.push_back(*present);
+  if (sink_logits) in.push_back(as_float(*sink_logits));
+  const int out_dim = rotations ? rotations->second.head_dim : v.shape(2);
+  return mx::array({queries.shape(0), queries.shape(1), out_dim}, queries.dtype(),
+                   std::make_shared<PrefillAttention>(cpu_stream(), std::move(parts), scale, causal,
+                                                      present.has_value(), sink_logits.has_value()),
+                   std::move(in));
 }
 
 mx::array encode(const mx::array& k, const mx::array& v, const CenterArrays& centers,

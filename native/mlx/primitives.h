@@ -37,6 +37,13 @@ std::vector<mx::array> decode_attention(
     const std::optional<mx::array>& sink_logits,
     const std::optional<std::pair<RotationArrays, RotationArrays>>& rotations, float skip);
 
+// Rows [H, N, dim], `present` bool [H, N] -> output [Hq, L, Dv] in the dtype of the queries. With
+// rotations the queries come as the model made them and the output leaves so.
+mx::array prefill_attention(const mx::array& queries, const mx::array& k, const mx::array& v,
+                            float scale, bool causal, const std::optional<mx::array>& present,
+                            const std::optional<mx::array>& sink_logits,
+                            const std::optional<std::pair<RotationArrays, RotationArrays>>& rotations);
+
 // -> blocks [H, ceil(T / 32), words].
 mx::array encode(const mx::array& k, const mx::array& v, const CenterArrays& centers,
                  const Format& format, Rounding rounding);

@@ -120,17 +120,17 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
   job.args.exact_v = decode.exact_v;
   job.args.exact = exact;
   job.args.causal = exact >= length;
-  job.queries = rows_of(queries, Type::f32, length, k_dim);
-  job.k_rotation = {signs.data(), k_dim, k_dim & -k_dim, k_dim};
-  job.v_rotation = {signs.data(), v_dim, v_dim & -v_dim, v_dim};
+  job.ends.queries = rows_of(queries, Type::f32, length, k_dim);
+  job.ends.k_rotation = {signs.data(), k_dim, k_dim & -k_dim, k_dim};
+  job.ends.v_rotation = {signs.data(), v_dim, v_dim & -v_dim, v_dim};
   job.mu_k = mu_k.data();
   job.mu_v = mu_v.data();
-  job.sink_logits = signs.data();
-  job.scale = 0.1f;
+  job.ends.sink_logits = signs.data();
+  job.ends.scale = 0.1f;
   std::vector<int32_t> reads(2 * heads);
   job.args.skip = exact ? 0.1f : 0.0f;
   job.reads = reads.data();
-  job.out = {out.data(), Type::f32, int64_t{length} * v_dim, v_dim};
+  job.ends.out = {out.data(), Type::f32, int64_t{length} * v_dim, v_dim};
   job.lse = lse.data();
   run_attention(job);
   for (const float x : out) check(std::isfinite(x), "an output is not finite");
@@ -141,8 +141,37 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
 
   const int longer = exact + tokens;
   std::vector<float> appended(heads * longer * k_dim);
-  run_append(decode.exact_k, exact, encode.k, tokens, job.k_rotation, heads,
+  run_append(decode.exact_k, exact, encode.k, tokens, job.ends.k_rotation, heads,
              {appended.data(), type, int64_t{longer} * k_dim, k_dim});
+}
+
+// Attends to rows of which the first head misses every third.
+void many_queries(int k_dim, int v_dim, int group, int length, int tokens, Type type) {
+  const int heads = 2, query_heads = heads * group, width = type == Type::f32 ? 2 : 1;
+  const auto queries = normal(query_heads * length * k_dim), signs = normal(kMaxDim);
+  std::vector<uint16_t> k(heads * tokens * k_dim * width), v(heads * tokens * v_dim * width);
+  std::vector<float> out(query_heads * length * v_dim), logits = normal(query_heads);
+  const std::unique_ptr<bool[]> present(new bool[heads * tokens]);
+  for (int t = 0; t < heads * tokens; ++t) present[t] = t >= tokens - length || t % 3;
+  PrefillJob job;
+  job.args.heads = heads;
+  job.args.group = group;
+  job.args.length = length;
+  job.args.tokens = tokens;
+  job.args.k_dim = k_dim;
+  job.args.v_dim = v_dim;
+  job.args.k = rows_of(k, type, tokens, k_dim);
+  job.args.v = rows_of(v, type, tokens, v_dim);
+  job.args.present = group % 2 ? present.get() : nullptr;
+  job.args.causal = length % 2;
+  job.ends.queries = rows_of(queries, Type::f32, length, k_dim);
+  job.ends.k_rotation = {signs.data(), k_dim, k_dim & -k_dim, k_dim};
+  job.ends.v_rotation = {signs.data(), v_dim, v_dim & -v_dim, v_dim};
+  job.ends.sink_logits = group > 2 ? logits.data() : nullptr;
+  job.ends.scale = 0.1f;
+  job.ends.out = {out.data(), Type::f32, int64_t{length} * v_dim, v_dim};
+  run_prefill(job);
+  for (const float x : out) check(std::isfinite(x), "an output of a prefill is not finite");
 }
 
 void all_shapes() {
@@ -153,6 +182,7 @@ void all_shapes() {
       const Type type = std::vector{Type::f32, Type::f16, Type::bf16}[turn % 3];
       round_trip(k_dim, turn % 2 ? k_dim : 160, group, length, 1 + turn * 7 % 90, turn * 13 % 104,
                  type);
+      many_queries(k_dim, turn % 2 ? k_dim : 160, group, 9 + turn * 5 % 70, 80 + turn * 11 % 90, type);
       ++turn;
     }
   }

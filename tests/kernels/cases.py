@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 
 from leankv_mlx.codec.format import Format
 from leankv_mlx.codec.rotation import hadamard
+from leankv_mlx.codec.rotation import rotation as make_rotation
+from leankv_mlx.config import RotationName
 from leankv_mlx.errors import BackendUnavailableError
 from leankv_mlx.kernels import (
     Backend,
     Body,
     Centers,
     DecodeInputs,
+    PrefillInputs,
     Rows,
     available_backends,
     resolve_backend,
@@ -45,6 +48,17 @@ FACTORS: Mapping[str, Sequence[Any]] = {
     "dtype": (mx.float32, mx.float16, mx.bfloat16),
     "rotated": (False, True),
     "skip": (0.0, 0.1, 0.9),
+}
+PREFILL_FACTORS: Mapping[str, Sequence[Any]] = {
+    "dims": FACTORS["dims"],
+    "group": FACTORS["group"],
+    "new": (9, 31, 64, 65, 128, 257),
+    "earlier": (0, 1, 63, 64, 65, 500),
+    "tokens": ("all", "ragged", "exact rows alone"),
+    "sink_logits": (False, True),
+    "mask": (None, "causal"),
+    "dtype": FACTORS["dtype"],
+    "rotation": ("hadamard", "none"),
 }
 TOLERANCE = {mx.float32: 2e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 """In units of the largest value; the last two are a rounding of the output."""
@@ -132,6 +146,45 @@ def case(
         rotations=rotations,
         skip=skip,
     )  # fmt: skip
+
+
+def prefill_case(
+    *,
+    dims: tuple[int, int],
+    group: int,
+    new: int,
+    earlier: int,
+    tokens: str,
+    sink_logits: bool,
+    mask: str | None,
+    dtype: mx.Dtype,
+    rotation: RotationName,
+    heads: int = 2,
+) -> PrefillInputs:
+    """Random arrays of these shapes; what is no token is large. `tokens` is what heads have: "exact
+    rows alone" is the first head's."""
+    draw = np.random.default_rng(1000 * new + earlier)
+    rotations = make_rotation(rotation, dims[0] - 7), make_rotation(rotation, dims[1])
+    rows = Rows(*(normal(draw, (heads, earlier + new, dim)).astype(dtype) for dim in dims))
+    present = None
+    if tokens != "all":
+        sinks, window = min(4, earlier), min(70, max(0, earlier - 4))
+        slots = draw.integers(0, earlier - sinks - window + 1, heads)
+        if tokens == "exact rows alone":
+            slots[0] = 0
+        at = np.arange(earlier + new)
+        used = (at < sinks + slots[:, None]) | (at >= earlier - window)
+        present = mx.array(used)
+        rows = Rows(*(mx.where(present[..., None], x, 1e4).astype(dtype) for x in rows))
+    return PrefillInputs(
+        queries=normal(draw, (heads * group, new, dims[0] - 7)).astype(dtype),
+        rows=rows,
+        scale=dims[0] ** -0.5,
+        mask=mask,
+        present=present,
+        sink_logits=normal(draw, (heads * group,)).astype(dtype) if sink_logits else None,
+        rotations=rotations,
+    )
 
 
 def bits_of(bits: int, dim: int, tier: int) -> tuple[int, ...]:

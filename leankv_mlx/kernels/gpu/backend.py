@@ -6,6 +6,7 @@ from leankv_mlx.kernels.gpu.dequantize import Dequantize
 from leankv_mlx.kernels.gpu.encode import Encode
 from leankv_mlx.kernels.gpu.launch import Launcher
 from leankv_mlx.kernels.gpu.repack import Repack
+from leankv_mlx.kernels.prefill_attention import prefill_attention_ops
 from leankv_mlx.kernels.types import Backend
 
 
@@ -17,6 +18,7 @@ def make_backend(name: str, launch: Launcher) -> Backend:
         encode=Encode(launch),
         dequantize=dequantize,
         decode_attention=DecodeAttention(launch),
+        prefill_attention=prefill_attention_ops,
         gather=dequantize.gather,
         append=Append(launch),
         repack=Repack(launch),

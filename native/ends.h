@@ -1,0 +1,27 @@
+// Where attention begins and ends: a query as its kernel takes it, an output as the model gets it.
+#pragma once
+
+#include <algorithm>
+
+#include "dispatch.h"
+#include "run.h"
+
+namespace leankv {
+
+// One query -> row [dim], rotated and in units of log2.
+inline void read_query(const Ends& ends, int query_head, int token, int dim, float* row) {
+  const int given = ends.k_rotation.signs ? ends.k_rotation.head_dim : dim;
+  std::fill(row + given, row + dim, 0.0f);
+  kernels().read(ends.queries, query_head, token, 1, given, row);
+  if (ends.k_rotation.signs) kernels().rotate(ends.k_rotation, row);
+  for (int i = 0; i < dim; ++i) row[i] *= ends.scale * kLog2E;
+}
+
+// Row [dim] -> one output; changes the row.
+inline void write_output(const Ends& ends, int query_head, int token, int dim, float* row) {
+  if (ends.v_rotation.signs) kernels().unrotate(ends.v_rotation, row);
+  const int wanted = ends.v_rotation.signs ? ends.v_rotation.head_dim : dim;
+  kernels().write(ends.out, query_head, token, 1, wanted, row);
+}
+
+}  // namespace leankv
