@@ -1,7 +1,7 @@
 """The native CPU backend: MLX primitives from the extension `leankv_mlx._native` (see native/).
 
-Three cases run as plain MLX ops instead: an array as mask, rounding=optimal, and a rotation that
-is not a Hadamard transform.
+What runs as plain MLX ops instead: an array as mask, rounding=optimal, rotations other than
+Hadamard, and prefill attention with a head_dim above 256.
 """
 
 import re
@@ -32,6 +32,9 @@ from leankv_mlx.kernels.types import (
     Rotations,
     Rows,
 )
+
+_MAX_DIM = 256
+"""Channels that a tile of prefill attention has room for."""
 
 
 def make() -> Backend:
@@ -182,7 +185,7 @@ def _decode_attention(inputs: DecodeInputs) -> Attention:
 
 def _prefill_attention(inputs: PrefillInputs) -> mx.array:
     dims = [x.shape[2] for x in inputs.rows]
-    if isinstance(inputs.mask, mx.array) or max(dims) > 256:
+    if isinstance(inputs.mask, mx.array) or max(dims) > _MAX_DIM:
         return prefill_attention_ops(inputs)
     native, queries = _rotations(inputs.rotations), inputs.queries
     if native is None:
