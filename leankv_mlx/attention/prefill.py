@@ -24,7 +24,7 @@ def attend_rows(
         UnsupportedError: an array mask over a body that lost tokens.
     """
     # Two tiers are out of order, and heads that all lost the same leave no gaps.
-    whole = len(view.bodies) <= 1 and rows.k.shape[1]
+    whole = rows.k.shape[1] if len(view.bodies) <= 1 else -1
     if isinstance(mask, mx.array) and mask.shape[-1] != whole:
         raise UnsupportedError(
             "this model attends with an array mask, which does not go with a policy that drops "

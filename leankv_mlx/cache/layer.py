@@ -16,7 +16,7 @@ from leankv_mlx.codec.equalize import Equalizer
 from leankv_mlx.codec.format import TILE, Format, padded
 from leankv_mlx.codec.rotation import rotation
 from leankv_mlx.config import CompressionConfig
-from leankv_mlx.kernels import Backend, Centers, Rotations, Rows
+from leankv_mlx.kernels import Backend, Centers, Rotations, Rows, resolve_backend
 from leankv_mlx.kernels.append import append
 from leankv_mlx.sparsity import Exact, LargestReceived, Observations, received, significance
 
@@ -66,7 +66,8 @@ class Layer:
         empty = (mx.zeros((shape.heads, 0, d), t) for d, t in zip(dims, dtypes, strict=True))
         self.exact = Rows(*empty)
         self._config = config
-        self._backend = backend
+        fits = not backend.widest or max(dims) <= backend.widest
+        self._backend = backend if fits else resolve_backend("reference")
         self._formats = [Format.of(k, v, shape.k_dim, shape.v_dim) for k, v in config.tiers]
 
     @property

@@ -34,7 +34,7 @@ from leankv_mlx.kernels.types import (
 )
 
 _MAX_DIM = 256
-"""Channels that a tile of prefill attention has room for."""
+"""Channels that the kernels have room for (native/layout.h)."""
 
 
 def make() -> Backend:
@@ -56,6 +56,7 @@ def make() -> Backend:
         gather=_gather,
         append=_append,
         repack=_repack,
+        widest=_MAX_DIM,
     )
 
 

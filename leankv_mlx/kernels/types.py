@@ -134,7 +134,8 @@ class GatherOp(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of every operation."""
+    """One implementation of every operation. `widest` is the largest head_dim that it takes, 0 for
+    any; layers of a larger one are computed by the reference."""
 
     name: str
     encode: EncodeOp
@@ -144,3 +145,4 @@ class Backend:
     gather: GatherOp
     append: Callable[[Rows, Rows, Rotations], Rows]
     repack: Callable[[Body, mx.array], mx.array]
+    widest: int = 0

@@ -282,6 +282,23 @@ def test_bits_per_group_must_fit_the_head_dim() -> None:
         cache.update_and_fetch(*rows(5, 0)[1:])
 
 
+def test_heads_wider_than_a_backend_takes() -> None:
+    rng = np.random.default_rng(0)
+    outs = []
+    q, k, v = (
+        mx.array(rng.standard_normal((1, h, 171, 512)).astype(np.float32)) for h in (2, 1, 1)
+    )
+    for backend in ("auto", "reference"):
+        cache = CompressedKVCache(f"leankv:window=32,backend={backend}")
+        for part in (slice(0, 170), slice(170, 171)):
+            fetched = owner_of(*cache.update_and_fetch(k[:, :, part], v[:, :, part]))
+            assert fetched is not None
+            out = fetched.attend(q[:, :, part], scale=512**-0.5, mask="causal")
+            mx.eval(out)
+        outs.append(np.array(out))
+    np.testing.assert_allclose(*outs, atol=1e-5)
+
+
 def test_groups_without_bits_fall_back_to_their_center() -> None:
     cache = CompressedKVCache("leankv:k_bits=8.0,v_bits=8,window=32,sink_tokens=0")
     _, k, v = rows(200, 0)
