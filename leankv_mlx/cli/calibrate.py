@@ -91,7 +91,7 @@ def calibrate(
             "start from more bits (--kv leankv:k8v4,policy=...)."
         )
     about = f"calibrated on {lab.loaded.path.name}: {best.size.ratio:.1f} times smaller after "
-    about += f"{context} tokens, mean KL divergence {best.kld:.4f}"
+    about += f"{context // 2} tokens, mean KL divergence {best.kld:.4f}"
     target = output or user_profiles()
     save_profile(target, name, best.kv, about)
     typer.echo(f"wrote profile {name} to {target}: leankv:{best.kv}", err=as_json)

@@ -18,7 +18,7 @@ from leankv_mlx.errors import ModelError
 from leankv_mlx.mlx_lm.attachment import attach, make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel
 from leankv_mlx.mlx_lm.repetition import judges_by_repetition, settle_document
-from leankv_mlx.mlx_lm.usage import measure
+from leankv_mlx.mlx_lm.usage import Usage, measure
 
 NONE = "none"
 DEFAULT_KV = ("k8v8", "k8v4", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2")
@@ -49,6 +49,11 @@ class Arm:
             return cls(text, CompressionConfig())
         name = text.removeprefix(_PREFIX)
         return cls(name, CompressionConfig.parse(_PREFIX + name))
+
+    @property
+    def drops(self) -> bool:
+        """Whether a policy may drop tokens."""
+        return self.config is not None and self.config.policy != "keep_all"
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
@@ -91,6 +96,11 @@ class Size:
 
     bits_per_element: float
     ratio: float
+
+    @classmethod
+    def of(cls, usage: Usage) -> Size:
+        """Beside fp16, from what caches hold."""
+        return cls(16 * usage.used / usage.fp16, usage.ratio)
 
 
 def sizes(loaded: LoadedModel, arms: Sequence[Arm], tokens: mx.array) -> dict[str, Size]:

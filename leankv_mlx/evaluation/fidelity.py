@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 from mlx import nn
@@ -37,6 +38,7 @@ from leankv_mlx.evaluation.tasks import facts, seeded
 from leankv_mlx.kernels import MAX_DECODE_TOKENS
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel
+from leankv_mlx.mlx_lm.usage import Usage, measure
 
 STEP = BLOCK_SLOTS
 
@@ -131,8 +133,13 @@ def run_fidelity(
     texts: Corpus,
     advance: Advance,
     step: int = STEP,
+    usage: dict[str, Usage] | None = None,
 ) -> dict[str, Fidelity]:
     """Fidelity of every arm by its name; the first arm is the base of the comparison.
+
+    Args:
+        usage: is told what each arm's caches hold once the first half of the first chunk is read
+            and its policy has dropped what it drops. Exact tokens are float32 here.
 
     Raises:
         UsageError: the context is too short for an arm's window.
@@ -144,10 +151,15 @@ def run_fidelity(
         for chunk in texts.chunks:
             base: mx.array | None = None
             for arm, start in zip(arms, starts, strict=True):
-                drops = arm.config is not None and arm.config.policy != "keep_all"
-                calls = min(step, MAX_DECODE_TOKENS) if drops else step
+                calls = min(step, MAX_DECODE_TOKENS) if arm.drops else step
                 with arm.attached(loaded.model):
-                    parts = list(_read(loaded.model, chunk, start, calls, base, scores[arm.kv]))
+                    caches = make_caches(loaded.model)
+                    prefill(loaded.model, chunk.tokens[:start], caches)
+                    settle(loaded.model, caches, chunk.tokens[:start])
+                    if usage is not None:
+                        usage.setdefault(arm.kv, measure(caches))
+                    reading = _read(loaded.model, caches, chunk, start, calls, base, scores[arm.kv])
+                    parts = list(reading)
                 if base is None:
                     base = mx.concatenate(parts)
                     mx.eval(base)
@@ -176,17 +188,15 @@ def _start(config: CompressionConfig | None, context: int) -> int:
 
 def _read(
     model: nn.Module,
+    caches: list[Any],
     chunk: Chunk,
     start: int,
     step: int,
     base: mx.array | None,
     scores: list[TokenScores],
 ) -> Iterator[mx.array]:
-    """Read a chunk. Log-probabilities [n, V] of the tokens from the middle on are compared with
-    those of the base as they come, or yielded if there is no base yet."""
-    caches = make_caches(model)
-    prefill(model, chunk.tokens[:start], caches)
-    settle(model, caches, chunk.tokens[:start])
+    """Read a chunk from `start` on. Log-probabilities [n, V] of the tokens from the middle on are
+    compared with those of the base as they come, or yielded if there is no base yet."""
     context = chunk.tokens.shape[0]
     middle = context // 2
     for begin in range(start, context, step):

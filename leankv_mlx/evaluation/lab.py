@@ -21,6 +21,7 @@ from leankv_mlx.evaluation.retrieval import Retrieval, cells_of, run_retrieval
 from leankv_mlx.evaluation.stress import STRESSES, Stress, injected
 from leankv_mlx.evaluation.tasks import TASKS
 from leankv_mlx.mlx_lm.loading import check_context, load
+from leankv_mlx.mlx_lm.usage import Usage
 
 ABLATED = ("k4v4", "k3v3")
 ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -209,8 +210,12 @@ class Lab:
         )
 
     def _fidelity(self, arms: Sequence[Arm], progress: Progress) -> list[ArmResult]:
-        counted = sizes(self.loaded, arms, self.corpus.chunks[0].tokens)
-        found = run_fidelity(self.loaded, arms, self.corpus, progress.advance)
+        kept = [arm for arm in arms if not arm.drops]
+        counted = sizes(self.loaded, kept, self.corpus.chunks[0].tokens)
+        usage: dict[str, Usage] = {}
+        found = run_fidelity(self.loaded, arms, self.corpus, progress.advance, usage=usage)
+        # What a policy keeps depends on the prompt, so its size is that of the caches scored.
+        counted |= {arm.kv: Size.of(usage[arm.kv]) for arm in arms if arm.drops}
         return [ArmResult(arm.kv, counted[arm.kv], found[arm.kv], {}) for arm in arms]
 
     def _stress(self, stress: Stress, progress: Progress) -> tuple[Stress, list[ArmResult]]:

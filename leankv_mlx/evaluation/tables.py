@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from leankv_mlx.evaluation.arms import Arm
 from leankv_mlx.evaluation.lab import ArmResult, Report
 from leankv_mlx.evaluation.questions import QUESTIONS
 from leankv_mlx.evaluation.retrieval import SOLVED, Cell
@@ -44,6 +45,11 @@ def _fidelity(report: Report) -> Grid:
     )
     if not report.windows:
         note += "; arms differ in window or sink tokens, so they do not compare only their codecs"
+    if any(arm.drops for arm in map(Arm.parse, (arm.kv for arm in report.arms))):
+        note += (
+            f"; bits and ratio of a policy are those of the caches scored, behind a prompt of "
+            f"{settings.context // 2} tokens, with exact tokens of 4 bytes an element"
+        )
     return Grid(f"Fidelity, {report.model}", *_columns(report.arms), note)
 
 
