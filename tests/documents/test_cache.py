@@ -363,7 +363,7 @@ def test_two_processes_write_open_and_remove_the_same_entries(tmp_path: Path) ->
             found, _, notes = out.decode().partition(" ")
             assert process.returncode == 0
             assert notes == "[]\n"
-            assert int(found) > 0
+            assert int(found) > 0 or limit == 60_000  # the other may always have made room
     assert not list(tmp_path.glob(".*.tmp"))
 
 
