@@ -173,8 +173,10 @@ inline void set_least(const AttentionArgs& a, const Chunk& chunk, int head) {
   }
 }
 
+constexpr int kPageWords = 1024;
+
 // Every cache line of a block. The hardware finds the next block by itself where it lies behind this
-// one, and is then slowed down by more requests.
+// one and fills a page, and is then slowed down by more requests.
 LEANKV_INLINE void prefetch(const uint32_t* block, int words) {
   for (int i = 0; i < words; i += 16) __builtin_prefetch(block + i);
 }
@@ -211,7 +213,7 @@ inline void attend(const AttentionArgs& a, int head, int first, int last, const 
     for (int b = first > start ? first - start : 0; b < stop; ++b) {
       const uint32_t* block = body->block(head, b);
       const uint32_t* next = b + 1 < stop ? body->block(head, b + 1) : block;
-      if (next != block && next != block + words) prefetch(next, words);
+      if (next != block && (next != block + words || words < kPageWords)) prefetch(next, words);
       const int left = body->lengths[head] - b * kTile;
       each_chunk(a, head, p, [&](const Chunk& chunk) {
         attend_block(chunk, body->format, block, left < kTile ? left : kTile);

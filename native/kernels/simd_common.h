@@ -83,11 +83,14 @@ LEANKV_INLINE vu code(const uint32_t* words) {
   return c & ((1u << B) - 1);
 }
 
-// Words that several codes are taken from.
+// Words that several codes of B bits are taken from.
+template <int B>
 LEANKV_INLINE vu load_words(const uint32_t* words) {
   vu loaded = load<vu>(words);
-#if LEANKV_WIDTH == 16  // GCC would load them again for each code, as the operand of its shift
-  asm("" : "+v"(loaded));
+#if LEANKV_WIDTH == 16
+  // GCC would load them again for each code, as the operand of its shift. At other widths that is
+  // faster than to keep them.
+  if constexpr (B == 4) asm("" : "+v"(loaded));
 #endif
   return loaded;
 }
@@ -106,10 +109,10 @@ LEANKV_INLINE vu shifted(vu x) {  // right, or left if negative
 // i, i + 4, i + 8, i + 12 are equally far from their fields: all four come from one merged word.
 template <int B, int I, class Merge>
 LEANKV_INLINE vu code_unmasked(const uint32_t* words, Merge&& merge) {
-  const vu low = load_words(words + field_row(B, I) * kTile);
+  const vu low = load_words<B>(words + field_row(B, I) * kTile);
   constexpr int shift = field_shift(B, I);
   if constexpr (B == 3) {
-    const vu high = load_words(words + 2 * kTile);
+    const vu high = load_words<B>(words + 2 * kTile);
     if constexpr (shift == 30) {  // there is no room above the field
       return merge(low >> shift, shifted<high_bit(I) - 2>(high), 4u);
     }
