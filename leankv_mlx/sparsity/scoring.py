@@ -23,6 +23,8 @@ from leankv_mlx.sparsity.observations import Observed
 _SLAB = 64
 """Blocks of a body that are decoded at a time; no score matrix of all tokens ever exists."""
 
+_FEW_KEYS = 512
+"""Up to so many keys, those of a window, a product stays lazy."""
 _QUERIES = 128
 """Queries whose weights over all tokens exist at a time."""
 
@@ -59,7 +61,7 @@ class _Scorer:
     def scores(self, keys: mx.array, positions: Positions) -> tuple[mx.array, mx.array | None]:
         """Keys [H, n, D] at [H, n] -> scores [H, G, R, n], -inf where a query does not see the
         key, and whether it does, bool [H, R, n]; None if all see all, as most of a prompt is."""
-        s = (self._queries @ keys.astype(mx.float32).swapaxes(1, 2)).reshape(*self.shape, -1)
+        s = _products(self._queries, keys).reshape(*self.shape, -1)
         if positions.size and positions.min() >= 0 and positions.max() <= self._at.min():
             return s, None
         where = mx.array(positions)[:, None]
@@ -166,11 +168,11 @@ class LargestReceived:
             present: bool [H, N], False for slots without a token; None if there are none.
         """
         (heads, tokens, dim), length = keys.shape, queries.shape[1]
-        keys = keys.astype(mx.float32).swapaxes(1, 2)
         for start in range(0, length, _QUERIES):
             stop = min(start + _QUERIES, length)
             q = queries[:, start:stop].astype(mx.float32) * scale
-            s = (q.reshape(heads, -1, dim) @ keys).reshape(heads, -1, stop - start, tokens)
+            s = _products(q.reshape(heads, -1, dim), keys)
+            s = s.reshape(heads, -1, stop - start, tokens)
             at = mx.arange(tokens - length + start, tokens - length + stop)[:, None]
             s = mx.where(mx.arange(tokens) <= at, s, -mx.inf)
             if present is not None:
@@ -224,6 +226,18 @@ def _running_max(x: NDArray[np.float32], width: int) -> NDArray[np.float32]:
         x = np.maximum(x[:, :-step], x[:, step:])
         have += step
     return x[:, :length]
+
+
+def _products(queries: mx.array, keys: mx.array) -> mx.array:
+    """Queries [H, n, D] times keys [H, N, D]: float32 [H, n, N].
+
+    Large ones are left to NumPy on the CPU, where MLX's own product takes 17 times as long; so
+    they are there when this returns.
+    """
+    keys = keys.astype(mx.float32)
+    if mx.default_device().type != mx.DeviceType.cpu or keys.shape[1] < _FEW_KEYS:
+        return queries @ keys.swapaxes(1, 2)
+    return mx.array(np.matmul(np.array(queries), np.array(keys).swapaxes(1, 2)))
 
 
 def _slab(body: Body, centers: Centers, backend: Backend, start: int) -> Callable[[], mx.array]:
