@@ -55,7 +55,7 @@ def test_significance_is_the_mean_weight_from_the_last_64_queries(
     with_logits: bool, equalize: str
 ) -> None:
     logits = mx.array(np.linspace(-1, 2, H * G).astype(np.float32)) if with_logits else None
-    cache, queries = fed([300, 40, 5, 1], KV + equalize, logits)
+    cache, queries = fed([900, 40, 5, 1], KV + equalize, logits)
     layer = cache.layer
     of_stored, of_exact = layer.judge()
     n = cache.offset
@@ -80,7 +80,7 @@ def test_the_window_is_judged_by_what_later_queries_saw() -> None:
 
 
 def test_the_largest_weight_of_several_calls() -> None:
-    cache, _ = fed([400])
+    cache, _ = fed([900])
     layer, collector = cache.layer, LargestReceived()
     view = layer.view()
     slots = slice(4, 4 + view.bodies[0].slots)
@@ -92,7 +92,7 @@ def test_the_largest_weight_of_several_calls() -> None:
         p = weights(q, keys_in_order(layer), cache.offset - n)
         expected = np.maximum(expected, p[..., slots].max(axis=(1, 2)))
     assert collector.scores is not None
-    np.testing.assert_allclose(collector.scores, expected, atol=1e-6)
+    np.testing.assert_allclose(collector.scores, expected, atol=3e-6)
 
 
 def test_the_ring_holds_the_last_64_queries_and_follows_a_trim() -> None:
