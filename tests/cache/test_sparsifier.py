@@ -155,7 +155,7 @@ def test_nothing_keeps_the_blocks_of_a_tier_that_has_none_left(policy: str) -> N
     gc.collect()
     held = stack.allocated - sum(t.nbytes for c in stack.caches for t in c.layer.body._tiers)
     # With it this was many times as much; what else MLX holds is not ours to say.
-    assert mx.get_active_memory() - before < 2 * held + 50_000
+    assert mx.get_active_memory() - before < 1.1 * held + 50_000
 
 
 def test_generation_under_a_byte_budget_stays_flat() -> None:
