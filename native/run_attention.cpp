@@ -6,6 +6,7 @@
 
 #include "ends.h"
 #include "scratch.h"
+#include "shares.h"
 #include "thread_pool.h"
 
 namespace leankv {
@@ -13,31 +14,42 @@ namespace {
 
 constexpr int kMinUnits = 8;      // of a task: less is not worth its merge
 constexpr int kMinSkipping = 32;  // the same where each task scores the exact rows as well
-constexpr int kShares = 2;  // tasks at least that are left for each thread, until they are minimal
+constexpr int kCut = 4;           // a task is this part of what is left of a share
 constexpr int64_t kSerialWork = 1 << 20;  // products below which waking a thread costs more
 
 struct Task {
   int head, first, last;
 };
 
-// Tasks of one head lie together, in the order of its tokens; one a head if `whole`. Else the sizes
-// fall with what is left, so that all threads end at about the same time.
-std::vector<Task> split(const AttentionArgs& a, int units, bool whole) {
-  const int fewest = a.skip > 0 ? kMinSkipping : kMinUnits;
-  std::vector<Task> tasks;
-  int left = units;
-  for (int h = 0; h < a.heads; ++h) {
-    const int n = a.units(h);
-    int first = 0;
-    do {
-      const int size = whole ? n : std::max(fewest, left / (kShares * thread_count()));
-      const int last = n - first < size + fewest ? n : first + size;
-      tasks.push_back({h, first, last});
-      left -= last - first;
-      first = last;
-    } while (first < n);
+// Which task is whose does not change the result, only how the tasks are cut does.
+struct Plan {
+  std::vector<Task> tasks;  // in the order of heads and their units
+  std::vector<int> ends;    // of each thread's share of the tasks
+};
+
+// The same number of units for each thread. The tasks of a share become smaller, so that there are small
+// ones left for whoever is done first, and all end at about the same time.
+Plan plan(const AttentionArgs& a, int units, int threads) {
+  const int fewest = threads == 1 ? units : a.skip > 0 ? kMinSkipping : kMinUnits;
+  threads = std::clamp(units / fewest, 1, threads);
+  Plan plan;
+  int head = 0, first = 0;  // the next unit
+  for (int i = 1, done = 0; i <= threads; ++i) {
+    for (const int end = static_cast<int>(int64_t{units} * i / threads); done < end;) {
+      const int size = std::max(fewest, (end - done) / kCut);
+      const int left = std::min(end - done, a.units(head) - first);  // of the share and the head
+      const int taken = left < size + fewest ? left : size;
+      plan.tasks.push_back({head, first, first + taken});
+      done += taken;
+      first += taken;
+      if (first == a.units(head)) {
+        first = 0;
+        ++head;
+      }
+    }
+    plan.ends.push_back(static_cast<int>(plan.tasks.size()));
   }
-  return tasks;
+  return plan;
 }
 
 // Queries of one head in the order of AttentionArgs::queries, and the bias of centering.
@@ -65,28 +77,15 @@ void merge(const AttentionJob& job, int head, const Partial* parts, int n) {
     job.reads[2 * head + 1] += parts[i].reads[1];
   }
   const AttentionArgs& a = job.args;
-  const int dim = a.v_dim;
-  float row[kMaxDim];
+  const float* mu = job.mu_v ? job.mu_v + head * a.v_dim : nullptr;
+  alignas(64) float row[kMaxDim];
   for (int r = 0; r < a.rows(); ++r) {
     const int query_head = head * a.group + r / a.length;
     const float* logits = job.ends.sink_logits;
-    const float logit = logits ? logits[query_head] * kLog2E : kLowest;
-    float top = logit, body = 0;
-    for (int i = 0; i < n; ++i) top = std::max(top, parts[i].max[r]);
-    float sum = logits ? std::exp2(logit - top) : 0;
-    std::fill(row, row + dim, 0.0f);
-    for (int i = 0; i < n; ++i) {
-      const float factor = std::exp2(parts[i].max[r] - top);
-      sum += factor * parts[i].sum[r];
-      body += factor * parts[i].body_sum[r];
-      const float* out = parts[i].out + int64_t{r} * dim;
-      for (int d = 0; d < dim; ++d) row[d] += factor * out[d];
-    }
-    for (int d = 0; d < dim; ++d) {  // centers count with the mass of the body only
-      row[d] = (row[d] + (job.mu_v ? body * job.mu_v[head * dim + d] : 0.0f)) / sum;
-    }
-    write_output(job.ends, query_head, r % a.length, dim, row);
-    job.lse[int64_t{query_head} * a.length + r % a.length] = (top + std::log2(sum)) * kLn2;
+    const float lse =
+        kernels().merge(a, parts, n, r, logits ? logits[query_head] * kLog2E : kLowest, mu, row);
+    write_output(job.ends, query_head, r % a.length, a.v_dim, row);
+    job.lse[int64_t{query_head} * a.length + r % a.length] = lse * kLn2;
   }
 }
 
@@ -99,8 +98,9 @@ void run_attention(const AttentionJob& job) {
   for (int h = 0; h < a.heads; ++h) units += a.units(h);
   const bool alone =
       thread_count() == 1 || units * kTile * rows * (a.k_dim + a.v_dim) < kSerialWork;
-  const auto tasks = split(a, units, alone);
-  const int64_t part_size = rows * (4 + a.v_dim + 2 * kMaxWidth);
+  const auto [tasks, ends] = plan(a, units, alone ? 1 : thread_count());
+  // Whole cache lines, because neighbours are of different threads.
+  const int64_t part_size = (rows * (4 + a.v_dim + 2 * kMaxWidth) + 15) / 16 * 16;
   const Scratch<float> queries(a.heads * rows * (a.k_dim + 1)), scratch(tasks.size() * part_size);
   float* bias = queries.data.get() + a.heads * rows * a.k_dim;
   for (int h = 0; h < a.heads; ++h) {
@@ -121,18 +121,21 @@ void run_attention(const AttentionJob& job) {
     first_task[tasks[i].head + 1] = static_cast<int>(i) + 1;
     ++left[tasks[i].head];
   }
-  const auto one = [&](int i) {
-    const Task& task = tasks[i];
-    kernels().attend(a, task.head, task.first, task.last, parts[i]);
-    if (--left[task.head] == 0) {  // whoever finishes a head merges it
-      const int first = first_task[task.head];
-      merge(job, task.head, &parts[first], first_task[task.head + 1] - first);
+  Shares shares(ends);
+  const auto work = [&](int own) {
+    for (int i = shares.take(own); i >= 0; i = shares.take(own)) {
+      const Task& task = tasks[i];
+      kernels().attend(a, task.head, task.first, task.last, parts[i]);
+      if (--left[task.head] == 0) {  // whoever finishes a head merges it
+        const int first = first_task[task.head];
+        merge(job, task.head, &parts[first], first_task[task.head + 1] - first);
+      }
     }
   };
-  if (alone) {
-    for (size_t i = 0; i < tasks.size(); ++i) one(static_cast<int>(i));
+  if (shares.count() == 1) {
+    work(0);
   } else {
-    parallel_for(static_cast<int>(tasks.size()), one);
+    parallel_for(shares.count(), work);
   }
 }
 

@@ -1,7 +1,6 @@
 #include "thread_pool.h"
 
 #include <pthread.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -10,6 +9,8 @@
 #include <cstdlib>
 #include <mutex>
 #include <thread>
+
+#include "processors.h"
 
 namespace leankv {
 namespace {
@@ -31,14 +32,18 @@ class Pool {
  public:
   // `awake`: whether there is a processor for each thread, so that waiting awake takes it from none.
   Pool(int threads, bool awake) : awake_(awake) {
-    // Detached: a worker holds nothing but this object, which lives as long as the process.
-    for (int i = 1; i < threads; ++i) std::thread([this] { work(); }).detach();
+    for (int i = 1; i < threads; ++i) {
+      std::thread worker([this] { work(); });
+      elsewhere_.add(worker);
+      worker.detach();  // it holds nothing but this object, which lives as long as the process
+    }
   }
 
   // False if another thread is running a loop.
   bool try_run(int n, const std::function<void(int)>& task) {
     std::unique_lock<std::mutex> loop(loop_, std::try_to_lock);
     if (!loop.owns_lock()) return false;
+    if (awake_) elsewhere_.move();
     {
       std::lock_guard<std::mutex> lock(mutex_);
       task_ = &task;
@@ -50,12 +55,7 @@ class Pool {
     drain(task, n);
     std::unique_lock<std::mutex> lock(mutex_);
     task_ = nullptr;  // a worker that wakes up from now on finds no loop
-    if (awake_ && busy_ > 0) {
-      lock.unlock();
-      const auto end = std::chrono::steady_clock::now() + kAwake;
-      while (busy_ > 0 && std::chrono::steady_clock::now() < end) relax();
-      lock.lock();
-    }
+    if (busy_ > 0) stay_awake(lock, [this] { return busy_ == 0; });
     done_.wait(lock, [this] { return busy_ == 0; });
     return true;
   }
@@ -63,6 +63,16 @@ class Pool {
  private:
   void drain(const std::function<void(int)>& task, int n) {
     for (int i = next_++; i < n; i = next_++) task(i);
+  }
+
+  // Returns when ready() or kAwake later; without the lock meanwhile.
+  template <class F>
+  void stay_awake(std::unique_lock<std::mutex>& lock, F&& ready) {
+    if (!awake_) return;
+    lock.unlock();
+    const auto end = std::chrono::steady_clock::now() + kAwake;
+    while (!ready() && std::chrono::steady_clock::now() < end) relax();
+    lock.lock();
   }
 
   void work() {
@@ -78,27 +88,22 @@ class Pool {
       drain(task, n);
       lock.lock();
       if (--busy_ == 0) done_.notify_one();
+      stay_awake(lock, [&] { return round_ != seen; });
     }
   }
 
   const bool awake_;
+  Elsewhere elsewhere_;
   std::mutex loop_;  // held by whoever runs a loop
   std::mutex mutex_;  // of everything below
   std::condition_variable begin_, done_;
   const std::function<void(int)>* task_ = nullptr;
   std::atomic<int> next_{0};
-  std::atomic<int> busy_{0};  // written under the mutex, also read without it
   int end_ = 0;
-  long round_ = 0;
+  // Written under the mutex, also read without it.
+  std::atomic<int> busy_{0};
+  std::atomic<long> round_{0};
 };
-
-int processors() {
-#ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
-#endif
-  return static_cast<int>(std::thread::hardware_concurrency());
-}
 
 // What the pool has.
 int all_threads() {

@@ -84,7 +84,7 @@ struct AttentionArgs {
   const float* bias = nullptr;  // [H, R]: what centering takes off body scores, in units of log2
 
   LEANKV_INLINE int rows() const { return group * length; }
-  LEANKV_INLINE int units(int head) const {  // blocks of 32 tokens: bodies first, exact rows last
+  LEANKV_INLINE int units(int head) const {  // of 32 tokens: exact rows first, then blocks of the bodies
     int n = blocks_of(exact);
     for (int i = 0; i < n_bodies; ++i) n += bodies[i].blocks(head);
     return n;
@@ -99,7 +99,7 @@ struct Partial {
   float* out = nullptr;       // [R, Dv]
   float* lanes = nullptr;     // [2, R, kMaxWidth]: the sums lane by lane, body and exact rows
   float* least = nullptr;     // [R], in units of log2: the score that a block must reach to be read
-  int32_t* reads = nullptr;   // [2], added to: blocks whose values were read, and all blocks
+  int32_t* reads = nullptr;   // [2]: blocks whose values were read, and all blocks
 };
 
 constexpr int kQueryTile = 128;  // query rows that share one conversion of a key tile
@@ -165,6 +165,10 @@ struct Kernels {
   const char* name;
   // Attention of one head over its units [first, last).
   void (*attend)(const AttentionArgs&, int head, int first, int last, const Partial&);
+  // Row r of n parts -> output row [Dv] and log-sum-exp in units of log2. `logit`: of a token without a
+  // value, in the same units; mu [Dv] or null: what is added to the values of the bodies.
+  float (*merge)(const AttentionArgs&, const Partial* parts, int n, int r, float logit,
+                 const float* mu, float* row);
   // Rows [32 * block, 32 * block + 32) of one head to one block.
   void (*encode)(const EncodeArgs&, int head, int block);
   // Block i of one head to output rows [row, row + 32); slots that are not in use become 0.

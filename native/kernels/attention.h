@@ -13,7 +13,7 @@ struct Chunk {
   float* exact_sum = nullptr;      // [rows][W]
   float* out = nullptr;            // [rows][v_dim]
   float* least = nullptr;          // [rows]
-  int32_t* reads = nullptr;        // [2]
+  int32_t* reads = nullptr;        // [2], see Partial
 };
 
 // Rescales everything of row r to a new maximum.
@@ -26,17 +26,16 @@ inline void move_max(const Chunk& chunk, int r, float to) {
   for (int i = 0; i < chunk.v_dim; i += W) store(out + i, load(out + i) * factor);
 }
 
-// One row of 32 scores -> probabilities relative to the row's maximum, 0 behind `live`. Returns the
-// highest of the scores.
-LEANKV_INLINE float softmax(const Chunk& chunk, int r, const vf* scores, int live, float* sums,
+// One row of 32 scores -> probabilities relative to the row's maximum, 0 behind `live`. Returns whether
+// any score is above the row's least one.
+LEANKV_INLINE bool softmax(const Chunk& chunk, int r, const vf* scores, int live, float* sums,
                            vf* probabilities) {
   vf masked[NV], top = splat(kLowest);
   unroll<NV>([&](auto v) LEANKV_LAMBDA {
     masked[v] = lane_ids() + v * W < live ? scores[v] : splat(kLowest);
     top = vmax(top, masked[v]);
   });
-  const float highest = max(top);
-  if (highest > chunk.max[r]) move_max(chunk, r, highest);
+  if (any_above(top, chunk.max[r])) move_max(chunk, r, max(top));  // seldom: finding a maximum is slow
   vf total = load(sums + r * W);
   unroll<NV>([&](auto v) LEANKV_LAMBDA {
     const vf p = exp2_negative(masked[v] - chunk.max[r]);
@@ -44,7 +43,7 @@ LEANKV_INLINE float softmax(const Chunk& chunk, int r, const vf* scores, int liv
     total += probabilities[v];
   });
   store(sums + r * W, total);
-  return highest;
+  return any_above(top, chunk.least[r]);
 }
 
 // Scales of 32 slots: K in the low halves of the words, V in the high halves.
@@ -60,7 +59,18 @@ struct Scales {
   }
 };
 
-inline void attend_block(const Chunk& chunk, const Format& format, const uint32_t* block, int live) {
+// Every cache line of these words. The hardware finds what lies behind by itself, but stops at the end
+// of a page, and a block is about as long as one.
+LEANKV_INLINE void prefetch(const uint32_t* words, int n) {
+  for (int i = 0; i < n; i += 16) __builtin_prefetch(words + i);
+}
+
+// `next`: the block that follows, of which each half is fetched while a half of this one is worked on;
+// where the values of this one are not read, those of the next are likely not to be either.
+inline void attend_block(const Chunk& chunk, const Format& format, const uint32_t* block, int live,
+                         const uint32_t* next) {
+  const int words = format.words();
+  prefetch(next, words / 2);
   alignas(64) float scores[kRowChunk * kTile];
   std::memset(scores, 0, sizeof(float) * chunk.rows * kTile);
   const uint32_t* values = key_tiles(format.k, block, chunk.rows, chunk.queries, scores);
@@ -71,7 +81,7 @@ inline void attend_block(const Chunk& chunk, const Format& format, const uint32_
     unroll<NV>([&](auto n) LEANKV_LAMBDA {
       s[n] = load(scores + r * kTile + n * W) * scales.k[n] + chunk.bias[r];
     });
-    const bool counts = softmax(chunk, r, s, live, chunk.body_sum, p) >= chunk.least[r];
+    const bool counts = softmax(chunk, r, s, live, chunk.body_sum, p);
     const int shown = counts ? live : 0;
     read |= counts;
     unroll<NV>([&](auto n) LEANKV_LAMBDA {  // a select, because the scale of an unused slot may be NaN
@@ -79,7 +89,10 @@ inline void attend_block(const Chunk& chunk, const Format& format, const uint32_
       store(scores + r * kTile + n * W, weighted);
     });
   }
-  if (read) value_tiles(format.v, values, chunk.rows, scores, chunk.out);
+  if (read) {
+    prefetch(next + words / 2, words - words / 2);
+    value_tiles(format.v, values, chunk.rows, scores, chunk.out);
+  }
   chunk.reads[0] += read;
   ++chunk.reads[1];
 }
@@ -156,7 +169,7 @@ inline void attend_exact(const AttentionArgs& a, const Chunk& chunk, int head, i
   });
 }
 
-// Sets the least score of a block: a token of a lower one weighs less than `skip`, because the exact
+// Sets the least score of a block: a token not above it weighs at most `skip`, because the exact
 // rows are a part of what the softmax is normalized by.
 inline void set_least(const AttentionArgs& a, const Chunk& chunk, int head) {
   alignas(64) float scores[kRowChunk * kTile];
@@ -173,24 +186,17 @@ inline void set_least(const AttentionArgs& a, const Chunk& chunk, int head) {
   }
 }
 
-constexpr int kPageWords = 1024;
-
-// Every cache line of a block. The hardware finds the next block by itself where it lies behind this
-// one and fills a page, and is then slowed down by more requests.
-LEANKV_INLINE void prefetch(const uint32_t* block, int words) {
-  for (int i = 0; i < words; i += 16) __builtin_prefetch(block + i);
-}
-
 // f(chunk) for all rows of the head.
 template <class F>
-LEANKV_INLINE void each_chunk(const AttentionArgs& a, int head, const Partial& p, F&& f) {
+LEANKV_INLINE void each_chunk(const AttentionArgs& a, int head, const Partial& p, int32_t* reads,
+                              F&& f) {
   const float* queries = a.queries + static_cast<int64_t>(head) * a.rows() * a.k_dim;
   const float* bias = a.bias + static_cast<int64_t>(head) * a.rows();
   for (int first = 0; first < a.rows(); first += kRowChunk) {
     const int left = a.rows() - first;
     f(Chunk{first, left < kRowChunk ? left : kRowChunk, a.v_dim, queries + first * a.k_dim,
             bias + first, p.max + first, p.lanes + first * W, p.lanes + (a.rows() + first) * W,
-            p.out + static_cast<int64_t>(first) * a.v_dim, p.least + first, p.reads});
+            p.out + static_cast<int64_t>(first) * a.v_dim, p.least + first, reads});
   }
 }
 
@@ -202,35 +208,61 @@ inline void attend(const AttentionArgs& a, int head, int first, int last, const 
     p.max[r] = kLowest;
     p.least[r] = -__builtin_inff();
   }
-  if (a.skip > 0 && first < a.units(head) - blocks_of(a.exact)) {
-    each_chunk(a, head, p, [&](const Chunk& chunk) { set_least(a, chunk, head); });
+  int32_t reads[2] = {};  // not in the part, whose neighbours other threads write to
+  int start = blocks_of(a.exact);  // unit of the first block of the body
+  if (a.skip > 0 && last > start) {
+    each_chunk(a, head, p, reads, [&](const Chunk& chunk) { set_least(a, chunk, head); });
   }
 
-  int start = 0;  // unit of the first block of the body
+  for (int u = first; u < last && u < start; ++u) {
+    const int row = u * kTile, left = a.exact - row;
+    each_chunk(a, head, p, reads, [&](const Chunk& chunk) {
+      attend_exact(a, chunk, head, row, left < kTile ? left : kTile);
+    });
+  }
   for (const Body* body = a.bodies; body < a.bodies + a.n_bodies; ++body) {
-    const int blocks = body->blocks(head), words = body->format.words();
+    const int blocks = body->blocks(head);
     const int stop = last - start < blocks ? last - start : blocks;
-    for (int b = first > start ? first - start : 0; b < stop; ++b) {
+    const int begin = first > start ? first - start : 0;
+    if (begin < stop) prefetch(body->block(head, begin), body->format.words());
+    for (int b = begin; b < stop; ++b) {
       const uint32_t* block = body->block(head, b);
-      const uint32_t* next = b + 1 < stop ? body->block(head, b + 1) : block;
-      if (next != block && (next != block + words || words < kPageWords)) prefetch(next, words);
+      // The one behind the last is most likely this thread's as well.
+      const uint32_t* next = b + 1 < blocks ? body->block(head, b + 1) : block;
       const int left = body->lengths[head] - b * kTile;
-      each_chunk(a, head, p, [&](const Chunk& chunk) {
-        attend_block(chunk, body->format, block, left < kTile ? left : kTile);
+      each_chunk(a, head, p, reads, [&](const Chunk& chunk) {
+        attend_block(chunk, body->format, block, left < kTile ? left : kTile, next);
       });
     }
     start += blocks;
-  }
-  for (int u = first > start ? first : start; u < last; ++u) {
-    const int row = (u - start) * kTile, left = a.exact - row;
-    each_chunk(a, head, p, [&](const Chunk& chunk) {
-      attend_exact(a, chunk, head, row, left < kTile ? left : kTile);
-    });
   }
   for (int r = 0; r < a.rows(); ++r) {
     p.body_sum[r] = sum(load(p.lanes + r * W));
     p.sum[r] = p.body_sum[r] + sum(load(p.lanes + (a.rows() + r) * W));
   }
+  p.reads[0] = reads[0];
+  p.reads[1] = reads[1];
+}
+
+// See Kernels::merge.
+inline float merge(const AttentionArgs& a, const Partial* parts, int n, int r, float logit,
+                   const float* mu, float* row) {
+  float top = logit;
+  for (const Partial* p = parts; p < parts + n; ++p) top = p->max[r] > top ? p->max[r] : top;
+  vf all = exp2_negative(splat(logit - top)), body{};
+  if (logit == kLowest) all = vf{};  // there is no such token
+  std::memset(row, 0, sizeof(float) * a.v_dim);
+  for (const Partial* p = parts; p < parts + n; ++p) {
+    const vf factor = exp2_negative(splat(p->max[r] - top));
+    all += factor * p->sum[r];
+    body += factor * p->body_sum[r];
+    const float* out = p->out + static_cast<int64_t>(r) * a.v_dim;
+    for (int i = 0; i < a.v_dim; i += W) store(row + i, load(row + i) + factor * load(out + i));
+  }
+  for (int i = 0; i < a.v_dim; i += W) {  // centers count with the mass of the body only
+    store(row + i, (load(row + i) + (mu ? body * load(mu + i) : vf{})) / all);
+  }
+  return top + __builtin_log2f(all[0]);
 }
 
 }  // namespace leankv::LEANKV_ISA

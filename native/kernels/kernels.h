@@ -13,8 +13,8 @@
 namespace leankv::LEANKV_ISA {
 
 constexpr Kernels kernels(const char* name) {
-  return {name,   attend,   encode,     decode,  repack,      read, write,
-          rotate, unrotate, kRowLanes, prefill, multiply_add};
+  return {name,  attend, merge,    encode,    decode,  repack,      read,
+          write, rotate, unrotate, kRowLanes, prefill, multiply_add};
 }
 
 }  // namespace leankv::LEANKV_ISA

@@ -52,6 +52,9 @@ LEANKV_INLINE float max(vf x) {
   s = _mm_max_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
+LEANKV_INLINE bool any_above(vf x, float limit) {
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(limit), _CMP_GT_OQ)) != 0;
+}
 LEANKV_INLINE vf from_f16(vh h) { return (vf)_mm256_cvtph_ps((__m128i)h); }
 LEANKV_INLINE vh to_f16(vf x) { return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
 

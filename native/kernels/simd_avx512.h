@@ -45,6 +45,9 @@ struct Levels<8> {
 
 LEANKV_INLINE float sum(vf x) { return _mm512_reduce_add_ps((__m512)x); }
 LEANKV_INLINE float max(vf x) { return _mm512_reduce_max_ps((__m512)x); }
+LEANKV_INLINE bool any_above(vf x, float limit) {
+  return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+}
 LEANKV_INLINE vf from_f16(vh h) { return (vf)_mm512_cvtph_ps((__m256i)h); }
 LEANKV_INLINE vh to_f16(vf x) { return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
 

@@ -24,6 +24,7 @@ LEANKV_INLINE float max(vf x) {
   const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
   return a > b ? a : b;
 }
+LEANKV_INLINE bool any_above(vf x, float limit) { return max(x) > limit; }
 LEANKV_INLINE vf from_f16(vh h) { return from_f16_portable(h); }
 LEANKV_INLINE vh to_f16(vf x) { return to_f16_portable(x); }
 

@@ -23,6 +23,7 @@ struct Levels {
 LEANKV_INLINE void add_product(vf& sum, vf x, vf y) { sum += x * y; }
 LEANKV_INLINE float sum(vf x) { return vaddvq_f32((float32x4_t)x); }
 LEANKV_INLINE float max(vf x) { return vmaxvq_f32((float32x4_t)x); }
+LEANKV_INLINE bool any_above(vf x, float limit) { return max(x) > limit; }
 LEANKV_INLINE vf from_f16(vh h) { return (vf)vcvt_f32_f16((float16x4_t)h); }
 LEANKV_INLINE vh to_f16(vf x) { return (vh)vcvt_f16_f32((float32x4_t)x); }
 
