@@ -3,11 +3,13 @@
 Ours is measured as a decode step runs it: the attention of several layers, each with a cache of
 its own, in one evaluation. The time of one alone is mostly that of the hand-over between MLX's
 threads, which a step does not pay for each layer; mlx-lm's attention takes so long that it makes no
-difference there.
+difference there. Building the graph is not timed: the generation loop does that for the next token
+while this one is evaluated.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +19,7 @@ from leankv_mlx.attention import attend_codes
 from leankv_mlx.benchmarks.fill import DTYPES, STOCK, fill
 from leankv_mlx.benchmarks.settings import Advance, Row, Settings, compared
 from leankv_mlx.benchmarks.shapes import Heads
-from leankv_mlx.benchmarks.timing import interleave
+from leankv_mlx.benchmarks.timing import Arm, Staged, interleave
 from leankv_mlx.cache import CompressedKVCache
 from leankv_mlx.codec.format import TILE, Format
 from leankv_mlx.config import CompressionConfig
@@ -29,9 +31,8 @@ USUAL = ("k4v4", "k3v2")
 LAYERS = 8
 """Evaluated together."""
 
-_ONE_THREAD = " on one thread"
-_BOUND = "bound"
-_BOUND_PRODUCTS = 400_000_000  # per thread: milliseconds, so that starting threads does not count
+_ALL, _ONE = "all threads", "one thread"
+_BOUND_PRODUCTS = 400_000_000  # per thread: some milliseconds
 
 
 def measure_attention(settings: Settings, advance: Advance) -> list[Row]:
@@ -51,21 +52,17 @@ def _group(
 ) -> list[Row]:
     """One interleaved run: all formats and all baselines."""
     queries = mx.random.normal((1, heads.query, 1, heads.dim))
-    arms: dict[str, Callable[[], object]] = {}
-    native = False
+    arms: dict[str, Staged] = {}
+    native = []
     for name, config in configs.items():
         caches = [CompressedKVCache(config) for _ in range(LAYERS)]
-        own = caches[0].backend == "cpu"
-        native = native or own
+        if caches[0].backend == "cpu":
+            native.append(name)
         fill(caches, heads, tokens, mx.bfloat16)
         arms[name] = _ours(caches, queries.astype(mx.bfloat16))
-        if own:
-            arms[name + _ONE_THREAD] = _on_one_thread(arms[name])
-    if native:
-        arms[_BOUND] = lambda: load().multiply_add_rate(_BOUND_PRODUCTS)
     baselines = _baselines(heads, tokens, queries, settings)
     timings = interleave({**arms, **baselines}, settings.budget)
-    timings = timings.divided({name: LAYERS for name in arms if name != _BOUND})
+    timings = timings.divided(dict.fromkeys(arms, LAYERS))
     rows = []
     for name, config in configs.items():
         row: Row = {
@@ -76,13 +73,34 @@ def _group(
             "format": name,
             **compared(timings, name, list(baselines)),
         }
-        if name + _ONE_THREAD in arms:
-            row["one_thread_ms"] = timings.ms(name + _ONE_THREAD)
-            row["thread_speedup"] = timings.ratio(name + _ONE_THREAD, name)
-            least = products(heads, tokens, config) / (_BOUND_PRODUCTS * load().threads())
-            row["bound_share"] = least * timings.ratio(_BOUND, name)
+        if name in native:
+            row |= _threads(arms[name], products(heads, tokens, config), settings)
         rows.append(row)
     return rows
+
+
+def _threads(ours: Staged, products: int, settings: Settings) -> Row:
+    """One interleaved run: all threads beside one, and beside the products that they could do."""
+    native = load()
+    rates: dict[str, list[float]] = {_ALL: [], _ONE: []}
+
+    def bound(name: str) -> Callable[[], object]:
+        return lambda: rates[name].append(native.multiply_add_rate(_BOUND_PRODUCTS))
+
+    arms: dict[str, Arm] = {
+        _ALL: ours,
+        _ONE: _on_one_thread(ours),
+        _ALL + " at most": bound(_ALL),
+        _ONE + " at most": _on_one_thread(bound(_ONE)),
+    }
+    timings = interleave(arms, settings.budget).divided({_ALL: LAYERS, _ONE: LAYERS})
+    most = {name: statistics.median(found) for name, found in rates.items()}
+    return {
+        "one_thread_ms": timings.ms(_ONE),
+        "thread_speedup": timings.ratio(_ONE, _ALL),
+        "bound_thread_speedup": most[_ALL] / most[_ONE],
+        "bound_share": 1e3 * products / most[_ALL] / timings.ms(_ALL),
+    }
 
 
 def products(heads: Heads, tokens: int, config: CompressionConfig) -> int:
@@ -92,36 +110,37 @@ def products(heads: Heads, tokens: int, config: CompressionConfig) -> int:
     return tokens * heads.query * channels
 
 
-def _ours(caches: Sequence[CompressedKVCache], queries: mx.array) -> Callable[[], object]:
+def _ours(caches: Sequence[CompressedKVCache], queries: mx.array) -> Staged:
     views, scale = [cache.view() for cache in caches], queries.shape[-1] ** -0.5
 
-    def run() -> None:
-        mx.eval(
-            [
-                attend_codes(queries, view, scale=scale, mask=None, sink_logits=None).out
-                for view in views
-            ]
-        )
+    def make() -> list[mx.array]:
+        return [
+            attend_codes(queries, view, scale=scale, mask=None, sink_logits=None).out
+            for view in views
+        ]
 
-    return run
+    return Staged(make, mx.eval)
 
 
-def _on_one_thread(run: Callable[[], object]) -> Callable[[], object]:
+def _on_one_thread(arm: Arm) -> Arm:
     native = load()
 
-    def limited() -> None:
+    def limited(run: Callable[[], object]) -> None:
         native.use_one_thread(True)
         try:
             run()
         finally:
             native.use_one_thread(False)
 
-    return limited
+    if isinstance(arm, Staged):
+        run = arm.run
+        return Staged(arm.make, lambda made: limited(lambda: run(made)))
+    return lambda: limited(arm)
 
 
 def _baselines(
     heads: Heads, tokens: int, queries: mx.array, settings: Settings
-) -> dict[str, Callable[[], object]]:
+) -> dict[str, Staged]:
     arms = {}
     for name, dtype in DTYPES.items():
         cache = stock_cache()
@@ -135,6 +154,6 @@ def _baselines(
     return arms
 
 
-def _stock(cache: Any, queries: mx.array) -> Callable[[], object]:
+def _stock(cache: Any, queries: mx.array) -> Staged:
     mx.eval(queries)
-    return lambda: mx.eval(stock_attention(queries, cache, queries.shape[-1] ** -0.5))
+    return Staged(lambda: stock_attention(queries, cache, queries.shape[-1] ** -0.5), mx.eval)

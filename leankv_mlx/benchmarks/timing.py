@@ -8,7 +8,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 Clock = Callable[[], float]
-Arms = Mapping[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Work that needs something made first, which is not timed."""
+
+    make: Callable[[], object]
+    run: Callable[[object], object]
+
+
+Arm = Callable[[], object] | Staged
+Arms = Mapping[str, Arm]
 """What is compared, by name; a call does the work once and waits for it. The order is kept."""
 
 
@@ -60,7 +71,7 @@ def interleave(arms: Arms, budget: Budget, clock: Clock = time.perf_counter) -> 
     faster in those rounds. Who follows whom changes from round to round, because the one before
     decides what is in the processor's caches.
     """
-    strides = _strides({name: _warm_up(run, budget, clock) for name, run in arms.items()}, budget)
+    strides = _strides({name: _warm_up(arm, budget, clock) for name, arm in arms.items()}, budget)
     rounds = {name: stride * runs for name, (stride, runs) in strides.items()}
     seconds: dict[str, dict[int, float]] = {name: {} for name in arms}
     for i in range(max(rounds.values())):
@@ -80,12 +91,12 @@ def _order(names: list[str], turn: int) -> list[str]:
     return [names[(at + turn) % n] for at in zigzag]
 
 
-def _warm_up(run: Callable[[], object], budget: Budget, clock: Clock) -> float:
+def _warm_up(arm: Arm, budget: Budget, clock: Clock) -> float:
     """Seconds that a run takes: the fastest, because the first ones also allocate."""
     end = clock() + budget.warm_up
-    best = _timed(run, clock)
+    best = _timed(arm, clock)
     while clock() < end:
-        best = min(best, _timed(run, clock))
+        best = min(best, _timed(arm, clock))
     return best
 
 
@@ -105,7 +116,12 @@ def _strides(estimates: Mapping[str, float], budget: Budget) -> dict[str, tuple[
     return strides
 
 
-def _timed(run: Callable[[], object], clock: Clock) -> float:
-    start = clock()
-    run()
+def _timed(arm: Arm, clock: Clock) -> float:
+    if isinstance(arm, Staged):
+        made = arm.make()
+        start = clock()
+        arm.run(made)
+    else:
+        start = clock()
+        arm()
     return clock() - start

@@ -7,7 +7,7 @@ from itertools import count, pairwise
 
 import pytest
 
-from leankv_mlx.benchmarks.timing import Arms, Budget, Timings, interleave
+from leankv_mlx.benchmarks.timing import Arms, Budget, Staged, Timings, interleave
 
 
 class Machine:
@@ -55,6 +55,16 @@ def test_the_warm_up_is_not_measured() -> None:
     arms: Arms = {"a": machine.arm("a", seconds)}
     timings = interleave(arms, Budget(2, warm_up=10, fewest=1, most=9), machine.clock)
     assert machine.log == ["a"] * 4  # 9 + 1 seconds of warm-up, then what 2 seconds hold
+    assert timings.ms("a") == 1000
+
+
+def test_what_is_made_first_is_not_measured() -> None:
+    machine = Machine()
+    make, run = machine.arm("make", always(5)), machine.arm("run", always(1))
+    seen: list[object] = []
+    arms: Arms = {"a": Staged(lambda: (make(), "made")[1], lambda made: (seen.append(made), run()))}
+    timings = interleave(arms, Budget(2, warm_up=0, fewest=1, most=2), machine.clock)
+    assert machine.log == ["make", "run"] * 3 and seen == ["made"] * 3
     assert timings.ms("a") == 1000
 
 
