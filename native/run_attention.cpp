@@ -21,6 +21,9 @@ struct Task {
   int head, first, last;
 };
 
+// At least one, so that a head without tokens has a task, and with it an output.
+int units_of(const AttentionArgs& a, int head) { return std::max(1, a.units(head)); }
+
 // Which task is whose does not change the result, only how the tasks are cut does.
 struct Plan {
   std::vector<Task> tasks;  // in the order of heads and their units
@@ -37,12 +40,12 @@ Plan plan(const AttentionArgs& a, int units, int threads) {
   for (int i = 1, done = 0; i <= threads; ++i) {
     for (const int end = static_cast<int>(int64_t{units} * i / threads); done < end;) {
       const int size = std::max(fewest, (end - done) / kCut);
-      const int left = std::min(end - done, a.units(head) - first);  // of the share and the head
+      const int left = std::min(end - done, units_of(a, head) - first);  // of the share and the head
       const int taken = left < size + fewest ? left : size;
       plan.tasks.push_back({head, first, first + taken});
       done += taken;
       first += taken;
-      if (first == a.units(head)) {
+      if (first == units_of(a, head)) {
         first = 0;
         ++head;
       }
@@ -95,7 +98,7 @@ void run_attention(const AttentionJob& job) {
   AttentionArgs a = job.args;
   const int64_t rows = a.rows();
   int units = 0;
-  for (int h = 0; h < a.heads; ++h) units += a.units(h);
+  for (int h = 0; h < a.heads; ++h) units += units_of(a, h);
   const bool alone =
       thread_count() == 1 || units * kTile * rows * (a.k_dim + a.v_dim) < kSerialWork;
   const auto [tasks, ends] = plan(a, units, alone ? 1 : thread_count());

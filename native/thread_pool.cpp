@@ -15,8 +15,8 @@
 namespace leankv {
 namespace {
 
-// How long the caller waits awake for tasks that a worker has begun: falling asleep and being woken
-// takes ten to twenty microseconds.
+// How long a thread waits awake, the caller for tasks that a worker has begun and a worker for the next
+// loop: falling asleep and being woken takes ten to twenty microseconds.
 constexpr std::chrono::microseconds kAwake{50};
 
 // Tells the processor that this thread only waits.

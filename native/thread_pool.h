@@ -1,8 +1,10 @@
 // A small persistent pool for loops of independent tasks.
 //
-// Workers sleep on a condition variable between loops and never spin; the caller takes part and, when
-// no task is left, waits only for those that a worker has already begun: awake for a short while, if
-// there is a processor for each thread. So a loop costs little even if no worker wakes up in time.
+// Between loops workers sleep on a condition variable, after a short while in which they wait awake for
+// one that follows at once. The caller takes part and, when no task is left, waits only for those that a
+// worker has already begun, awake at first too. Nobody waits awake unless there is a processor for each
+// thread, and then workers are kept off the caller's. So a loop costs little even if no worker wakes up
+// in time.
 // While one thread runs a loop, loops of other threads (of a second MLX stream) run on their own
 // thread alone: never more threads than the pool has.
 #pragma once

@@ -301,6 +301,7 @@ def test_a_damaged_entry_is_one_note(
 
 INTERRUPTED = """
 import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 from leankv_mlx.cli import summarize
 from leankv_mlx.documents.partials import Partials
 

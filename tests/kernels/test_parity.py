@@ -95,6 +95,30 @@ def test_one_head_has_more_query_rows_than_any_other_test(backend: Backend) -> N
     check_attention(cases.case(**row, heads=1), backend)
 
 
+@pytest.mark.parametrize("lengths", [[64, 0, 0], [0, 64, 0], [0, 0, 0]])
+def test_a_head_without_tokens_attends_to_its_sink_logits(
+    lengths: list[int], backend: Backend
+) -> None:
+    row = cases.pairwise(FACTORS)[0] | {"tiers": 1, "lengths": "full", "exact": 4, "new": 1}
+    case = cases.case(**row | {"sink_logits": True, "mask": None, "skip": 0.0})
+    none = Rows(*(x[:, :0] for x in case.exact))
+    bodies = [replace(case.bodies[0], lengths=mx.array(lengths, mx.int32))]
+    result = attention(replace(case, exact=none, bodies=bodies, sinks=0), backend)
+    group = case.queries.shape[0] // 3
+    for head, length in enumerate(lengths):
+        mine = slice(head * group, (head + 1) * group)
+        assert mx.isfinite(result.out[mine]).all() and mx.isfinite(result.lse[mine]).all()
+        assert bool(mx.any(result.out[mine] != 0)) == (length > 0)
+
+
+def test_who_is_faster_does_not_change_a_bit(backend: Backend) -> None:
+    row = cases.pairwise(FACTORS)[0] | {"tiers": 1, "lengths": "partial", "new": 1, "exact": 40}
+    case = cases.case(**row, heads=2, blocks=130)
+    first = attention(case, backend)
+    for _ in range(20):
+        assert mx.array_equal(attention(case, backend).out, first.out)
+
+
 def test_an_array_as_mask(backend: Backend) -> None:
     row = cases.pairwise(FACTORS)[0] | {"tiers": 1, "lengths": "full", "exact": 40, "new": 3}
     case = cases.case(**row)
