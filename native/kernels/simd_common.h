@@ -128,6 +128,11 @@ constexpr int in_order(int j) {
   return B == 3 ? (j & 16) + 4 * (j & 3) + ((j >> 2) & 3) : j;
 }
 
+// Codes of a lane that are decoded at once: Levels<B>::together<K>(words, n, values) sets vector n of
+// codes T * K to T * K + T - 1. If it is 1, Levels<B>::at<I>(words) returns the vector of code I.
+template <int B>
+inline constexpr int kTogether = 1;
+
 template <int B>
 LEANKV_INLINE vf cubic(vu code) {
   const vf x = __builtin_convertvector((vi)code, vf) - kMiddle<B>;

@@ -24,20 +24,28 @@ constexpr int turns_for(int rows, int vectors) {
 template <int B, int R, int N>
 LEANKV_INLINE void tile_lanes(const uint32_t* words, int tiles, const float* x, float* acc,
                               int stride) {
-  constexpr int S = turns_for(R, N);
+  constexpr int S = turns_for(R, N), T = kTogether<B>;
   vf sums[S][R][N] = {};
   unroll<R>([&](auto r) LEANKV_LAMBDA {
     unroll<N>([&](auto n) LEANKV_LAMBDA { sums[0][r][n] = load(acc + r * stride + n * W); });
   });
   const Levels<B> levels;
   for (; tiles > 0; --tiles, words += kTile * B, x += R * kTile) {
-    unroll<kTile>([&](auto j) LEANKV_LAMBDA {
-      constexpr Index<in_order<B>(j)> i;
-      vf values[N];
-      unroll<N>([&](auto n) LEANKV_LAMBDA { values[n] = levels.template at<i>(words + n * W); });
-      unroll<R>([&](auto r) LEANKV_LAMBDA {
-        const vf factor = splat(x[r * kTile + i]);
-        unroll<N>([&](auto n) LEANKV_LAMBDA { add_product(sums[j % S][r][n], values[n], factor); });
+    unroll<kTile / T>([&](auto k) LEANKV_LAMBDA {
+      vf values[T][N];
+      unroll<N>([&](auto n) LEANKV_LAMBDA {
+        if constexpr (T == 1) {
+          values[0][n] = levels.template at<in_order<B>(k)>(words + n * W);
+        } else {
+          levels.template together<k>(words + n * W, n, values);
+        }
+      });
+      unroll<T>([&](auto t) LEANKV_LAMBDA {
+        constexpr int j = k * T + t, i = T == 1 ? in_order<B>(j) : j;
+        unroll<R>([&](auto r) LEANKV_LAMBDA {
+          const vf factor = splat(x[r * kTile + i]);
+          unroll<N>([&](auto n) LEANKV_LAMBDA { add_product(sums[j % S][r][n], values[t][n], factor); });
+        });
       });
     });
   }
