@@ -128,8 +128,8 @@ constexpr int in_order(int j) {
   return B == 3 ? (j & 16) + 4 * (j & 3) + ((j >> 2) & 3) : j;
 }
 
-// Codes of a lane that are decoded at once: Levels<B>::together<K>(words, n, values) sets vector n of
-// codes T * K to T * K + T - 1. If it is 1, Levels<B>::at<I>(words) returns the vector of code I.
+// Codes of a lane that a tile's loop decodes at once. If it is not 1, Levels<B>::together<K>(words, n,
+// values) sets vector n of the T codes from place T * K of in_order<B> on.
 template <int B>
 inline constexpr int kTogether = 1;
 

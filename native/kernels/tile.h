@@ -41,7 +41,7 @@ LEANKV_INLINE void tile_lanes(const uint32_t* words, int tiles, const float* x, 
         }
       });
       unroll<T>([&](auto t) LEANKV_LAMBDA {
-        constexpr int j = k * T + t, i = T == 1 ? in_order<B>(j) : j;
+        constexpr int j = k * T + t, i = in_order<B>(j);
         unroll<R>([&](auto r) LEANKV_LAMBDA {
           const vf factor = splat(x[r * kTile + i]);
           unroll<N>([&](auto n) LEANKV_LAMBDA { add_product(sums[j % S][r][n], values[t][n], factor); });
