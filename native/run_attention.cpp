@@ -55,23 +55,53 @@ Plan plan(const AttentionArgs& a, int units, int threads) {
   return plan;
 }
 
-// Queries of one head in the order of AttentionArgs::queries, and the bias of centering.
-void prepare(const AttentionJob& job, int head, float* queries, float* bias) {
-  const AttentionArgs& a = job.args;
-  const int rows = a.rows(), dim = a.k_dim;
-  float row[kMaxDim];
-  for (int r = 0; r < rows; ++r) {
-    read_query(job.ends, head * a.group + r / a.length, r % a.length, dim, row);
-    const int chunk = r / kRowChunk * kRowChunk, in_chunk = std::min(kRowChunk, rows - chunk);
-    float* to = queries + int64_t{chunk} * dim + (r - chunk) * kTile;
-    float dot = 0;
-    for (int i = 0; i < dim; ++i) {
-      to[i / kTile * in_chunk * kTile + i % kTile] = row[i];
-      if (job.mu_k) dot += row[i] * job.mu_k[head * dim + i];
-    }
-    bias[r] = dot;
+// The queries of all heads as AttentionArgs describes them, and the bias of centering.
+class Queries {
+ public:
+  explicit Queries(const AttentionJob& job)
+      : width_(job.ends.queries.type == Type::f32 ? 0 : kernels().pair_width),
+        rows_(job.args.rows()),
+        dim_(job.args.k_dim),
+        floats_(job.args.heads * rows_ * (dim_ + 2)),
+        pairs_(job.args.heads * rows_ * dim_ * width_) {
+    bias_ = floats_.data.get() + job.args.heads * rows_ * dim_;
+    steps_ = bias_ + job.args.heads * rows_;
+    for (int h = 0; h < job.args.heads; ++h) prepare(job, h);
   }
-}
+
+  void give_to(AttentionArgs& a) const {
+    a.queries = floats_.data.get();
+    a.bias = bias_;
+    if (width_) {
+      a.pairs = pairs_.data.get();
+      a.steps = steps_;
+    }
+  }
+
+ private:
+  void prepare(const AttentionJob& job, int head) {
+    const AttentionArgs& a = job.args;
+    float row[kMaxDim];
+    for (int64_t r = 0; r < rows_; ++r) {
+      read_query(job.ends, static_cast<int>(head * a.group + r / a.length), r % a.length, dim_, row);
+      const int64_t chunk = r / kRowChunk * kRowChunk, in_chunk = std::min(kRowChunk + chunk, rows_) - chunk;
+      const int64_t at = (head * rows_ + chunk) * dim_ + (r - chunk) * kTile;
+      const QueryPlace place{floats_.data.get() + at, in_chunk * kTile,
+                             width_ ? pairs_.data.get() + at * width_ : nullptr,
+                             steps_ + head * rows_ + r};
+      const float* mu = job.mu_k ? job.mu_k + head * dim_ : nullptr;
+      bias_[head * rows_ + r] = kernels().place(row, mu, dim_, place);
+    }
+  }
+
+  const int width_;  // 0 where products are of floats
+  const int64_t rows_;
+  const int dim_;
+  const Scratch<float> floats_;
+  const Scratch<int16_t> pairs_;
+  float* bias_;
+  float* steps_;
+};
 
 // The parts of one head -> its output, log-sum-exp and what was read.
 void merge(const AttentionJob& job, int head, const Partial* parts, int n) {
@@ -104,13 +134,9 @@ void run_attention(const AttentionJob& job) {
   const auto [tasks, ends] = plan(a, units, alone ? 1 : thread_count());
   // Whole cache lines, because neighbours are of different threads.
   const int64_t part_size = (rows * (4 + a.v_dim + 2 * kMaxWidth) + 15) / 16 * 16;
-  const Scratch<float> queries(a.heads * rows * (a.k_dim + 1)), scratch(tasks.size() * part_size);
-  float* bias = queries.data.get() + a.heads * rows * a.k_dim;
-  for (int h = 0; h < a.heads; ++h) {
-    prepare(job, h, queries.data.get() + h * rows * a.k_dim, bias + h * rows);
-  }
-  a.queries = queries.data.get();
-  a.bias = bias;
+  const Scratch<float> scratch(tasks.size() * part_size);
+  const Queries queries(job);
+  queries.give_to(a);
 
   std::vector<int32_t> reads(2 * tasks.size());
   if (job.reads) std::fill(job.reads, job.reads + 2 * a.heads, 0);

@@ -21,6 +21,7 @@ constexpr int kRowChunk = 8;       // query rows that share one decoding of a co
 #endif
 
 constexpr int kMaxWidth = 16;       // floats of the widest vector
+constexpr int kPairs = kTile / 2;   // of the codes or factors of a tile, see kernels/pairs.h
 
 enum class Type { f32, f16, bf16 };
 
@@ -81,6 +82,9 @@ struct AttentionArgs {
   // Queries in units of log2, [H][chunk of rows][channel group][row][32]: what a tile needs lies
   // together. A chunk has kRowChunk rows, the last one the rest.
   const float* queries = nullptr;
+  // The same as int16, if products of these will do, and what they are to be multiplied by; or null.
+  const int16_t* pairs = nullptr;  // each float's 32 as [kPairs][2 * W], see kernels/pairs.h
+  const float* steps = nullptr;    // [H, R]
   const float* bias = nullptr;  // [H, R]: what centering takes off body scores, in units of log2
 
   LEANKV_INLINE int rows() const { return group * length; }
@@ -160,11 +164,23 @@ struct RepackArgs {
   uint32_t* blocks = nullptr;      // [H, ceil(T / 32), words]
 };
 
+// Where a query goes in AttentionArgs: 32 channels every `stride` floats.
+struct QueryPlace {
+  float* queries = nullptr;
+  int64_t stride = 0;
+  int16_t* pairs = nullptr;  // null if not wanted
+  float* step = nullptr;
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   const char* name;
   // Attention of one head over its units [first, last).
   void (*attend)(const AttentionArgs&, int head, int first, int last, const Partial&);
+  // W if products of int16 are faster than those of floats, else 0.
+  int pair_width;
+  // A query -> its place; returns its product with mu, 0 if that is null.
+  float (*place)(const float* row, const float* mu, int dim, const QueryPlace&);
   // Row r of n parts -> output row [Dv] and log-sum-exp in units of log2. `logit`: of a token without a
   // value, in the same units; mu [Dv] or null: what is added to the values of the bodies.
   float (*merge)(const AttentionArgs&, const Partial* parts, int n, int r, float logit,

@@ -6,7 +6,7 @@ namespace leankv::LEANKV_ISA {
 // Up to kRowChunk query rows of a head and where their results go.
 struct Chunk {
   int first = 0, rows = 0, v_dim = 0;
-  const float* queries = nullptr;  // [channel group][rows][32]
+  Factors queries;                 // a tile for each channel group
   const float* bias = nullptr;     // [rows]
   float* max = nullptr;            // [rows]
   float* body_sum = nullptr;       // [rows][W]
@@ -26,20 +26,31 @@ inline void move_max(const Chunk& chunk, int r, float to) {
   for (int i = 0; i < chunk.v_dim; i += W) store(out + i, load(out + i) * factor);
 }
 
+// x of the slots of vector v that are in use, y of others. `live`: how many are, an Index<32> if all are,
+// as in all blocks but a head's last one.
+template <class Live>
+LEANKV_INLINE vf in_use(int v, Live live, vf x, vf y) {
+  if constexpr (std::is_same_v<Live, Index<kTile>>) {
+    return x;
+  } else {
+    return lane_ids() + v * W < live ? x : y;
+  }
+}
+
 // One row of 32 scores -> probabilities relative to the row's maximum, 0 behind `live`. Returns whether
 // any score is above the row's least one.
-LEANKV_INLINE bool softmax(const Chunk& chunk, int r, const vf* scores, int live, float* sums,
+template <class Live>
+LEANKV_INLINE bool softmax(const Chunk& chunk, int r, const vf* scores, Live live, float* sums,
                            vf* probabilities) {
   vf masked[NV], top = splat(kLowest);
   unroll<NV>([&](auto v) LEANKV_LAMBDA {
-    masked[v] = lane_ids() + v * W < live ? scores[v] : splat(kLowest);
+    masked[v] = in_use(v, live, scores[v], splat(kLowest));
     top = vmax(top, masked[v]);
   });
   if (any_above(top, chunk.max[r])) move_max(chunk, r, max(top));  // seldom: finding a maximum is slow
   vf total = load(sums + r * W);
   unroll<NV>([&](auto v) LEANKV_LAMBDA {
-    const vf p = exp2_negative(masked[v] - chunk.max[r]);
-    probabilities[v] = lane_ids() + v * W < live ? p : vf{};
+    probabilities[v] = in_use(v, live, exp2_negative(masked[v] - chunk.max[r]), vf{});
     total += probabilities[v];
   });
   store(sums + r * W, total);
@@ -59,20 +70,12 @@ struct Scales {
   }
 };
 
-// Every cache line of these words. The hardware finds what lies behind by itself, but stops at the end
-// of a page, and a block is about as long as one.
-LEANKV_INLINE void prefetch(const uint32_t* words, int n) {
-  for (int i = 0; i < n; i += 16) __builtin_prefetch(words + i);
-}
-
-// `next`: the block that follows, of which each half is fetched while a half of this one is worked on;
-// where the values of this one are not read, those of the next are likely not to be either.
-inline void attend_block(const Chunk& chunk, const Format& format, const uint32_t* block, int live,
-                         const uint32_t* next) {
-  const int words = format.words();
-  prefetch(next, words / 2);
+// `next`: the block that follows, which is fetched while the values of this one are worked on.
+template <class Live>
+inline void attend_block(const Chunk& chunk, const Format& format, const uint32_t* block, Live live,
+                         const Prefetch& next) {
   alignas(64) float scores[kRowChunk * kTile];
-  std::memset(scores, 0, sizeof(float) * chunk.rows * kTile);
+  for (int i = 0; i < chunk.rows * kTile; i += W) store(scores + i, vf{});
   const uint32_t* values = key_tiles(format.k, block, chunk.rows, chunk.queries, scores);
   const Scales scales(values + format.v.words());
   bool read = false;  // whether any row needs the values
@@ -82,26 +85,42 @@ inline void attend_block(const Chunk& chunk, const Format& format, const uint32_
       s[n] = load(scores + r * kTile + n * W) * scales.k[n] + chunk.bias[r];
     });
     const bool counts = softmax(chunk, r, s, live, chunk.body_sum, p);
-    const int shown = counts ? live : 0;
     read |= counts;
     unroll<NV>([&](auto n) LEANKV_LAMBDA {  // a select, because the scale of an unused slot may be NaN
-      const vf weighted = lane_ids() + n * W < shown ? p[n] * scales.v[n] : vf{};
-      store(scores + r * kTile + n * W, weighted);
+      const vf weighted = in_use(n, live, p[n] * scales.v[n], vf{});
+      store(scores + r * kTile + n * W, counts ? weighted : vf{});
     });
   }
   if (read) {
-    prefetch(next + words / 2, words - words / 2);
-    value_tiles(format.v, values, chunk.rows, scores, chunk.out);
+    Factors weights{scores};
+#ifdef LEANKV_PAIRS
+    alignas(64) int16_t pairs[kRowChunk * kTile * W];
+    float steps[kRowChunk];
+    if (chunk.queries.pairs) {
+      for (int r = 0; r < chunk.rows; ++r) {
+        steps[r] = step_of_weights(scores + r * kTile);
+        pair_row(scores + r * kTile, kTile, steps[r], pairs + r * kTile * W, 0);
+      }
+      weights = {scores, pairs, steps};
+    }
+#endif
+    value_tiles(format.v, values, chunk.rows, weights, chunk.out, next);
+  } else {
+    next.part(0, 2);  // the keys: its values are likely not to be read either
   }
   chunk.reads[0] += read;
   ++chunk.reads[1];
 }
 
-// Scores of n exact rows: scores[r][t] = q_r . k_t.
+// Scores of n exact rows: scores[r][t] = q_r . k_t. Their values v, which add_rows reads in another order
+// than they lie in, are fetched meanwhile.
 template <Type T, int R>
-void dot_rows(const Vectors& k, int head, int first, int n, int dim, const float* q, float* scores) {
+void dot_rows(const Vectors& k, const Vectors& v, int head, int first, int n, int dim, int v_dim,
+              const float* q, float* scores) {
   for (int t = 0; t < n; ++t) {
     const char* row = k.row(head, first + t);
+    const char* values = v.row(head, first + t);
+    for (int i = 0; i < v_dim * size_of(v.type); i += 64) __builtin_prefetch(values + i);
     vf sums[R] = {};
     for (int c = 0; c < dim / kTile; ++c) {
       unroll<NV>([&](auto v) LEANKV_LAMBDA {
@@ -146,7 +165,8 @@ inline void weigh_exact(const AttentionArgs& a, const Chunk& chunk, int head, in
   std::memset(scores, 0, sizeof(float) * chunk.rows * kTile);
   with_type(a.exact_k.type, [&](auto tag) {
     with_rows(chunk.rows, [&](auto rows) {
-      dot_rows<decltype(tag)::value, rows>(a.exact_k, head, first, n, a.k_dim, chunk.queries, scores);
+      dot_rows<decltype(tag)::value, rows>(a.exact_k, a.exact_v, head, first, n, a.k_dim, a.v_dim,
+                                           chunk.queries.x, scores);
     });
   });
   for (int r = 0; r < chunk.rows; ++r) {
@@ -186,18 +206,39 @@ inline void set_least(const AttentionArgs& a, const Chunk& chunk, int head) {
   }
 }
 
+constexpr int kRun = 4;  // blocks that a chunk goes through at a time: they stay in the nearest cache
+
 // f(chunk) for all rows of the head.
 template <class F>
 LEANKV_INLINE void each_chunk(const AttentionArgs& a, int head, const Partial& p, int32_t* reads,
                               F&& f) {
-  const float* queries = a.queries + static_cast<int64_t>(head) * a.rows() * a.k_dim;
-  const float* bias = a.bias + static_cast<int64_t>(head) * a.rows();
+  const int64_t row = static_cast<int64_t>(head) * a.rows();
   for (int first = 0; first < a.rows(); first += kRowChunk) {
     const int left = a.rows() - first;
-    f(Chunk{first, left < kRowChunk ? left : kRowChunk, a.v_dim, queries + first * a.k_dim,
-            bias + first, p.max + first, p.lanes + first * W, p.lanes + (a.rows() + first) * W,
+    const int64_t at = (row + first) * a.k_dim;
+    Factors queries{a.queries + at};
+    if (a.pairs) queries = {a.queries + at, a.pairs + at * W, a.steps + row + first};
+    f(Chunk{first, left < kRowChunk ? left : kRowChunk, a.v_dim, queries, a.bias + row + first,
+            p.max + first, p.lanes + first * W, p.lanes + (a.rows() + first) * W,
             p.out + static_cast<int64_t>(first) * a.v_dim, p.least + first, reads});
   }
+}
+
+// See Kernels::place.
+inline float place(const float* row, const float* mu, int dim, const QueryPlace& to) {
+  vf product{};
+  for (int i = 0; i < dim; i += W) {
+    const vf x = load(row + i);
+    store(to.queries + i / kTile * to.stride + i % kTile, x);
+    if (mu) product += x * load(mu + i);
+  }
+#ifdef LEANKV_PAIRS
+  if (to.pairs) {
+    *to.step = step_of_query(row, dim);
+    pair_row(row, dim, *to.step, to.pairs, to.stride * W);
+  }
+#endif
+  return sum(product);
 }
 
 // See Kernels::attend.
@@ -224,14 +265,22 @@ inline void attend(const AttentionArgs& a, int head, int first, int last, const 
     const int blocks = body->blocks(head);
     const int stop = last - start < blocks ? last - start : blocks;
     const int begin = first > start ? first - start : 0;
-    if (begin < stop) prefetch(body->block(head, begin), body->format.words());
-    for (int b = begin; b < stop; ++b) {
-      const uint32_t* block = body->block(head, b);
-      // The one behind the last is most likely this thread's as well.
-      const uint32_t* next = b + 1 < blocks ? body->block(head, b + 1) : block;
-      const int left = body->lengths[head] - b * kTile;
+    const int words = body->format.words();
+    const auto block = [&](int i) LEANKV_LAMBDA {
+      return body->pool + int64_t{body->table[int64_t{head} * body->width + i]} * words;
+    };
+    for (int b = begin; b < stop; b += kRun) {
       each_chunk(a, head, p, reads, [&](const Chunk& chunk) {
-        attend_block(chunk, body->format, block, left < kTile ? left : kTile, next);
+        for (int i = b; i < b + kRun && i < stop; ++i) {
+          // The one behind the last is most likely this thread's as well.
+          const Prefetch next{block(i + 1 < blocks ? i + 1 : i), words};
+          const int left = body->lengths[head] - i * kTile;
+          if (left < kTile) {
+            attend_block(chunk, body->format, block(i), left, next);
+          } else {
+            attend_block(chunk, body->format, block(i), Index<kTile>{}, next);
+          }
+        }
       });
     }
     start += blocks;

@@ -2,6 +2,10 @@
 #pragma once
 
 #include "tile.h"
+#ifdef LEANKV_PAIRS
+#include "pairs.h"
+#endif
+#include "block.h"
 #include "rows.h"
 #include "attention.h"
 #include "prefill.h"
@@ -13,8 +17,13 @@
 namespace leankv::LEANKV_ISA {
 
 constexpr Kernels kernels(const char* name) {
-  return {name,  attend, merge,    encode,    decode,  repack,      read,
-          write, rotate, unrotate, kRowLanes, prefill, multiply_add};
+#ifdef LEANKV_PAIRS
+  constexpr int pair_width = W;
+#else
+  constexpr int pair_width = 0;
+#endif
+  return {name, attend, pair_width, place,    merge,     encode,  decode,      repack,
+          read, write,  rotate,     unrotate, kRowLanes, prefill, multiply_add};
 }
 
 }  // namespace leankv::LEANKV_ISA

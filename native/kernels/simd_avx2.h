@@ -5,6 +5,7 @@
 
 #define LEANKV_ISA avx2
 #define LEANKV_WIDTH 8
+#define LEANKV_PAIRS
 #include "simd_common.h"
 
 namespace leankv::avx2 {
@@ -93,6 +94,112 @@ struct Levels<8> {
   template <int I>
   LEANKV_INLINE vf at(const uint32_t* words) const {
     return cubic<8>(code<8, I>(words));
+  }
+};
+
+LEANKV_INLINE int32_t max(vi x) {
+  __m128i s = _mm_max_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  s = _mm_max_epi32(s, _mm_unpackhi_epi64(s, s));
+  return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 1)));
+}
+LEANKV_INLINE vf to_float(vi x) { return (vf)_mm256_cvtepi32_ps((__m256i)x); }
+
+LEANKV_INLINE void add_products(vi& sum, vs x, const int16_t* y) {
+  sum += (vi)_mm256_madd_epi16((__m256i)x, (__m256i)load<vs>(y));
+  asm("" : "+x"(sum));  // GCC would put additions off until it runs out of registers
+}
+
+// The int16 levels of codes in the low 4 bits of each byte, or of those from bit First on, looked up byte
+// by byte. Each half of `codes` has 8 pairs, of which it has the codes of one lane side by side.
+template <int B, int First = 0>
+struct FixedLookup {
+  struct Bytes {  // of the levels, for both halves of a register
+    alignas(32) uint8_t at[2][32] = {};
+
+    constexpr Bytes() {
+      for (int i = 0; i < 32; ++i) {
+        const auto bits = static_cast<uint16_t>(fixed_level<B>((i >> First) % (1 << B)));
+        for (int b = 0; b < 2; ++b) at[b][i] = static_cast<uint8_t>(bits >> (8 * b));
+      }
+    }
+  };
+  static constexpr Bytes bytes{};
+  const __m256i low = _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes.at[0]));
+  const __m256i high = _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes.at[1]));
+
+  // f(Index<Pair>, levels) of the pairs in the front of each half, then f(Index<Pair + Next>, levels) of
+  // those in its back.
+  template <int Pair, int Next, class F>
+  LEANKV_INLINE void pairs(__m256i codes, F&& f) const {
+    const __m256i l = _mm256_shuffle_epi8(low, codes), h = _mm256_shuffle_epi8(high, codes);
+    f(Index<Pair>{}, (vs)_mm256_unpacklo_epi8(l, h));
+    f(Index<Pair + Next>{}, (vs)_mm256_unpackhi_epi8(l, h));
+  }
+};
+
+LEANKV_INLINE __m256i both(__m128i half) { return _mm256_broadcastsi128_si256(half); }
+LEANKV_INLINE __m256i ordered(const uint32_t* words, __m128i order) {  // the bytes of each half
+  return _mm256_shuffle_epi8((__m256i)load<vu>(words), both(order));
+}
+LEANKV_INLINE __m256i masked(__m256i x, int mask) { return _mm256_and_si256(x, _mm256_set1_epi8(mask)); }
+
+template <>
+struct PairLevels<4> {
+  static constexpr int kRows = 4;
+  const FixedLookup<4> lookup;
+
+  template <int K, class F>
+  LEANKV_INLINE void row(const uint32_t* words, F&& f) const {
+    const __m256i two = ordered(  // byte b of a word is codes 2b and 2b + 1
+        words + K * kTile, _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15));
+    lookup.template pairs<4 * K, 2>(masked(two, 15), f);
+    lookup.template pairs<4 * K + 1, 2>(masked(_mm256_srli_epi32(two, 4), 15), f);
+  }
+};
+
+LEANKV_INLINE __m256i four_codes(const uint32_t* words) {  // byte b of a word is codes 4b to 4b + 3
+  return ordered(words, _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+}
+
+template <>
+struct PairLevels<2> {
+  static constexpr int kRows = 2;
+  const FixedLookup<2> even;
+  const FixedLookup<2, 2> odd;
+
+  template <int K, class F>
+  LEANKV_INLINE void row(const uint32_t* words, F&& f) const {
+    const __m256i four = four_codes(words + K * kTile);
+    const __m256i front = masked(four, 15), back = masked(_mm256_srli_epi32(four, 4), 15);
+    even.template pairs<8 * K, 4>(front, f);
+    odd.template pairs<8 * K + 1, 4>(front, f);
+    even.template pairs<8 * K + 2, 4>(back, f);
+    odd.template pairs<8 * K + 3, 4>(back, f);
+  }
+};
+
+template <>
+struct PairLevels<3> {
+  static constexpr int kRows = 2;
+  const FixedLookup<3> lookup;
+
+  template <int K, class F>
+  LEANKV_INLINE void row(const uint32_t* words, F&& f) const {
+    const __m256i four = four_codes(words + K * kTile);
+    const __m256i high = masked((__m256i)shifted<4 * K>((vu)four_codes(words + 2 * kTile)), 15);
+    // The high bits of two codes to bits 2 and 6: those of codes 0 and 2, or 1 and 3.
+    const __m256i of_even =
+        both(_mm_setr_epi8(0, 4, 0, 4, 64, 68, 64, 68, 0, 4, 0, 4, 64, 68, 64, 68));
+    const __m256i of_odd =
+        both(_mm_setr_epi8(0, 0, 4, 4, 0, 0, 4, 4, 64, 64, 68, 68, 64, 64, 68, 68));
+    const __m256i low_even = masked(four, 0x33), low_odd = masked(_mm256_srli_epi32(four, 2), 0x33);
+    const __m256i even = _mm256_or_si256(low_even, _mm256_shuffle_epi8(of_even, high));
+    const __m256i odd = _mm256_or_si256(low_odd, _mm256_shuffle_epi8(of_odd, high));
+    // A shuffle ignores bits 4 to 6, and bit 7 is 0.
+    lookup.template pairs<8 * K, 4>(even, f);
+    lookup.template pairs<8 * K + 1, 4>(odd, f);
+    lookup.template pairs<8 * K + 2, 4>(_mm256_srli_epi32(even, 4), f);
+    lookup.template pairs<8 * K + 3, 4>(_mm256_srli_epi32(odd, 4), f);
   }
 };
 

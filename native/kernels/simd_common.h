@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "../codebook.h"
@@ -20,6 +21,7 @@ constexpr int NV = kTile / W;  // vectors of a tile's lanes
 using vf = float __attribute__((vector_size(4 * W)));
 using vi = int32_t __attribute__((vector_size(4 * W)));
 using vu = uint32_t __attribute__((vector_size(4 * W)));
+using vs = int16_t __attribute__((vector_size(4 * W)));
 using vh = uint16_t __attribute__((vector_size(2 * W)));
 using vb = uint8_t __attribute__((vector_size(W)));
 
@@ -35,7 +37,13 @@ LEANKV_INLINE void store(T* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
 LEANKV_INLINE vf splat(float x) { return x - vf{}; }
-LEANKV_INLINE vf vmax(vf x, vf y) { return x > y ? x : y; }
+LEANKV_INLINE vf vmax(vf x, vf y) {  // y if either is NaN
+#if LEANKV_WIDTH == 8
+  return (vf)_mm256_max_ps((__m256)x, (__m256)y);  // GCC would compare and blend
+#else
+  return x > y ? x : y;
+#endif
+}
 
 template <int I>
 struct Index {
@@ -58,9 +66,9 @@ LEANKV_INLINE vi lane_ids() {
   return ids;
 }
 
-// 2^x for x <= 0, to 1e-7; below 2^-126 it is 2^-126.
+// 2^x for x <= 0, to 1e-7; below 2^-126 it is 2^-126, NaN of NaN.
 LEANKV_INLINE vf exp2_negative(vf x) {
-  x = vmax(x, splat(-126.0f));
+  x = vmax(splat(-126.0f), x);
   const vi whole = __builtin_convertvector(x - 0.5f, vi);
   const vf f = x - __builtin_convertvector(whole, vf);
   vf p = 1.5353362e-4f * f + 1.3398874e-3f;
@@ -132,6 +140,11 @@ constexpr int in_order(int j) {
 // values) sets vector n of the T codes from place T * K of in_order<B> on.
 template <int B>
 inline constexpr int kTogether = 1;
+
+// Where LEANKV_PAIRS is defined: row<K>(words, f) calls f(Index<i>, levels) for each pair i, see pairs.h, that
+// row K of the words of W lanes holds, and add_products(sum, levels, factors) adds what it is multiplied with.
+template <int B>
+struct PairLevels;
 
 template <int B>
 LEANKV_INLINE vf cubic(vu code) {

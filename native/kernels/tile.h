@@ -95,28 +95,4 @@ LEANKV_INLINE TileFn tile_for(int bits, int rows) {
   }
 }
 
-// Scores of a block: x [channel group][rows][32], acc [rows][32]. Returns the words behind the keys.
-LEANKV_INLINE const uint32_t* key_tiles(const Side& side, const uint32_t* words, int rows,
-                                        const float* x, float* acc) {
-  for (int c = 0; c < side.groups;) {
-    const int bits = side.bits[c];
-    int run = 1;
-    while (c + run < side.groups && side.bits[c + run] == bits) ++run;
-    if (bits) tile_for(bits, rows)(words, run, x + c * rows * kTile, acc, kTile);
-    words += kTile * bits * run;
-    c += run;
-  }
-  return words;
-}
-
-// Output of a block: x [rows][32], acc [rows][dim].
-LEANKV_INLINE void value_tiles(const Side& side, const uint32_t* words, int rows, const float* x,
-                               float* acc) {
-  for (int c = 0; c < side.groups; ++c) {
-    const int bits = side.bits[c];
-    if (bits) tile_for(bits, rows)(words, 1, x, acc + c * kTile, side.dim());
-    words += kTile * bits;
-  }
-}
-
 }  // namespace leankv::LEANKV_ISA

@@ -107,6 +107,8 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
 
   const int query_heads = heads * group;
   const auto queries = normal(query_heads * length * k_dim), signs = normal(kMaxDim);
+  std::vector<uint16_t> half(queries.size());  // numbers of any 16-bit type
+  for (uint16_t& x : half) x = static_cast<uint16_t>((draw() & 1) << 15 | (0x3000 + draw() % 0x0C00));
   std::vector<float> out(query_heads * length * v_dim), lse(query_heads * length);
   AttentionJob job;
   job.args.heads = heads;
@@ -120,7 +122,8 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
   job.args.exact_v = decode.exact_v;
   job.args.exact = exact;
   job.args.causal = exact >= length;
-  job.ends.queries = rows_of(queries, Type::f32, length, k_dim);
+  job.ends.queries = type == Type::f32 ? rows_of(queries, type, length, k_dim)
+                                       : rows_of(half, type, length, k_dim);
   job.ends.k_rotation = {signs.data(), k_dim, k_dim & -k_dim, k_dim};
   job.ends.v_rotation = {signs.data(), v_dim, v_dim & -v_dim, v_dim};
   job.mu_k = mu_k.data();

@@ -63,6 +63,9 @@ PREFILL_FACTORS: Mapping[str, Sequence[Any]] = {
 TOLERANCE = {mx.float32: 2e-5, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 """In units of the largest value; the last two are a rounding of the output."""
 
+FIXED_POINT = {mx.float16: 2e-4, mx.bfloat16: 2e-4}
+"""The same where the output is not rounded but products may be of int16."""
+
 
 def pairwise(factors: Mapping[str, Sequence[Any]], seed: int = 0) -> list[dict[str, Any]]:
     """Few rows in which every pair of values of two factors occurs, found greedily."""

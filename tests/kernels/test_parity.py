@@ -35,7 +35,7 @@ from leankv_mlx.kernels.encode import encode
 from leankv_mlx.kernels.gather import gather
 from leankv_mlx.kernels.repack import repack
 from tests.kernels import cases
-from tests.kernels.cases import FACTORS, MIXED, TOLERANCE, error
+from tests.kernels.cases import FACTORS, FIXED_POINT, MIXED, TOLERANCE, error
 
 REFERENCE = resolve_backend("reference")
 VARIANTS = [
@@ -69,8 +69,12 @@ def attention(case: DecodeInputs, backend: Backend) -> Attention:
 
 def check_attention(case: DecodeInputs, backend: Backend) -> None:
     ours, reference = attention(case, backend), attention(case, REFERENCE)
-    out_dtype = case.queries.dtype if case.rotations else mx.float32
-    assert error(ours.out, reference.out) < TOLERANCE[out_dtype]
+    if case.rotations:
+        allowed = TOLERANCE[case.queries.dtype]
+    else:  # the output is not rounded
+        products = FIXED_POINT if backend.name == "cpu" else {}
+        allowed = products.get(case.queries.dtype, TOLERANCE[mx.float32])
+    assert error(ours.out, reference.out) < allowed
     assert error(ours.lse, reference.lse) < 2e-5
     assert (ours.reads is None) == (reference.reads is None)
     if ours.reads is not None and reference.reads is not None:
@@ -93,6 +97,31 @@ def test_decode_attention_split_over_threads(heads: int, backend: Backend) -> No
 def test_one_head_has_more_query_rows_than_any_other_test(backend: Backend) -> None:
     row = cases.pairwise(FACTORS)[0] | {"group": 71, "new": 8, "exact": 40, "tiers": 1}
     check_attention(cases.case(**row, heads=1), backend)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_query_that_is_no_number_has_no_output(
+    value: float, dtype: mx.Dtype, backend: Backend
+) -> None:
+    row = cases.pairwise(FACTORS)[0] | {"tiers": 1, "lengths": "full", "skip": 0.0}
+    case = cases.case(**row | {"group": 2, "new": 1, "exact": 4, "dtype": dtype})
+    wrong = mx.zeros(case.queries.shape)
+    wrong[1, 0, 5] = value
+    result = attention(replace(case, queries=(case.queries + wrong).astype(dtype)), backend)
+    for x in (result.out, result.lse[..., None]):
+        finite = mx.isfinite(x).all(axis=(1, 2)).tolist()
+        assert finite == [head != 1 for head in range(x.shape[0])]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 30])
+def test_queries_of_any_size(scale: float, dtype: mx.Dtype, backend: Backend) -> None:
+    """One channel is much larger than all others."""
+    row = cases.pairwise(FACTORS)[0] | {"tiers": 1, "lengths": "partial", "skip": 0.0}
+    case = cases.case(**row | {"group": 2, "new": 2, "exact": 40, "dtype": dtype})
+    queries = case.queries.astype(mx.float32) * mx.array([scale] + [scale / 50] * 63)
+    check_attention(replace(case, queries=queries.astype(dtype)), backend)
 
 
 @pytest.mark.parametrize("lengths", [[64, 0, 0], [0, 64, 0], [0, 0, 0]])
