@@ -58,21 +58,26 @@ Plan plan(const AttentionArgs& a, int units, int threads) {
 // The queries of all heads as AttentionArgs describes them, and the bias of centering.
 class Queries {
  public:
-  explicit Queries(const AttentionJob& job)
-      : width_(job.ends.queries.type == Type::f32 ? 0 : kernels().pair_width),
+  Queries(const AttentionJob& job, bool alone)
+      : fixed_(kernels().pairs && job.ends.queries.type != Type::f32),
         rows_(job.args.rows()),
         dim_(job.args.k_dim),
         floats_(job.args.heads * rows_ * (dim_ + 2)),
-        pairs_(job.args.heads * rows_ * dim_ * width_) {
+        pairs_(fixed_ ? job.args.heads * rows_ * dim_ / 2 : 0) {
     bias_ = floats_.data.get() + job.args.heads * rows_ * dim_;
     steps_ = bias_ + job.args.heads * rows_;
-    for (int h = 0; h < job.args.heads; ++h) prepare(job, h);
+    const auto one = [&](int head) { prepare(job, head); };
+    if (alone) {
+      for (int h = 0; h < job.args.heads; ++h) one(h);
+    } else {
+      parallel_for(job.args.heads, one);
+    }
   }
 
   void give_to(AttentionArgs& a) const {
     a.queries = floats_.data.get();
     a.bias = bias_;
-    if (width_) {
+    if (fixed_) {
       a.pairs = pairs_.data.get();
       a.steps = steps_;
     }
@@ -87,18 +92,18 @@ class Queries {
       const int64_t chunk = r / kRowChunk * kRowChunk, in_chunk = std::min(kRowChunk + chunk, rows_) - chunk;
       const int64_t at = (head * rows_ + chunk) * dim_ + (r - chunk) * kTile;
       const QueryPlace place{floats_.data.get() + at, in_chunk * kTile,
-                             width_ ? pairs_.data.get() + at * width_ : nullptr,
+                             fixed_ ? pairs_.data.get() + at / 2 : nullptr,
                              steps_ + head * rows_ + r};
       const float* mu = job.mu_k ? job.mu_k + head * dim_ : nullptr;
       bias_[head * rows_ + r] = kernels().place(row, mu, dim_, place);
     }
   }
 
-  const int width_;  // 0 where products are of floats
+  const bool fixed_;  // point: products are of int16
   const int64_t rows_;
   const int dim_;
   const Scratch<float> floats_;
-  const Scratch<int16_t> pairs_;
+  const Scratch<int32_t> pairs_;
   float* bias_;
   float* steps_;
 };
@@ -135,7 +140,7 @@ void run_attention(const AttentionJob& job) {
   // Whole cache lines, because neighbours are of different threads.
   const int64_t part_size = (rows * (4 + a.v_dim + 2 * kMaxWidth) + 15) / 16 * 16;
   const Scratch<float> scratch(tasks.size() * part_size);
-  const Queries queries(job);
+  const Queries queries(job, alone);
   queries.give_to(a);
 
   std::vector<int32_t> reads(2 * tasks.size());

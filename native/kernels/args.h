@@ -82,8 +82,8 @@ struct AttentionArgs {
   // Queries in units of log2, [H][chunk of rows][channel group][row][32]: what a tile needs lies
   // together. A chunk has kRowChunk rows, the last one the rest.
   const float* queries = nullptr;
-  // The same as int16, if products of these will do, and what they are to be multiplied by; or null.
-  const int16_t* pairs = nullptr;  // each float's 32 as [kPairs][2 * W], see kernels/pairs.h
+  // The same in fixed point if products of int16 will do, or null; see kernels/pairs.h.
+  const int32_t* pairs = nullptr;  // [kPairs] in place of [32]
   const float* steps = nullptr;    // [H, R]
   const float* bias = nullptr;  // [H, R]: what centering takes off body scores, in units of log2
 
@@ -168,7 +168,7 @@ struct RepackArgs {
 struct QueryPlace {
   float* queries = nullptr;
   int64_t stride = 0;
-  int16_t* pairs = nullptr;  // null if not wanted
+  int32_t* pairs = nullptr;  // kPairs every stride / 2; null if not wanted
   float* step = nullptr;
 };
 
@@ -177,8 +177,7 @@ struct Kernels {
   const char* name;
   // Attention of one head over its units [first, last).
   void (*attend)(const AttentionArgs&, int head, int first, int last, const Partial&);
-  // W if products of int16 are faster than those of floats, else 0.
-  int pair_width;
+  bool pairs;  // whether products of int16 are faster than those of floats
   // A query -> its place; returns its product with mu, 0 if that is null.
   float (*place)(const float* row, const float* mu, int dim, const QueryPlace&);
   // Row r of n parts -> output row [Dv] and log-sum-exp in units of log2. `logit`: of a token without a

@@ -7,6 +7,7 @@ namespace leankv::LEANKV_ISA {
 struct Chunk {
   int first = 0, rows = 0, v_dim = 0;
   Factors queries;                 // a tile for each channel group
+  const int32_t* pairs = nullptr;  // of the queries, see AttentionArgs
   const float* bias = nullptr;     // [rows]
   float* max = nullptr;            // [rows]
   float* body_sum = nullptr;       // [rows][W]
@@ -70,14 +71,18 @@ struct Scales {
   }
 };
 
-// `next`: the block that follows, which is fetched while the values of this one are worked on.
+// `next`: the block that follows. Where the values of this one are not read, those of the next, which are
+// likely not to be either, are not fetched.
 template <class Live>
 inline void attend_block(const Chunk& chunk, const Format& format, const uint32_t* block, Live live,
-                         const Prefetch& next) {
+                         const uint32_t* next) {
   alignas(64) float scores[kRowChunk * kTile];
   for (int i = 0; i < chunk.rows * kTile; i += W) store(scores + i, vf{});
-  const uint32_t* values = key_tiles(format.k, block, chunk.rows, chunk.queries, scores);
-  const Scales scales(values + format.v.words());
+  const int64_t ahead = next - block;
+  const uint32_t* values = key_tiles(format.k, block, ahead, chunk.rows, chunk.queries, scores);
+  const uint32_t* behind = values + format.v.words();
+  const Scales scales(behind);
+  for (int i = 0; i < kTile; i += 16) __builtin_prefetch(behind + ahead + i);
   bool read = false;  // whether any row needs the values
   for (int r = 0; r < chunk.rows; ++r) {
     vf s[NV], p[NV];
@@ -99,17 +104,41 @@ inline void attend_block(const Chunk& chunk, const Format& format, const uint32_
     if (chunk.queries.pairs) {
       for (int r = 0; r < chunk.rows; ++r) {
         steps[r] = step_of_weights(scores + r * kTile);
-        pair_row(scores + r * kTile, kTile, steps[r], pairs + r * kTile * W, 0);
+        alignas(64) int32_t packed[kPairs];
+        pack_pairs(scores + r * kTile, steps[r], packed);
+        repeat_pairs(packed, kPairs, pairs + r * kTile * W);
       }
       weights = {scores, pairs, steps};
     }
 #endif
-    value_tiles(format.v, values, chunk.rows, weights, chunk.out, next);
-  } else {
-    next.part(0, 2);  // the keys: its values are likely not to be read either
+    value_tiles(format.v, values, ahead, chunk.rows, weights, chunk.out);
   }
   chunk.reads[0] += read;
   ++chunk.reads[1];
+}
+
+// n blocks of a body, from block `first` on.
+inline void attend_blocks(Chunk chunk, const Body& body, int head, int first, int n) {
+#ifdef LEANKV_PAIRS
+  alignas(64) int16_t pairs[kRowChunk * kMaxDim * W];
+  if (chunk.pairs) {
+    repeat_pairs(chunk.pairs, chunk.rows * body.format.k.dim() / 2, pairs);
+    chunk.queries.pairs = pairs;
+  }
+#endif
+  const int words = body.format.words(), length = body.lengths[head];
+  const int32_t* table = body.table + int64_t{head} * body.width;
+  const auto block = [&](int i) LEANKV_LAMBDA { return body.pool + int64_t{table[i]} * words; };
+  for (int i = first; i < first + n; ++i) {
+    const int left = length - i * kTile;
+    // The one behind the last is most likely this thread's as well.
+    const uint32_t* next = block(left > kTile ? i + 1 : i);
+    if (left < kTile) {
+      attend_block(chunk, body.format, block(i), left, next);
+    } else {
+      attend_block(chunk, body.format, block(i), Index<kTile>{}, next);
+    }
+  }
 }
 
 // Scores of n exact rows: scores[r][t] = q_r . k_t. Their values v, which add_rows reads in another order
@@ -117,20 +146,30 @@ inline void attend_block(const Chunk& chunk, const Format& format, const uint32_
 template <Type T, int R>
 void dot_rows(const Vectors& k, const Vectors& v, int head, int first, int n, int dim, int v_dim,
               const float* q, float* scores) {
-  for (int t = 0; t < n; ++t) {
-    const char* row = k.row(head, first + t);
-    const char* values = v.row(head, first + t);
-    for (int i = 0; i < v_dim * size_of(v.type); i += 64) __builtin_prefetch(values + i);
-    vf sums[R] = {};
+  constexpr int N = R <= kAccumulators / 2 ? 2 : 1;  // rows at a time
+  for (int t = 0; t < n; t += N) {
+    const char* rows[N];
+    unroll<N>([&](auto j) LEANKV_LAMBDA {
+      const int row = t + j < n ? t + j : t;
+      rows[j] = k.row(head, first + row);
+      const char* values = v.row(head, first + row);
+      for (int i = 0; i < v_dim * size_of(v.type); i += 64) __builtin_prefetch(values + i);
+    });
+    vf sums[N][R] = {};
     for (int c = 0; c < dim / kTile; ++c) {
-      unroll<NV>([&](auto v) LEANKV_LAMBDA {
-        const vf x = read_vector<T>(row, c * kTile + v * W);
+      unroll<NV>([&](auto i) LEANKV_LAMBDA {
+        vf x[N];
+        unroll<N>([&](auto j) LEANKV_LAMBDA { x[j] = read_vector<T>(rows[j], c * kTile + i * W); });
         unroll<R>([&](auto r) LEANKV_LAMBDA {
-          sums[r] += x * load(q + (c * R + r) * kTile + v * W);
+          const vf y = load(q + (c * R + r) * kTile + i * W);
+          unroll<N>([&](auto j) LEANKV_LAMBDA { sums[j][r] += x[j] * y; });
         });
       });
     }
-    unroll<R>([&](auto r) LEANKV_LAMBDA { scores[r * kTile + t] = sum(sums[r]); });
+    unroll<N>([&](auto j) LEANKV_LAMBDA {
+      if (t + j >= n) return;
+      unroll<R>([&](auto r) LEANKV_LAMBDA { scores[r * kTile + t + j] = sum(sums[j][r]); });
+    });
   }
 }
 
@@ -206,7 +245,7 @@ inline void set_least(const AttentionArgs& a, const Chunk& chunk, int head) {
   }
 }
 
-constexpr int kRun = 4;  // blocks that a chunk goes through at a time: they stay in the nearest cache
+constexpr int kRun = 4;  // blocks that one chunk of several goes through at a time: they stay in the nearest cache
 
 // f(chunk) for all rows of the head.
 template <class F>
@@ -216,9 +255,9 @@ LEANKV_INLINE void each_chunk(const AttentionArgs& a, int head, const Partial& p
   for (int first = 0; first < a.rows(); first += kRowChunk) {
     const int left = a.rows() - first;
     const int64_t at = (row + first) * a.k_dim;
-    Factors queries{a.queries + at};
-    if (a.pairs) queries = {a.queries + at, a.pairs + at * W, a.steps + row + first};
-    f(Chunk{first, left < kRowChunk ? left : kRowChunk, a.v_dim, queries, a.bias + row + first,
+    const Factors queries{a.queries + at, nullptr, a.pairs ? a.steps + row + first : nullptr};
+    const int32_t* pairs = a.pairs ? a.pairs + at / 2 : nullptr;
+    f(Chunk{first, left < kRowChunk ? left : kRowChunk, a.v_dim, queries, pairs, a.bias + row + first,
             p.max + first, p.lanes + first * W, p.lanes + (a.rows() + first) * W,
             p.out + static_cast<int64_t>(first) * a.v_dim, p.least + first, reads});
   }
@@ -235,7 +274,9 @@ inline float place(const float* row, const float* mu, int dim, const QueryPlace&
 #ifdef LEANKV_PAIRS
   if (to.pairs) {
     *to.step = step_of_query(row, dim);
-    pair_row(row, dim, *to.step, to.pairs, to.stride * W);
+    for (int c = 0; c < dim / kTile; ++c) {
+      pack_pairs(row + c * kTile, *to.step, to.pairs + c * to.stride / 2);
+    }
   }
 #endif
   return sum(product);
@@ -265,22 +306,10 @@ inline void attend(const AttentionArgs& a, int head, int first, int last, const 
     const int blocks = body->blocks(head);
     const int stop = last - start < blocks ? last - start : blocks;
     const int begin = first > start ? first - start : 0;
-    const int words = body->format.words();
-    const auto block = [&](int i) LEANKV_LAMBDA {
-      return body->pool + int64_t{body->table[int64_t{head} * body->width + i]} * words;
-    };
-    for (int b = begin; b < stop; b += kRun) {
+    const int run = a.rows() > kRowChunk ? kRun : stop - begin;
+    for (int b = begin; b < stop; b += run) {
       each_chunk(a, head, p, reads, [&](const Chunk& chunk) {
-        for (int i = b; i < b + kRun && i < stop; ++i) {
-          // The one behind the last is most likely this thread's as well.
-          const Prefetch next{block(i + 1 < blocks ? i + 1 : i), words};
-          const int left = body->lengths[head] - i * kTile;
-          if (left < kTile) {
-            attend_block(chunk, body->format, block(i), left, next);
-          } else {
-            attend_block(chunk, body->format, block(i), Index<kTile>{}, next);
-          }
-        }
+        attend_blocks(chunk, *body, head, b, stop - b < run ? stop - b : run);
       });
     }
     start += blocks;

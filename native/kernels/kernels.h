@@ -18,12 +18,12 @@ namespace leankv::LEANKV_ISA {
 
 constexpr Kernels kernels(const char* name) {
 #ifdef LEANKV_PAIRS
-  constexpr int pair_width = W;
+  constexpr bool pairs = true;
 #else
-  constexpr int pair_width = 0;
+  constexpr bool pairs = false;
 #endif
-  return {name, attend, pair_width, place,    merge,     encode,  decode,      repack,
-          read, write,  rotate,     unrotate, kRowLanes, prefill, multiply_add};
+  return {name, attend, pairs,  place,    merge,     encode,  decode,      repack,
+          read, write,  rotate, unrotate, kRowLanes, prefill, multiply_add};
 }
 
 }  // namespace leankv::LEANKV_ISA

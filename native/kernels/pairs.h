@@ -52,33 +52,32 @@ LEANKV_INLINE float step_of_weights(const float* row) {
   return __builtin_bit_cast(float, max((vi)step));
 }
 
-// Row -> its pairs, those of 32 numbers `stride` behind those before. Each pair is repeated for every
-// lane: to read it costs less than to repeat it.
-inline void pair_row(const float* row, int dim, float step, int16_t* pairs, int64_t stride) {
+// 32 factors -> their pairs.
+LEANKV_INLINE void pack_pairs(const float* row, float step, int32_t* pairs) {
   using v4 = int32_t __attribute__((vector_size(16)));
   const float inverse = step > 1e-35f ? 1 / step : 0.0f;
-  for (; dim > 0; dim -= kTile, row += kTile, pairs += stride) {
-    alignas(64) int32_t rounded[kTile], packed[kPairs];
-    constexpr float nearest = 0x1.8p23f;  // adding it leaves no bits behind the point
-    for (int i = 0; i < kTile; i += W) {
-      store(rounded + i, (vi)(load(row + i) * inverse + nearest) - (vi)splat(nearest));
-    }
-    for (int i = 0; i < kPairs; i += 4) {
-      const v4 first = load<v4>(rounded + 2 * i), second = load<v4>(rounded + 2 * i + 4);
-      store(packed + i, (first & 0xFFFF) | (second << 16));
-    }
-    asm("" : "+m"(packed));  // GCC would shuffle where it can load
-    for (int i = 0; i < kPairs; ++i) store(pairs + i * 2 * W, packed[i] + vi{});
+  alignas(64) float rounded[kTile];
+  for (int i = 0; i < kTile; i += W) store(rounded + i, load(row + i) * inverse + kWhole);
+  for (int i = 0; i < kPairs; i += 4) {
+    const v4 first = load<v4>(rounded + 2 * i), second = load<v4>(rounded + 2 * i + 4);
+    store(pairs + i, (first & 0xFFFF) | (second << 16));
   }
 }
 
-// words, tiles, acc, stride: see tile(). pairs: [tiles, R, kPairs, 2 * W]; steps: [R].
+// n pairs -> [n, 2 * W], each once for every lane: to read them so costs less than to repeat them.
+LEANKV_INLINE void repeat_pairs(const int32_t* pairs, int n, int16_t* to) {
+  asm("" : : : "memory");  // GCC would shuffle where it can load
+  for (int i = 0; i < n; ++i) store(to + i * 2 * W, pairs[i] + vi{});
+}
+
+// As tile(). pairs: [tiles, R, kPairs, 2 * W]; steps: [R].
 template <int B, int R>
-void pair_tile(const uint32_t* words, int tiles, const int16_t* pairs, const float* steps, float* acc,
-               int stride) {
+void pair_tile(const Tiles& tiles, const int16_t* pairs, const float* steps, float* acc, int stride) {
   const PairLevels<B> levels;
-  for (; tiles > 0; --tiles, words += kTile * B, pairs += R * kTile * W) {
+  const uint32_t* words = tiles.words;
+  for (int t = 0; t < tiles.count; ++t, words += kTile * B, pairs += R * kTile * W) {
     for (int lane = 0; lane < kTile; lane += W) {
+      fetch_ahead<B>(words + tiles.ahead, lane, W);
       vi sums[R] = {};
       unroll<PairLevels<B>::kRows>([&](auto k) LEANKV_LAMBDA {
         levels.template row<k>(words + lane, [&](auto i, vs pair) LEANKV_LAMBDA {
@@ -95,7 +94,7 @@ void pair_tile(const uint32_t* words, int tiles, const int16_t* pairs, const flo
   }
 }
 
-using PairTileFn = void (*)(const uint32_t*, int, const int16_t*, const float*, float*, int);
+using PairTileFn = void (*)(const Tiles&, const int16_t*, const float*, float*, int);
 
 template <int B>
 LEANKV_INLINE PairTileFn pair_tile_rows(int rows) {

@@ -66,18 +66,20 @@ LEANKV_INLINE vi lane_ids() {
   return ids;
 }
 
+// Added to a float below 2^22 it leaves no bits behind the point, and the nearest integer in the low bits.
+constexpr float kWhole = 0x1.8p23f;
+
 // 2^x for x <= 0, to 1e-7; below 2^-126 it is 2^-126, NaN of NaN.
 LEANKV_INLINE vf exp2_negative(vf x) {
   x = vmax(splat(-126.0f), x);
-  const vi whole = __builtin_convertvector(x - 0.5f, vi);
-  const vf f = x - __builtin_convertvector(whole, vf);
+  const vf whole = x + kWhole, f = x - (whole - kWhole);
   vf p = 1.5353362e-4f * f + 1.3398874e-3f;
   p = p * f + 9.6184373e-3f;
   p = p * f + 5.5503324e-2f;
   p = p * f + 2.4022648e-1f;
   p = p * f + 6.9314720e-1f;
   p = p * f + 1.0f;
-  return p * (vf)((whole + 127) << 23);
+  return p * (vf)(((vi)whole << 23) + (127 << 23));
 }
 
 // Code i of each lane, from the words of W lanes.
@@ -152,7 +154,13 @@ LEANKV_INLINE vf cubic(vu code) {
   return x * (Cubic<B>::b * (x * x) + Cubic<B>::a);
 }
 
-LEANKV_INLINE vf from_bf16(vh h) { return (vf)(__builtin_convertvector(h, vu) << 16); }
+LEANKV_INLINE vf from_bf16(vh h) {
+#if LEANKV_WIDTH == 8
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);  // GCC would widen in halves
+#else
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+#endif
+}
 
 LEANKV_INLINE vh to_bf16(vf x) {  // to nearest even; NaN stays NaN
   vu u = (vu)x;

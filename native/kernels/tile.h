@@ -21,6 +21,24 @@ constexpr int turns_for(int rows, int vectors) {
   return n;
 }
 
+// Tiles one behind the other, whose sums add up.
+struct Tiles {
+  const uint32_t* words;
+  int count;
+  int64_t ahead;  // words from here to those that are read next: the same tiles of another block
+};
+
+// Fetches what lies ahead of lanes [lane, lane + n) of one tile, so that the fetches of a block are spread
+// over the work on the one before: a processor keeps track of a few lines at a time only, and by itself
+// it does not look beyond a page, which is about as long as a block.
+template <int B>
+LEANKV_INLINE void fetch_ahead(const uint32_t* ahead, int lane, int n) {
+  constexpr int line = 16;
+  for (int l = (lane + line - 1) / line * line; l < lane + n; l += line) {
+    unroll<B>([&](auto k) LEANKV_LAMBDA { __builtin_prefetch(ahead + k * kTile + l); });
+  }
+}
+
 template <int B, int R, int N>
 LEANKV_INLINE void tile_lanes(const uint32_t* words, int tiles, const float* x, float* acc,
                               int stride) {
@@ -58,17 +76,19 @@ LEANKV_INLINE void tile_lanes(const uint32_t* words, int tiles, const float* x, 
   });
 }
 
-// words: tiles one behind the other, whose sums add up; x: [tiles, R, 32]; acc: R rows of 32 at a
-// distance of `stride`.
+// x: [tiles, R, 32]; acc: R rows of 32 at a distance of `stride`.
 template <int B, int R>
-void tile(const uint32_t* words, int tiles, const float* x, float* acc, int stride) {
+void tile(const Tiles& tiles, const float* x, float* acc, int stride) {
   constexpr int N = vectors_for(R);
   for (int lane = 0; lane < kTile; lane += N * W) {
-    tile_lanes<B, R, N>(words + lane, tiles, x, acc + lane, stride);
+    for (int t = 0; t < tiles.count; ++t) {
+      fetch_ahead<B>(tiles.words + tiles.ahead + t * kTile * B, lane, N * W);
+    }
+    tile_lanes<B, R, N>(tiles.words + lane, tiles.count, x, acc + lane, stride);
   }
 }
 
-using TileFn = void (*)(const uint32_t*, int, const float*, float*, int);
+using TileFn = void (*)(const Tiles&, const float*, float*, int);
 
 // f(Index<rows>).
 template <class F>
