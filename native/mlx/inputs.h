@@ -2,13 +2,13 @@
 #pragma once
 
 #include <cstring>
-#include <memory>
 #include <stdexcept>
 #include <vector>
 
 #include "mlx/allocator.h"
 #include "mlx/array.h"
 #include "mlx/backend/common/utils.h"
+#include "mlx/backend/cpu/encoder.h"
 #include "primitives.h"
 
 namespace leankv {
@@ -20,69 +20,25 @@ inline Type type_of(const mx::array& a) {
   throw std::invalid_argument("expected float32, float16 or bfloat16.");
 }
 
-// An input in row order: the array's own memory where it can be, else a copy.
-class Dense {
- public:
-  explicit Dense(const mx::array& a) : data_(a.data<char>()) {
-    if (a.flags().row_contiguous) return;
-    copy_.reset(new char[a.nbytes()]);
-    for (size_t i = 0; i < a.size(); ++i) {
-      const char* from = data_ + mx::elem_to_loc(static_cast<int>(i), a) * a.itemsize();
-      std::memcpy(copy_.get() + i * a.itemsize(), from, a.itemsize());
-    }
-    data_ = copy_.get();
-  }
-
-  template <class T>
-  const T* as() const {
-    return reinterpret_cast<const T*>(data_);
-  }
-
- private:
-  std::unique_ptr<char[]> copy_;
-  const char* data_;
-};
-
-// Rows [H, T, dim]: any strides but between channels.
-class Rows {
- public:
-  explicit Rows(const mx::array& a) {
-    vectors_.type = type_of(a);
-    if (a.shape(2) == 1 || a.strides(2) == 1) {
-      vectors_.data = a.data<char>();
-      vectors_.head_stride = a.strides(0);
-      vectors_.row_stride = a.strides(1);
-    } else {
-      dense_.reset(new Dense(a));
-      vectors_.data = dense_->as<char>();
-      vectors_.head_stride = int64_t{a.shape(1)} * a.shape(2);
-      vectors_.row_stride = a.shape(2);
-    }
-  }
-
-  const Vectors& vectors() const { return vectors_; }
-
- private:
-  std::unique_ptr<Dense> dense_;
-  Vectors vectors_;
-};
-
-// Reads inputs in the order in which an operation lists them.
+// Reads inputs in the order in which an operation lists them, when it is scheduled: they have memory by
+// then, and what is read from it is read when the operation runs.
 class Reader {
  public:
-  explicit Reader(const std::vector<mx::array>& in) : in_(in) {}
+  Reader(const std::vector<mx::array>& in, mx::Stream stream) : in_(in), stream_(stream) {}
 
-  const mx::array& next() { return in_[at_++]; }
-
+  // In row order: the array's own memory where it can be, else that of a copy.
   template <class T>
   const T* dense() {
-    dense_.push_back(std::make_unique<Dense>(next()));
-    return dense_.back()->template as<T>();
+    return reinterpret_cast<const T*>(in_row_order(in_[at_++]));
   }
 
+  // Rows [H, T, dim]: any strides but between channels.
   Vectors rows() {
-    rows_.push_back(std::make_unique<Rows>(next()));
-    return rows_.back()->vectors();
+    const mx::array& a = in_[at_++];
+    if (a.shape(2) == 1 || a.strides(2) == 1) {
+      return {a.data<char>(), type_of(a), a.strides(0), a.strides(1)};
+    }
+    return {in_row_order(a), type_of(a), int64_t{a.shape(1)} * a.shape(2), a.shape(2)};
   }
 
   Body body(const Format& format) {
@@ -100,10 +56,25 @@ class Reader {
   }
 
  private:
+  const char* in_row_order(const mx::array& a) {
+    if (a.flags().row_contiguous) return a.data<char>();
+    mx::array copy(a.shape(), a.dtype(), nullptr, {});
+    copy.set_data(mx::allocator::malloc(a.nbytes()));
+    char* to = copy.data<char>();
+    auto& encoder = mx::cpu::get_command_encoder(stream_);
+    encoder.add_temporary(copy);
+    encoder.dispatch([from = mx::array::unsafe_weak_copy(a), to] {
+      for (size_t i = 0; i < from.size(); ++i) {
+        const auto at = mx::elem_to_loc(static_cast<int>(i), from) * from.itemsize();
+        std::memcpy(to + i * from.itemsize(), from.data<char>() + at, from.itemsize());
+      }
+    });
+    return to;
+  }
+
   const std::vector<mx::array>& in_;
+  mx::Stream stream_;
   size_t at_ = 0;
-  std::vector<std::unique_ptr<Dense>> dense_;
-  std::vector<std::unique_ptr<Rows>> rows_;
 };
 
 // A new output [.., T, dim]. Allocated when the graph is scheduled, written when it runs.

@@ -1,9 +1,9 @@
 #include "primitives.h"
 
+#include <array>
 #include <functional>
 
 #include "inputs.h"
-#include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
 #include "mlx/primitives.h"
 
@@ -15,24 +15,20 @@ using Rotations = std::pair<RotationArrays, RotationArrays>;
 
 mx::Stream cpu_stream() { return mx::default_stream(mx::Device::cpu); }
 
-// A primitive that allocates its outputs and runs `run` in its stream.
+// A primitive that allocates its outputs and runs in its stream what task() returns.
 class Operation : public mx::Primitive {
  public:
   using mx::Primitive::Primitive;
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     auto& encoder = mx::cpu::get_command_encoder(stream());
-    Arrays in, out;  // copies that do not hold the arrays: their memory lives until this has run
-    for (const auto& a : inputs) {
-      encoder.set_input_array(a);
-      in.push_back(mx::array::unsafe_weak_copy(a));
-    }
+    for (const auto& a : inputs) encoder.set_input_array(a);
     for (auto& a : outputs) {
       allocate(a);
       encoder.set_output_array(a);
-      out.push_back(mx::array::unsafe_weak_copy(a));
     }
-    encoder.dispatch(task(std::move(in), std::move(out)));
+    Reader reader(inputs, stream());
+    encoder.dispatch(task(inputs, reader, outputs));
   }
 
   void eval_gpu(const Arrays&, Arrays&) override {
@@ -40,8 +36,9 @@ class Operation : public mx::Primitive {
   }
 
  protected:
-  // What runs in the stream; it must not use `this`, which may be gone by then.
-  virtual std::function<void()> task(Arrays in, Arrays out) const = 0;
+  // Plain numbers and pointers, which stay valid: MLX holds inputs, outputs and copies until the stream
+  // is past them. It must not use `this`, which may be gone when it runs.
+  virtual std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const = 0;
 };
 
 // The parts of a sequence that several operations share.
@@ -96,38 +93,36 @@ class DecodeAttention : public Operation {
   const char* name() const override { return "LeanKVDecodeAttention"; }
 
  protected:
-  std::function<void()> task(Arrays in, Arrays out) const override {
-    return [in = std::move(in), out = std::move(out), parts = parts_, scale = scale_,
-            causal = causal_, logits = logits_, skip = skip_]() mutable {
-      Reader reader(in);
-      AttentionJob job;
-      const mx::array& q = in[0];
-      job.ends.queries = reader.rows();
-      const mx::array& k = in[1];
-      const mx::array& v = in[2];
-      job.args.exact_k = reader.rows();
-      job.args.exact_v = reader.rows();
-      const auto bodies = parts.bodies(reader);
-      if (parts.centered) {
-        job.mu_k = reader.dense<float>();
-        job.mu_v = reader.dense<float>();
-      }
-      parts.read_rotations(reader, job.ends.k_rotation, job.ends.v_rotation);
-      if (logits) job.ends.sink_logits = reader.dense<float>();
-      job.args.heads = k.shape(0);
-      job.args.group = q.shape(0) / k.shape(0);
-      job.args.length = q.shape(1);
-      job.args.k_dim = k.shape(2);
-      job.args.v_dim = v.shape(2);
+  std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const override {
+    AttentionJob job;
+    const mx::array& q = in[0];
+    job.ends.queries = reader.rows();
+    const mx::array& k = in[1];
+    const mx::array& v = in[2];
+    job.args.exact_k = reader.rows();
+    job.args.exact_v = reader.rows();
+    auto bodies = parts_.bodies(reader);
+    if (parts_.centered) {
+      job.mu_k = reader.dense<float>();
+      job.mu_v = reader.dense<float>();
+    }
+    parts_.read_rotations(reader, job.ends.k_rotation, job.ends.v_rotation);
+    if (logits_) job.ends.sink_logits = reader.dense<float>();
+    job.args.heads = k.shape(0);
+    job.args.group = q.shape(0) / k.shape(0);
+    job.args.length = q.shape(1);
+    job.args.k_dim = k.shape(2);
+    job.args.v_dim = v.shape(2);
+    job.args.exact = k.shape(1);
+    job.args.causal = causal_;
+    job.args.skip = skip_;
+    job.ends.scale = scale_;
+    job.ends.out = output_of(out[0]);
+    job.lse = out[1].data<float>();
+    if (out.size() > 2) job.reads = out[2].data<int32_t>();
+    return [job, bodies = std::move(bodies)]() mutable {
       job.args.bodies = bodies.data();
       job.args.n_bodies = static_cast<int>(bodies.size());
-      job.args.exact = k.shape(1);
-      job.args.causal = causal;
-      job.args.skip = skip;
-      job.ends.scale = scale;
-      job.ends.out = output_of(out[0]);
-      job.lse = out[1].data<float>();
-      if (out.size() > 2) job.reads = out[2].data<int32_t>();
       run_attention(job);
     };
   }
@@ -148,31 +143,27 @@ class PrefillAttention : public Operation {
   const char* name() const override { return "LeanKVPrefillAttention"; }
 
  protected:
-  std::function<void()> task(Arrays in, Arrays out) const override {
-    return [in = std::move(in), out = std::move(out), parts = parts_, scale = scale_,
-            causal = causal_, present = present_, logits = logits_]() mutable {
-      Reader reader(in);
-      PrefillJob job;
-      const mx::array& q = in[0];
-      job.ends.queries = reader.rows();
-      const mx::array& k = in[1];
-      const mx::array& v = in[2];
-      job.args.k = reader.rows();
-      job.args.v = reader.rows();
-      parts.read_rotations(reader, job.ends.k_rotation, job.ends.v_rotation);
-      if (present) job.args.present = reader.dense<bool>();
-      if (logits) job.ends.sink_logits = reader.dense<float>();
-      job.args.heads = k.shape(0);
-      job.args.group = q.shape(0) / k.shape(0);
-      job.args.length = q.shape(1);
-      job.args.tokens = k.shape(1);
-      job.args.k_dim = k.shape(2);
-      job.args.v_dim = v.shape(2);
-      job.args.causal = causal;
-      job.ends.scale = scale;
-      job.ends.out = output_of(out[0]);
-      run_prefill(job);
-    };
+  std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const override {
+    PrefillJob job;
+    const mx::array& q = in[0];
+    job.ends.queries = reader.rows();
+    const mx::array& k = in[1];
+    const mx::array& v = in[2];
+    job.args.k = reader.rows();
+    job.args.v = reader.rows();
+    parts_.read_rotations(reader, job.ends.k_rotation, job.ends.v_rotation);
+    if (present_) job.args.present = reader.dense<bool>();
+    if (logits_) job.ends.sink_logits = reader.dense<float>();
+    job.args.heads = k.shape(0);
+    job.args.group = q.shape(0) / k.shape(0);
+    job.args.length = q.shape(1);
+    job.args.tokens = k.shape(1);
+    job.args.k_dim = k.shape(2);
+    job.args.v_dim = v.shape(2);
+    job.args.causal = causal_;
+    job.ends.scale = scale_;
+    job.ends.out = output_of(out[0]);
+    return [job] { run_prefill(job); };
   }
 
  private:
@@ -188,21 +179,17 @@ class Encode : public Operation {
   const char* name() const override { return "LeanKVEncode"; }
 
  protected:
-  std::function<void()> task(Arrays in, Arrays out) const override {
-    return [in = std::move(in), out = std::move(out), format = format_,
-            rounding = rounding_]() mutable {
-      Reader reader(in);
-      EncodeArgs args;
-      args.k = reader.rows();
-      args.v = reader.rows();
-      args.mu_k = reader.dense<float>();
-      args.mu_v = reader.dense<float>();
-      args.tokens = in[0].shape(1);
-      args.format = format;
-      args.rounding = rounding;
-      args.blocks = out[0].data<uint32_t>();
-      run_encode(args, in[0].shape(0));
-    };
+  std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const override {
+    EncodeArgs args;
+    args.k = reader.rows();
+    args.v = reader.rows();
+    args.mu_k = reader.dense<float>();
+    args.mu_v = reader.dense<float>();
+    args.tokens = in[0].shape(1);
+    args.format = format_;
+    args.rounding = rounding_;
+    args.blocks = out[0].data<uint32_t>();
+    return [args, heads = in[0].shape(0)] { run_encode(args, heads); };
   }
 
  private:
@@ -216,16 +203,13 @@ class Repack : public Operation {
   const char* name() const override { return "LeanKVRepack"; }
 
  protected:
-  std::function<void()> task(Arrays in, Arrays out) const override {
-    return [in = std::move(in), out = std::move(out), format = format_]() mutable {
-      Reader reader(in);
-      RepackArgs args;
-      args.body = reader.body(format);
-      args.index = reader.dense<int32_t>();
-      args.kept = in[3].shape(1);
-      args.blocks = out[0].data<uint32_t>();
-      run_repack(args, in[3].shape(0));
-    };
+  std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const override {
+    RepackArgs args;
+    args.body = reader.body(format_);
+    args.index = reader.dense<int32_t>();
+    args.kept = in[3].shape(1);
+    args.blocks = out[0].data<uint32_t>();
+    return [args, heads = in[3].shape(0)] { run_repack(args, heads); };
   }
 
  private:
@@ -238,27 +222,26 @@ class Decode : public Operation {
   const char* name() const override { return "LeanKVDecode"; }
 
  protected:
-  std::function<void()> task(Arrays in, Arrays out) const override {
-    return [in = std::move(in), out = std::move(out), parts = parts_, sinks = sinks_]() mutable {
-      Reader reader(in);
-      DecodeJob job;
-      job.exact_k = reader.rows();
-      job.exact_v = reader.rows();
-      const auto bodies = parts.bodies(reader);
-      if (parts.centered) {
-        job.args.mu_k = reader.dense<float>();
-        job.args.mu_v = reader.dense<float>();
-      }
-      parts.read_rotations(reader, job.args.k_rotation, job.args.v_rotation);
-      job.args.k = output_of(out[0]);
-      job.args.v = output_of(out[1]);
+  std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const override {
+    DecodeJob job;
+    job.exact_k = reader.rows();
+    job.exact_v = reader.rows();
+    auto bodies = parts_.bodies(reader);
+    if (parts_.centered) {
+      job.args.mu_k = reader.dense<float>();
+      job.args.mu_v = reader.dense<float>();
+    }
+    parts_.read_rotations(reader, job.args.k_rotation, job.args.v_rotation);
+    job.args.k = output_of(out[0]);
+    job.args.v = output_of(out[1]);
+    job.heads = in[0].shape(0);
+    job.exact = in[0].shape(1);
+    job.sinks = sinks_;
+    job.k_dim = in[0].shape(2);
+    job.v_dim = in[1].shape(2);
+    return [job, bodies = std::move(bodies)]() mutable {
       job.bodies = bodies.data();
       job.n_bodies = static_cast<int>(bodies.size());
-      job.heads = in[0].shape(0);
-      job.exact = in[0].shape(1);
-      job.sinks = sinks;
-      job.k_dim = in[0].shape(2);
-      job.v_dim = in[1].shape(2);
       run_decode(job);
     };
   }
@@ -274,15 +257,20 @@ class Append : public Operation {
   const char* name() const override { return "LeanKVAppend"; }
 
  protected:
-  std::function<void()> task(Arrays in, Arrays out) const override {
-    return [in = std::move(in), out = std::move(out), parts = parts_]() mutable {
-      Reader reader(in);
-      const Vectors exact[] = {reader.rows(), reader.rows()}, rows[] = {reader.rows(), reader.rows()};
-      Rotation rotations[] = {parts.k_rotation, parts.v_rotation};
-      for (int side = 0; side < 2; ++side) {
-        reader.rotation(rotations[side], true);
-        run_append(exact[side], in[side].shape(1), rows[side], in[2].shape(1), rotations[side],
-                   in[0].shape(0), output_of(out[side]));
+  std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const override {
+    struct OneSide {
+      Vectors exact, rows;
+      Rotation rotation;
+      Output out;
+    };
+    std::array<OneSide, 2> sides;
+    for (auto& side : sides) side.exact = reader.rows();
+    for (auto& side : sides) side.rows = reader.rows();
+    parts_.read_rotations(reader, sides[0].rotation, sides[1].rotation);
+    for (int i = 0; i < 2; ++i) sides[i].out = output_of(out[i]);
+    return [sides, n_exact = in[0].shape(1), n_rows = in[2].shape(1), heads = in[0].shape(0)] {
+      for (const OneSide& side : sides) {
+        run_append(side.exact, n_exact, side.rows, n_rows, side.rotation, heads, side.out);
       }
     };
   }
