@@ -82,7 +82,7 @@ inline void attend_block(const Chunk& chunk, const Format& format, const uint32_
   const uint32_t* values = key_tiles(format.k, block, ahead, chunk.rows, chunk.queries, scores);
   const uint32_t* behind = values + format.v.words();
   const Scales scales(behind);
-  for (int i = 0; i < kTile; i += 16) __builtin_prefetch(behind + ahead + i);
+  fetch(behind + ahead, kTile);
   bool read = false;  // whether any row needs the values
   for (int r = 0; r < chunk.rows; ++r) {
     vf s[NV], p[NV];
@@ -306,6 +306,7 @@ inline void attend(const AttentionArgs& a, int head, int first, int last, const 
     const int blocks = body->blocks(head);
     const int stop = last - start < blocks ? last - start : blocks;
     const int begin = first > start ? first - start : 0;
+    if (begin < stop) fetch(body->block(head, begin), body->format.words());
     const int run = a.rows() > kRowChunk ? kRun : stop - begin;
     for (int b = begin; b < stop; b += run) {
       each_chunk(a, head, p, reads, [&](const Chunk& chunk) {

@@ -28,13 +28,18 @@ struct Tiles {
   int64_t ahead;  // words from here to those that are read next: the same tiles of another block
 };
 
+constexpr int kLine = 16;  // words of a cache line
+
+LEANKV_INLINE void fetch(const uint32_t* words, int n) {
+  for (int i = 0; i < n; i += kLine) __builtin_prefetch(words + i);
+}
+
 // Fetches what lies ahead of lanes [lane, lane + n) of one tile, so that the fetches of a block are spread
 // over the work on the one before: a processor keeps track of a few lines at a time only, and by itself
 // it does not look beyond a page, which is about as long as a block.
 template <int B>
 LEANKV_INLINE void fetch_ahead(const uint32_t* ahead, int lane, int n) {
-  constexpr int line = 16;
-  for (int l = (lane + line - 1) / line * line; l < lane + n; l += line) {
+  for (int l = (lane + kLine - 1) / kLine * kLine; l < lane + n; l += kLine) {
     unroll<B>([&](auto k) LEANKV_LAMBDA { __builtin_prefetch(ahead + k * kTile + l); });
   }
 }
