@@ -89,7 +89,8 @@ class Queries {
     float row[kMaxDim];
     for (int64_t r = 0; r < rows_; ++r) {
       read_query(job.ends, static_cast<int>(head * a.group + r / a.length), r % a.length, dim_, row);
-      const int64_t chunk = r / kRowChunk * kRowChunk, in_chunk = std::min(kRowChunk + chunk, rows_) - chunk;
+      const int64_t chunk = r / kRowChunk * kRowChunk;
+      const int64_t in_chunk = std::min(kRowChunk + chunk, rows_) - chunk;
       const int64_t at = (head * rows_ + chunk) * dim_ + (r - chunk) * kTile;
       const QueryPlace place{floats_.data.get() + at, in_chunk * kTile,
                              fixed_ ? pairs_.data.get() + at / 2 : nullptr,

@@ -245,7 +245,8 @@ inline void set_least(const AttentionArgs& a, const Chunk& chunk, int head) {
   }
 }
 
-constexpr int kRun = 4;  // blocks that one chunk of several goes through at a time: they stay in the nearest cache
+// Blocks that one chunk of several goes through at a time: they stay in the nearest cache.
+constexpr int kRun = 4;
 
 // f(chunk) for all rows of the head.
 template <class F>

@@ -143,8 +143,8 @@ constexpr int in_order(int j) {
 template <int B>
 inline constexpr int kTogether = 1;
 
-// Where LEANKV_PAIRS is defined: row<K>(words, f) calls f(Index<i>, levels) for each pair i, see pairs.h, that
-// row K of the words of W lanes holds, and add_products(sum, levels, factors) adds what it is multiplied with.
+// Where LEANKV_PAIRS is defined, see pairs.h: row<K>(words, f) calls f(Index<i>, levels) for each pair i
+// that row K of the words of W lanes holds; add_products(sum, levels, factors) multiplies and adds.
 template <int B>
 struct PairLevels;
 
