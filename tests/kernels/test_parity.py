@@ -124,6 +124,20 @@ def test_queries_of_any_size(scale: float, dtype: mx.Dtype, backend: Backend) ->
     check_attention(replace(case, queries=queries.astype(dtype)), backend)
 
 
+@pytest.mark.parametrize("query", [0.1, -0.1, 0.0])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_largest_sums_of_products(bits: int, query: float, backend: Backend) -> None:
+    """All codes are the largest, all channels of the queries alike, and so are the weights."""
+    row = cases.pairwise(FACTORS)[0] | {"k_bits": bits, "v_bits": bits, "tiers": 1, "exact": 0}
+    row |= {"lengths": "full", "mask": None, "sink_logits": False, "rotated": False, "skip": 0.0}
+    case = cases.case(**row | {"dtype": mx.bfloat16})
+    words = np.array(case.bodies[0].pool)
+    words[:, :-32] = 2**32 - 1
+    bodies = [replace(case.bodies[0], pool=mx.array(words))]
+    queries = mx.full(case.queries.shape, query, mx.bfloat16)
+    check_attention(replace(case, bodies=bodies, queries=queries), backend)
+
+
 @pytest.mark.parametrize("lengths", [[64, 0, 0], [0, 64, 0], [0, 0, 0]])
 def test_a_head_without_tokens_attends_to_its_sink_logits(
     lengths: list[int], backend: Backend
