@@ -72,7 +72,7 @@ def near(case: DecodeInputs, factor: float) -> Attention:
 
 
 def either(ours: mx.array, wanted: list[mx.array]) -> mx.array:
-    """Of each query row the closest: a weight that rounding moves over `skip` decides on a block."""
+    """Of each query row the closest: a weight that rounding moves over `skip` decides a block."""
     far = mx.stack([mx.abs(ours - x).astype(mx.float32).max(axis=-1) for x in wanted])
     chosen = mx.argmin(far, axis=0)[..., None]
     return sum(mx.where(chosen == i, x, mx.zeros_like(x)) for i, x in enumerate(wanted))
