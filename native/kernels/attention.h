@@ -126,6 +126,7 @@ inline void attend_blocks(Chunk chunk, const Body& body, int head, int first, in
     chunk.queries.pairs = pairs;
   }
 #endif
+  // As Body::block, but the words of a block are added up once.
   const int words = body.format.words(), length = body.lengths[head];
   const int32_t* table = body.table + int64_t{head} * body.width;
   const auto block = [&](int i) LEANKV_LAMBDA { return body.pool + int64_t{table[i]} * words; };
