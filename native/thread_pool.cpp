@@ -1,6 +1,7 @@
 #include "thread_pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -18,15 +19,6 @@ namespace {
 // How long a thread waits awake, the caller for tasks that a worker has begun and a worker for the next
 // loop: falling asleep and being woken takes ten to twenty microseconds.
 constexpr std::chrono::microseconds kAwake{50};
-
-// Tells the processor that this thread only waits.
-inline void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 class Pool {
  public:
@@ -71,8 +63,10 @@ class Pool {
     if (!awake_) return;
     lock.unlock();
     const auto end = std::chrono::steady_clock::now() + kAwake;
-    while (!ready() && std::chrono::steady_clock::now() < end) relax();
-    lock.lock();
+    // Yields to whoever wakes up on this processor: at the end of an evaluation that is MLX's caller. And
+    // tries the lock, which whoever made it ready may hold for a moment more: waiting for it is to sleep.
+    while (!(ready() && lock.try_lock()) && std::chrono::steady_clock::now() < end) sched_yield();
+    if (!lock.owns_lock()) lock.lock();
   }
 
   void work() {
