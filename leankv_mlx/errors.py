@@ -28,6 +28,16 @@ class UnsupportedError(LeanKVError, NotImplementedError):
     """The request is meaningful, but this cache cannot serve it."""
 
 
+class DroppedTokensError(UnsupportedError):
+    """A model asks for all tokens of a cache that has dropped some."""
+
+    def __init__(self, asks: str = "attends with an array mask") -> None:
+        super().__init__(
+            f"this model {asks}, which does not go with a policy that drops tokens; "
+            "use policy=keep_all."
+        )
+
+
 class BackendUnavailableError(LeanKVError, RuntimeError):
     """A backend was named that cannot run here."""
 

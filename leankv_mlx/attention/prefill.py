@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from leankv_mlx.attention.view import View
-from leankv_mlx.errors import UnsupportedError
+from leankv_mlx.errors import DroppedTokensError
 from leankv_mlx.kernels import Mask, Rows
 from leankv_mlx.kernels.prefill_attention import prefill_attention
 
@@ -21,15 +21,12 @@ def attend_rows(
     [1, Hq, L, v_head_dim].
 
     Raises:
-        UnsupportedError: an array mask over a body that lost tokens.
+        DroppedTokensError: an array mask over a body that lost tokens.
     """
     # Two tiers are out of order, and heads that all lost the same leave no gaps.
     whole = rows.k.shape[1] if len(view.bodies) <= 1 else -1
     if isinstance(mask, mx.array) and mask.shape[-1] != whole:
-        raise UnsupportedError(
-            "this model attends with an array mask, which does not go with a policy that drops "
-            "tokens; use policy=keep_all."
-        )
+        raise DroppedTokensError
     out = prefill_attention(
         queries[0],
         rows,

@@ -17,10 +17,8 @@ from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.sparsifier import Sparsifier
 from leankv_mlx.cache.tracking import track
 from leankv_mlx.config import CompressionConfig
-from leankv_mlx.errors import ShapeError, UnsupportedError
+from leankv_mlx.errors import DroppedTokensError, ShapeError, UnsupportedError
 from leankv_mlx.kernels import MAX_DECODE_TOKENS, Backend, Mask, Rows, resolve_backend
-
-_KEEP_ALL = "which does not go with a policy that drops tokens; use policy=keep_all."
 
 
 @dataclass
@@ -75,8 +73,9 @@ class CompressedKVCache:
             objects (see `owner_of`) reads the cache instead.
 
         Raises:
-            UnsupportedError: a batch above 1; or the model reads the arrays themselves although a
-                policy has dropped tokens.
+            UnsupportedError: a batch above 1.
+            DroppedTokensError: the model reads the arrays themselves although a policy has dropped
+                tokens.
             ShapeError: the arrays do not fit each other or earlier ones.
             ConfigError: policy=budget with less than what is never dropped.
         """
@@ -119,14 +118,14 @@ class CompressedKVCache:
         """The mask of the next N tokens, as mlx-lm's own caches make it.
 
         Raises:
-            UnsupportedError: an array is asked for although a policy has dropped tokens.
+            DroppedTokensError: an array is asked for although a policy has dropped tokens.
         """
         if window_size is None and not return_array:
             return None if N == 1 else "causal"
         if window_size is None and N == 1:
             return None
         if self._layer is not None and self._layer.ragged:
-            raise UnsupportedError(f"this model attends with an array mask, {_KEEP_ALL}")
+            raise DroppedTokensError
         columns = mx.arange(self.offset + N)
         rows = mx.arange(self.offset, self.offset + N)[:, None]
         mask = rows >= columns
@@ -269,7 +268,7 @@ class CompressedKVCache:
         if shape != self._layer.shape:
             raise ShapeError(f"[update_and_fetch] expected {self._layer.shape}, got {shape}.")
         if self._unread == self._calls.fused:
-            raise UnsupportedError(f"this model reads keys and values itself, {_KEEP_ALL}")
+            raise DroppedTokensError("reads keys and values itself")
         return self._layer
 
     def _track(self, layer: Layer, view: View, rows: Rows | None) -> tuple[mx.array, mx.array]:

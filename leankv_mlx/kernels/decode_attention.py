@@ -7,7 +7,7 @@ from math import log
 import mlx.core as mx
 
 from leankv_mlx.codec.format import TILE
-from leankv_mlx.errors import ConfigError, ShapeError, UnsupportedError
+from leankv_mlx.errors import ConfigError, DroppedTokensError, ShapeError
 from leankv_mlx.kernels.dequantize import dequantize_ops
 from leankv_mlx.kernels.types import (
     MAX_DECODE_TOKENS,
@@ -160,7 +160,7 @@ def decode_attention(
 
     Raises:
         ShapeError: a shape does not fit.
-        UnsupportedError: an array mask over a body that lost tokens.
+        DroppedTokensError: an array mask over a body that lost tokens.
         ConfigError: `skip` is not a weight below 1.
     """
     query_heads, length, dim = queries.shape
@@ -178,10 +178,7 @@ def decode_attention(
     if isinstance(mask, mx.array):
         tokens = exact.k.shape[1] + sum(body.slots for body in bodies)
         if len(bodies) > 1 or not all(body.full for body in bodies):
-            raise UnsupportedError(
-                "this model attends with an array mask, which does not go with a policy that "
-                "drops tokens; use policy=keep_all."
-            )
+            raise DroppedTokensError
         if mask.shape[-2:] != (length, tokens):
             raise ShapeError(
                 f"[decode_attention] expected mask [.., {length}, {tokens}], got {mask.shape}."

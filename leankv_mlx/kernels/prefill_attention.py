@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from leankv_mlx.errors import ShapeError, UnsupportedError
+from leankv_mlx.errors import DroppedTokensError, ShapeError
 from leankv_mlx.kernels.types import Backend, Mask, PrefillInputs, Rotations, Rows
 
 QUERY_TILE = 256
@@ -82,7 +82,7 @@ def prefill_attention(
 
     Raises:
         ShapeError: a shape does not fit.
-        UnsupportedError: an array mask over a body that lost tokens.
+        DroppedTokensError: an array mask over a body that lost tokens.
     """
     query_heads, length, dim = queries.shape
     heads, tokens, _ = rows.k.shape
@@ -100,10 +100,7 @@ def prefill_attention(
             f"{rows.v.shape} and {None if present is None else present.shape}."
         )
     if present is not None and isinstance(mask, mx.array):
-        raise UnsupportedError(
-            "this model attends with an array mask, which does not go with a policy that drops "
-            "tokens; use policy=keep_all."
-        )
+        raise DroppedTokensError
     return backend.prefill_attention(
         PrefillInputs(queries, rows, scale, mask, present, sink_logits, rotations)
     )
