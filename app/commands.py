@@ -16,6 +16,7 @@ COMMANDS: dict[str, str] = {
     "/set": "a setting: /set temperature 0.7",
     "/file": "put a document in context: /file PATH or address",
     "/summarize": "summarize the document: /summarize [PATH]",
+    "/demo": "put a sample document in context, with questions to ask",
     "/kv": "compression of this chat: /kv small, /kv k3v2, /kv none",
     "/stats": "numbers of the cache and the last reply",
     "/compact": "replace the conversation by its summary, to free context",
@@ -28,8 +29,8 @@ COMMANDS: dict[str, str] = {
     "/quit": "leave",
 }
 
-SLOW = ("/file", "/summarize")
-"""Those that read a document: a long one, or an address, must not hold the screen up."""
+SLOW = ("/file", "/summarize", "/demo")
+"""Those that make or read a document: a long one, or an address, must not hold the screen up."""
 
 
 def complete(text: str) -> Sequence[str]:

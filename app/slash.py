@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from leankv_app.commands import COMMANDS, SLOW
 from leankv_app.factory import full_kv
 from leankv_app.format import megabytes
+from leankv_app.sample import QUESTIONS, SAMPLE
 from leankv_app.settings import checked
 from leankv_app.store import StoreError, export
 from leankv_mlx.documents.readers import STDIN, read_document
@@ -101,6 +102,11 @@ class Slash:
             await self._screen.note("There is no document yet: /summarize PATH", error=True)
             return
         await self._screen.ask(SUMMARIZE)
+
+    async def demo(self, rest: str) -> None:
+        """A sample document, and what to ask about it."""
+        if await self.file(str(SAMPLE)):
+            await self._screen.note("\n".join(["Ask for example:", *QUESTIONS]))
 
     async def kv(self, rest: str) -> None:
         """Show or change the compression."""

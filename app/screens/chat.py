@@ -19,6 +19,7 @@ from leankv_app.options import Options
 from leankv_app.settings import Settings
 from leankv_app.slash import Slash
 from leankv_app.store import Message, SessionInfo, StoreError
+from leankv_app.texts import DEMO_MODEL, NOT_SAVED, WELCOME
 from leankv_app.widgets.completions import CompletionList
 from leankv_app.widgets.conversation import Conversation
 from leankv_app.widgets.memory_panel import MemoryPanel
@@ -45,9 +46,6 @@ from leankv_mlx.engine.events import (
 if TYPE_CHECKING:
     from leankv_app.app import ChatApp
     from leankv_app.screens.models import Choice
-
-WELCOME = "Type a question, /file PATH to put a document in context, or F1 for help."
-NOT_SAVED = "Chats of this run are kept in memory only. Export with Ctrl+E what you want to keep."
 
 
 class ChatScreen(Screen[None]):
@@ -353,6 +351,8 @@ class ChatScreen(Screen[None]):
         self.chat.model, self.chat.kv = event.model, event.kv
         self.panel.loaded(event)
         self.query_one(StatusLine).loaded(event, event.kv)
+        if not event.model:
+            await self.note(DEMO_MODEL)
         if not event.compressed:
             await self.note(f"{event.name} runs with an uncompressed cache: {event.note}.")
 

@@ -10,6 +10,7 @@ import pytest
 from tests.app.harness import LOADED, SNAPSHOT, Driver, drive  # isort: skip
 
 from leankv_app.options import Options
+from leankv_app.sample import QUESTIONS
 from leankv_mlx.engine.events import (
     Downloading,
     Failed,
@@ -23,6 +24,22 @@ from leankv_mlx.engine.events import (
 from leankv_mlx.engine.requests import Forget, Load, Read, Recode
 
 FENCE = ("Here it is:\n\n", "```python\n", "def f(x):\n", "    return x + 1\n")
+
+
+def test_demo_reads_a_document_that_has_what_can_be_asked(tmp_path: Path) -> None:
+    async def script(d: Driver) -> None:
+        await d.emit(replace(LOADED, model="some/model"))
+        assert "cannot chat" not in d.text
+        await d.loaded()
+        await d.shows("cannot chat")
+        await d.type("/demo")
+        await d.shows(QUESTIONS[-1])
+        text = " ".join(d.engine.read.turns[0].text.split())
+        for question in QUESTIONS[:-1]:
+            subject = question.removeprefix("Tell me the ").removeprefix("What is the ")[:-1]
+            assert f"The {subject} is " in text
+
+    drive(script, tmp_path)
 
 
 def test_first_start(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tests.app.harness import LOADED, SNAPSHOT  # isort: skip
 
 from leankv_app import main
 from leankv_app.paths import paths
+from leankv_app.sample import QUESTIONS, SAMPLE
 from leankv_mlx.engine.events import Done, Text
 from leankv_mlx.engine.record import dumped
 
@@ -112,6 +113,19 @@ def test_the_demo_model_answers_from_a_document(tmp_path: Path) -> None:
     terminal.until(r"(\d+\.\d\d)x smaller · ")  # narrow: the memory is in the status line
     terminal.until(r"is 48213\.")
     assert "--resume 1" in terminal.leave()
+
+
+def test_the_demo_model_answers_from_its_sample(tmp_path: Path) -> None:
+    subject = QUESTIONS[0].removeprefix("Tell me the ").rstrip(".")
+    fact = re.search(rf"The {subject} is [^.]+\.", " ".join(SAMPLE.read_text().split()))
+    assert fact
+    terminal = Terminal([], tmp_path / "home")
+    terminal.until("It cannot chat")
+    terminal.type("/demo\r")
+    terminal.until(re.escape(QUESTIONS[0]))
+    terminal.type(f"{QUESTIONS[0]}\r")
+    terminal.until(re.escape(fact[0]))
+    terminal.leave()
 
 
 def test_a_recording_is_played_without_a_model(tmp_path: Path) -> None:
