@@ -30,7 +30,7 @@ COMMANDS: dict[str, str] = {
 }
 
 SLOW = ("/file", "/summarize", "/demo")
-"""Those that make or read a document: a long one, or an address, must not hold the screen up."""
+"""Those that read a document: a long one, or an address, must not hold the screen up."""
 
 
 def complete(text: str) -> Sequence[str]:
