@@ -10,5 +10,4 @@ QUESTIONS = (
     "What is the locker number of the Kampala cathedral?",
     "What is the mascot of the Kolkata foundation?",
     "What is the founder of the Bilbao monastery?",
-    "Summarize the document.",
 )

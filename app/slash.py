@@ -106,7 +106,7 @@ class Slash:
     async def demo(self, rest: str) -> None:
         """A sample document, and what to ask about it."""
         if await self.file(str(SAMPLE)):
-            await self._screen.note("\n".join(["Ask for example:", *QUESTIONS]))
+            await self._screen.note("\n".join(["Ask for example:", *QUESTIONS, SUMMARIZE]))
 
     async def kv(self, rest: str) -> None:
         """Show or change the compression."""
