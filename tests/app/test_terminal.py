@@ -117,7 +117,8 @@ def test_the_demo_model_answers_from_a_document(tmp_path: Path) -> None:
 
 def test_the_demo_model_answers_from_its_sample(tmp_path: Path) -> None:
     subject = QUESTIONS[0].removeprefix("Tell me the ").rstrip(".")
-    fact = re.search(rf"The {subject} is [^.]+\.", " ".join(SAMPLE.read_text(encoding="utf-8").split()))
+    text = " ".join(SAMPLE.read_text(encoding="utf-8").split())
+    fact = re.search(rf"The {subject} is [^.]+\.", text)
     assert fact
     terminal = Terminal([], tmp_path / "home")
     terminal.until("It cannot chat")
