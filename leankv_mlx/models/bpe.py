@@ -166,11 +166,13 @@ def sentencepiece(
 def _merges(ranked: Sequence[str]) -> Iterator[tuple[str, str]]:
     """All pairs of tokens that join to a token, in the order in which they are merged.
 
-    Of two ways to make one token llama.cpp takes the one further left in the text, which no list
-    of merges can say. Text is merged from the left, so the longer left part comes first.
+    What is inside a token merges the same wherever the token stands, so each is only ever made of
+    one of its pairs and their order does not matter. Of different tokens with equal scores the one
+    of lower id is merged first; llama.cpp takes the one further left. Trained vocabularies have no
+    equal scores.
     """
     known = set(ranked)
     for token in ranked:
-        for cut in range(len(token) - 1, 0, -1):
+        for cut in range(1, len(token)):
             if token[:cut] in known and token[cut:] in known:
                 yield token[:cut], token[cut:]

@@ -20,7 +20,7 @@ from leankv_mlx.models.bpe import PRE_TOKENIZERS, PreTokenizer, byte_level, sent
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_MAX_TOKEN = 1024  # characters. Real tokens have up to 128; merges take the square of it.
+_MAX_PIECE = 256  # characters; SentencePiece makes 16. The time for merges is bounded by it.
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _SENTENCEPIECE_ROLES = {"bos": 1, "eos": 2, "unk": 0}  # where the file does not name them
 _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
@@ -70,8 +70,10 @@ class _Vocabulary:
     def ids(self) -> dict[str, int]:
         return {token: i for i, token in enumerate(self.tokens)}
 
-    def of_type(self, *types: _Type) -> list[str]:
-        return [self.tokens[i] for i in np.flatnonzero(np.isin(self.types, types))]
+    @property
+    def matched(self) -> npt.NDArray[np.bool_]:
+        """Which are found in a text before anything else is done to it; [tokens]."""
+        return np.isin(self.types, (_Type.CONTROL, _Type.UNKNOWN, _Type.USER_DEFINED))
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -105,9 +107,14 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
     if _flag(metadata, "add_bos_token", add_bos):
         _prepend_bos(tokenizer, vocabulary)
 
-    config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config["clean_up_tokenization_spaces"] = False
-    config |= {f"{role}_token": vocabulary.tokens[i] for role, i in vocabulary.roles.items()}
+    config: dict[str, object] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    matched = vocabulary.matched
+    for role, i in vocabulary.roles.items():
+        if matched[i]:  # transformers would match it, and some files say that a comma is bos
+            config[f"{role}_token"] = vocabulary.tokens[i]
     files = {
         "tokenizer.json": tokenizer.to_str(),
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n",
@@ -143,8 +150,6 @@ def _vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
         raise _damaged("it has no tokens")
     if len(set(tokens)) != len(tokens):
         raise _damaged("a token occurs twice")
-    if max(map(len, tokens)) > _MAX_TOKEN:
-        raise _damaged(f"a token has more than {_MAX_TOKEN} characters")
     types = np.full(len(tokens), _Type.NORMAL, np.int64)
     if "tokenizer.ggml.token_type" in metadata:
         types = _numbers(metadata, "token_type", "iu", len(tokens)).astype(np.int64)
@@ -198,34 +203,35 @@ def _ranked(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> list[str]:
 
     Those that are matched in the text beforehand are not among them.
     """
-    if not vocabulary.ids.keys() >= set(_BYTES):
+    tokens, data = vocabulary.tokens, set(_BYTES)
+    if not data <= set(tokens):
         raise _damaged("it lacks tokens of single bytes")
-    tokens, types = vocabulary.tokens, vocabulary.types
+    if any(token.startswith("<0x") and token not in data for token in tokens):
+        raise _damaged("a token looks like a byte and is none")  # mlx-lm would take it for one
     scores = _numbers(metadata, "scores", "fiu", len(tokens)).astype(np.float64)
     if not np.isfinite(scores).all():
         raise _damaged("a score is not a number")
-    matched = np.isin(types, (_Type.CONTROL, _Type.USER_DEFINED, _Type.UNKNOWN))
-    return [tokens[i] for i in np.argsort(-scores, kind="stable") if not matched[i]]
+    matched = vocabulary.matched
+    ranked = [tokens[i] for i in np.argsort(-scores, kind="stable") if not matched[i]]
+    if max(map(len, ranked), default=0) > _MAX_PIECE:
+        raise _damaged(f"a token has more than {_MAX_PIECE} characters")
+    return ranked
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary, *, strip: bool) -> None:
-    """Mark the tokens that are matched in the text before anything else is done to it."""
+    """Mark the tokens that are found in a text before anything else is done to it."""
     from tokenizers import AddedToken
 
-    special = vocabulary.of_type(_Type.CONTROL, _Type.UNKNOWN)
-    keeps = {"<unk>", "<s>", "<|endoftext|>"}
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(token, normalized=False, special=True, rstrip=strip and token not in keeps)
-            for token in special
-        ]
-    )
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, normalized=False, special=False, rstrip=strip)
-            for token in vocabulary.of_type(_Type.USER_DEFINED)
-        ]
-    )
+    keeps = {"<unk>", "<s>", "<|endoftext|>"}  # white space behind them, also in Phi-3
+    plain: list[AddedToken] = []
+    special: list[AddedToken] = []
+    for i in np.flatnonzero(vocabulary.matched):
+        token, of_user = vocabulary.tokens[i], vocabulary.types[i] == _Type.USER_DEFINED
+        rstrip = strip and token not in keeps
+        added = AddedToken(token, normalized=False, special=not of_user, rstrip=rstrip)
+        (plain if of_user else special).append(added)
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens(plain)
 
 
 def _is_phi3(metadata: Mapping[str, Any]) -> bool:

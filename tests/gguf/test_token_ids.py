@@ -65,9 +65,13 @@ def files(model: str) -> dict[str, str]:
     return tokenizer_files(metadata(model))
 
 
+@cache
+def tokenizer_of(model: str) -> Tokenizer:
+    return Tokenizer.from_str(files(model)["tokenizer.json"])
+
+
 def ids_of(model: str, text: str) -> list[int]:
-    tokenizer = Tokenizer.from_str(files(model)["tokenizer.json"])
-    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    return list(tokenizer_of(model).encode(text, add_special_tokens=False).ids)
 
 
 def text_named(name: str) -> str:
