@@ -246,7 +246,7 @@ def _prepend_bos(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
     if "bos" not in vocabulary.roles:
         raise _damaged("it has no beginning-of-sequence token, though texts are to begin with it")
     i = vocabulary.roles["bos"]
-    # The template's own names are data here: a token may contain spaces, colons or a dollar.
+    # By a name of ours: the token may contain spaces, colons or a dollar.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=["bos", "$A"],
         pair=["bos", "$A", "bos", "$B:1"],
