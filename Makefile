@@ -1,4 +1,5 @@
-# make demo | test | test-real | test-msl | real-models | lint | clean; PYTHON=python3.12 and EXTRA=cuda13 choose others.
+# make demo | test | test-real | test-msl | real-models | lint | clean
+# PYTHON=python3.12 and EXTRA=cuda13 choose others.
 # The stamp is per EXTRA, but cpu and cuda13 cannot share .venv: `make clean` between them.
 PYTHON ?= python3
 EXTRA ?= $(if $(filter Darwin,$(shell uname -s)),,cpu)
