@@ -21,15 +21,10 @@ def demo(
     kv: Annotated[str, typer.Option(help="Setting of the compressed cache.")] = "leankv",
     tokens: Annotated[
         int | None,
-        typer.Option(
-            help="Length of the document and its question (default: 3000; 1000 with another model)."
-        ),
+        typer.Option(help="Length of the document (default: 3000; of another model 1000)."),
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder, .gguf file or hub id of a chat model (default: the bundled demo model)."
-        ),
+        str | None, typer.Option(help="Folder, GGUF file or hub id (default: the bundled model).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Another number gives another document.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,

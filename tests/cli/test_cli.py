@@ -14,7 +14,7 @@ from mlx_lm.models import llama
 
 from leankv_mlx.cli import app
 from leankv_mlx.errors import UsageError
-from leankv_mlx.evaluation.demo import grade, demo_document, number_document
+from leankv_mlx.evaluation.demo import demo_document, grade, number_document
 from leankv_mlx.evaluation.tasks import SUMMARY_QUESTION
 from leankv_mlx.kernels import resolve_backend
 from leankv_mlx.mlx_lm import load
