@@ -109,8 +109,10 @@ class Demo:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller than fp16 the compressed cache is, bytes in use."""
-        return self.arms[-1].usage.ratio
+        """How many times smaller the compressed cache is, bytes in use of both; than in 16 bits
+        where the uncompressed cache has more."""
+        plain, compressed = (arm.usage for arm in self.arms)
+        return min(plain.used, plain.fp16) / compressed.used if compressed.used else 1.0
 
     def right(self, arm: int) -> int:
         """Questions that an arm answered exactly."""
@@ -122,7 +124,6 @@ class Demo:
         return [
             ("right answers", [f"{self.right(i)} of {n}" for i in range(len(self.arms))]),
             ("KV bytes in use", [f"{arm.usage.used / 1e6:.3f} MB" for arm in self.arms]),
-            ("smaller than fp16", [f"{arm.usage.ratio:.2f}x" for arm in self.arms]),
             ("allocated", [f"{arm.usage.allocated / 1e6:.3f} MB" for arm in self.arms]),
             ("prefill", [f"{arm.prefill_speed:.0f} tokens/s" for arm in self.arms]),
             ("decode", [f"{arm.decode_speed:.1f} tokens/s" for arm in self.arms]),
@@ -132,9 +133,10 @@ class Demo:
     @property
     def conclusion(self) -> str:
         """The line at the end."""
-        tokens = self.arms[0].usage.tokens
+        plain = self.arms[0].usage
+        than = " than in 16 bits" if plain.used > plain.fp16 else ""
         return (
-            f"{self.ratio:.2f}x smaller than fp16 at {tokens} tokens. Bytes are those of the "
+            f"{self.ratio:.2f}x smaller{than} at {plain.tokens} tokens. Bytes are those of the "
             "buffers' parts in use: codes, scales, tables, exact tokens and centers; keys and "
             "values when uncompressed."
         )
