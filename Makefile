@@ -1,4 +1,5 @@
-# make demo | test | test-msl | lint | clean; PYTHON=python3.12 and EXTRA=cuda13 choose others.
+# make demo | test | test-real | test-msl | real-models | lint | clean
+# PYTHON=python3.12 and EXTRA=cuda13 choose others.
 # The stamp is per EXTRA, but cpu and cuda13 cannot share .venv: `make clean` between them.
 PYTHON ?= python3
 EXTRA ?= $(if $(filter Darwin,$(shell uname -s)),,cpu)
@@ -12,18 +13,28 @@ DEMO := .venv/installed-demo-$(EXTRA)
 DEV := .venv/installed-dev-$(EXTRA)
 NATIVE := $(wildcard native/*.* native/*/*.*)
 
-.PHONY: demo test test-msl lint clean
+.PHONY: demo test test-real test-msl real-models lint clean
 .NOTPARALLEL:
 
 demo: $(DEMO)
 	$(BIN)/leankv demo
 
+# Tests with a real model skip where it cannot be had.
 test: lint
+	@$(BIN)/python tests/real_models.py smollm2 || true
 	$(BIN)/python -m pytest
+
+# Those that need all of the real models, or long.
+test-real: $(DEV) real-models
+	$(BIN)/python -m pytest -m real
 
 # The GPU kernels on the CPU, under the checker: those parts of `make test` alone.
 test-msl: $(DEV)
 	$(BIN)/python -m pytest tests/msl tests/kernels -k msl
+
+# Three trained models, 820 MB, into .venv/models or the folder that LEANKV_MODELS names.
+real-models: .venv/created
+	@$(BIN)/python tests/real_models.py
 
 lint: $(DEV)
 	$(BIN)/ruff check .

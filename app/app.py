@@ -112,7 +112,7 @@ class ChatApp(App[None]):
             self.chat_screen.store_failed(self._store_problem)
 
     def load(self, model: str, kv: str) -> None:
-        """Load a model by its name in the list, hub id or folder."""
+        """Load a model by its name in the list, hub id or path."""
         from leankv_mlx.engine.catalogue import catalogue
 
         known = {entry.name: entry.repo for entry in catalogue()}

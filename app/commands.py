@@ -11,7 +11,7 @@ from leankv_mlx.engine.catalogue import catalogue
 
 COMMANDS: dict[str, str] = {
     "/help": "keys and commands",
-    "/model": "choose a model: /model [NAME, hub id or folder]",
+    "/model": "choose a model: /model [NAME, hub id, folder or .gguf file]",
     "/system": "system prompt of this chat: /system TEXT",
     "/set": "a setting: /set temperature 0.7",
     "/file": "put a document in context: /file PATH or address",
@@ -42,7 +42,8 @@ def complete(text: str) -> Sequence[str]:
     if name == "/kv":
         options = kv_choices()
     elif name == "/model":
-        options = [entry.name for entry in catalogue()]
+        paths = [path for path in paths_like(rest) if path.endswith(("/", ".gguf"))] if rest else []
+        options = [*(entry.name for entry in catalogue()), *paths]
     elif name == "/set" and " " not in rest:
         options = [f"{field} " for field in Settings.__slots__]
     elif name in ("/file", "/summarize"):

@@ -11,7 +11,7 @@ class Options:
     """None or "" leaves a choice to the settings.
 
     Attributes:
-        model: folder or hub id.
+        model: folder, .gguf file or hub id.
         kv: a `--kv` text or a profile's name.
         system: system prompt.
         files: documents to read at the start; paths or addresses.

@@ -12,7 +12,7 @@ from typing import Any
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Attributes:
-    model: folder or hub id, "" for the demo model.
+    model: folder, .gguf file or hub id, "" for the demo model.
     kv: a `--kv` text or a profile's name.
     panel: whether the memory panel is shown.
     """

@@ -13,13 +13,13 @@ from textual.widgets import Footer, Static
 
 from leankv_app.chat import CHECKPOINT_SECONDS, Chat
 from leankv_app.commands import COMMANDS, complete
-from leankv_app.format import megabytes
+from leankv_app.format import megabytes, model_name
 from leankv_app.link import EngineEvents
 from leankv_app.options import Options
 from leankv_app.settings import Settings
 from leankv_app.slash import Slash
 from leankv_app.store import Message, SessionInfo, StoreError
-from leankv_app.texts import DEMO_MODEL, NOT_SAVED, WELCOME
+from leankv_app.texts import NOT_SAVED, WELCOME, only_demo_model
 from leankv_app.widgets.completions import CompletionList
 from leankv_app.widgets.conversation import Conversation
 from leankv_app.widgets.memory_panel import MemoryPanel
@@ -319,7 +319,7 @@ class ChatScreen(Screen[None]):
             case Prefill():
                 self._prefill(event)
             case Loading():
-                self.progress.wait(f"loading {event.model or 'the demo model'} …")
+                self.progress.wait(f"loading {model_name(event.model) or 'the demo model'} …")
             case Downloading():
                 self._downloading(event)
             case Noted():
@@ -352,7 +352,7 @@ class ChatScreen(Screen[None]):
         self.panel.loaded(event)
         self.query_one(StatusLine).loaded(event, event.kv)
         if not event.model:
-            await self.note(DEMO_MODEL)
+            await self.note(only_demo_model())
         if not event.compressed:
             await self.note(f"{event.name} runs with an uncompressed cache: {event.note}.")
 

@@ -1,10 +1,13 @@
-"""Models: the list of models.toml and what the hub's cache has, with what fits this machine."""
+"""Models: the list of models.toml and what the hub's cache has, with what fits this machine.
+
+Those that the chat offers come first, the bundled one, which cannot chat, last of the list.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual import work
 from textual.app import ComposeResult
@@ -16,6 +19,9 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from leankv_app.format import megabytes
+
+if TYPE_CHECKING:
+    from leankv_mlx.engine.catalogue import CatalogueEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +46,11 @@ class ModelsScreen(ModalScreen[Choice | None]):
 
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog large") as box:
-            box.border_title = f"Models · this machine has {megabytes(self._memory)}"
+            box.border_title = f"Models · tokens that fit into {megabytes(self._memory)} of memory"
             yield OptionList(Option("looking …", disabled=True), id="list")
-            yield Input(placeholder="or a hub id (owner/name), or a folder", id="other")
+            yield Input(
+                placeholder="or a hub id (owner/name), a folder, or a .gguf file", id="other"
+            )
             yield Static("Enter load · Tab to the other field · Esc close", classes="hint")
 
     def on_mount(self) -> None:
@@ -58,7 +66,7 @@ class ModelsScreen(ModalScreen[Choice | None]):
         options.clear_options()
         self._choices = [choice for choice, _, _ in rows]
         options.add_options([Option(line, disabled=not fits) for _, line, fits in rows])
-        options.highlighted = 0
+        options.action_first()  # that fits
         options.focus()
 
     def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
@@ -82,13 +90,13 @@ def rows_for(memory: int) -> list[tuple[Choice, Content, bool]]:
 
     cached = cached_models()
     rows = []
-    for entry in catalogue():
+    for entry in sorted(catalogue(), key=_place):
         planned = {row.profile: row for row in plan(entry, memory).rows}
         best, fp16 = planned[entry.kv].tokens, planned["fp16"].tokens
         here = "here" if not entry.repo or entry.repo in cached else "download"
         cached.discard(entry.repo)
         fits = best >= 1024
-        room = f"{best:>8,} tokens (fp16 {fp16:,})" if fits else "does not fit"
+        room = f"{best:>7,} (fp16 {fp16:,})" if fits else "does not fit"
         line = Content.assemble(
             f"{entry.name:<18}", (f"{megabytes(entry.weights):>9} ", "dim"),
             (f"{here:<9}", "$success" if here == "here" else "dim"), (room, "" if fits else "dim"),
@@ -97,6 +105,12 @@ def rows_for(memory: int) -> list[tuple[Choice, Content, bool]]:
     for repo in sorted(cached):
         rows.append((Choice(repo, ""), Content.assemble(repo, ("  here", "$success")), True))
     return rows
+
+
+def _place(entry: CatalogueEntry) -> int:
+    if not entry.repo:
+        return 2
+    return 0 if entry.offered else 1
 
 
 def cached_models() -> set[str]:

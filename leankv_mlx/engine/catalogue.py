@@ -22,6 +22,7 @@ class CatalogueEntry:
         context: tokens it was made for.
         weights: bytes of its parameters.
         kv: the profile to begin with.
+        offered: whether the chat names it where no model was chosen.
     """
 
     name: str
@@ -34,6 +35,7 @@ class CatalogueEntry:
     context: int
     weights: int
     kv: str
+    offered: bool = False
 
     @property
     def layers(self) -> int:
@@ -57,6 +59,7 @@ def catalogue() -> list[CatalogueEntry]:
             row["context"],
             row["weights"],
             row["kv"],
+            row.get("offered", False),
         )
         for name, row in rows.items()
     ]

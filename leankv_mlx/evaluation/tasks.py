@@ -26,7 +26,7 @@ from leankv_mlx.evaluation.prose import Split, dealt, made_up_word, number
 CountTokens = Callable[[str], int]
 """User's turn -> tokens of the whole prompt, that is with the chat template around it."""
 
-_NUMBERS = {
+NUMBERS = {
     "access code": 5, "phone extension": 4, "locker number": 4, "room number": 4, "budget": 6,
     "reference number": 6, "safe combination": 6, "flight number": 4, "invoice number": 5,
     "serial number": 6,
@@ -36,7 +36,7 @@ _PERSONS = ["manager", "founder", "architect", "supplier"]
 _PHRASES = ["mascot", "emblem", "nickname", "codename"]
 _WORDS = ["password"]
 _COLOURS = ["favourite colour"]
-ATTRIBUTES: tuple[str, ...] = (*_NUMBERS, *_PERSONS, *_PHRASES, *_WORDS, *_COLOURS)
+ATTRIBUTES: tuple[str, ...] = (*NUMBERS, *_PERSONS, *_PHRASES, *_WORDS, *_COLOURS)
 
 SUMMARY_QUESTION = "Summarize the document."
 SUMMARY_SENTENCES = 2
@@ -49,8 +49,8 @@ def seeded(split: Split, *parts: str | int) -> random.Random:
 
 
 def _value(rng: random.Random, split: Split, attribute: str) -> str:
-    if attribute in _NUMBERS:
-        return number(rng, split, _NUMBERS[attribute])
+    if attribute in NUMBERS:
+        return number(rng, split, NUMBERS[attribute])
     if attribute in _WORDS:
         return made_up_word(rng, split)
     if attribute in _COLOURS:
@@ -254,8 +254,8 @@ def _dense(order: _Order) -> Sample:
 
 def _values(order: _Order) -> Sample:
     """Four values of one key."""
-    key = next(facts(order.rng, order.split, attributes=tuple(_NUMBERS)))
-    values = _distinct(lambda: number(order.rng, order.split, _NUMBERS[key.attribute]), 4)
+    key = next(facts(order.rng, order.split, attributes=tuple(NUMBERS)))
+    values = _distinct(lambda: number(order.rng, order.split, NUMBERS[key.attribute]), 4)
     stated = [replace(key, value=value).sentence for value in values]
     needles = list(zip(sorted(order.depths(4)), stated, strict=True))
 

@@ -53,6 +53,8 @@ def test_first_start(tmp_path: Path) -> None:
         await d.loaded()
         await d.shows("demo model · leankv:k4v4 · cpu")
         assert "loading" not in d.text
+        for line in ("/model qwen2.5-0.5b 278.00 MB", "/model qwen3-4b-2507 2.26 GB", "/demo"):
+            await d.shows(line)
         d.matches("first_start")
 
     app = drive(script, tmp_path)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.app.harness import LOADED, Driver, drive, places  # isort: skip
 
+from leankv_app.format import model_name
 from leankv_app.options import Options
 from leankv_app.screens import models
 from leankv_app.store import Message, Store
 from leankv_mlx.engine import Engine
+from leankv_mlx.engine.catalogue import catalogue
+from leankv_mlx.engine.events import Loading
 from leankv_mlx.engine.requests import Load
 
 
@@ -50,28 +54,86 @@ def test_sessions_are_opened_renamed_and_deleted(tmp_path: Path) -> None:
 
 
 def test_models_are_listed_with_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "cached_models", lambda: {"mlx-community/Qwen3-8B-4bit", "a/b"})
+    monkeypatch.setattr(models, "cached_models", lambda: {"mlx-community/Qwen3-0.6B-4bit", "a/b"})
     monkeypatch.setattr("leankv_app.screens.models.memory_size", lambda: 16 * 10**9)
 
     async def script(d: Driver) -> None:
         await d.emit(LOADED)
         await d.pilot.press("ctrl+o")
-        await d.shows("qwen3-8b")
-        lines = {line.split()[1]: line for line in d.text.splitlines() if "qwen3-8b" in line}
+        await d.shows("qwen3-0.6b")
+        lines = {line.split()[1]: line for line in d.text.splitlines() if "qwen3-0.6b" in line}
         assert "here" in next(iter(lines.values()))
         assert "does not fit" in next(x for x in d.text.splitlines() if "llama-3.3-70b" in x)
         d.matches("models")
         await d.pilot.press("down", "enter")
         assert d.engine.requests[-1] == Load(
-            "mlx-community/Llama-3.2-1B-Instruct-4bit", "leankv:quality", 0
+            "mlx-community/Qwen2.5-1.5B-Instruct-4bit", "leankv:quality", 0
         )
         await d.pilot.press("ctrl+o")
-        await d.shows("qwen3-8b")
+        await d.shows("qwen3-0.6b")
         await d.pilot.click("#other")
         await d.pilot.press(*"my/model", "enter")
         assert d.engine.requests[-1].model == "my/model"
 
     drive(script, tmp_path)
+
+
+def test_models_to_chat_with_come_first_and_the_demo_model_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(models, "cached_models", lambda: {"a/b"})
+    rows = models.rows_for(16 * 10**9)
+    offered = [entry.repo for entry in catalogue() if entry.offered]
+    assert len(offered) == 3
+    assert [choice.model for choice, _, _ in rows[:3]] == offered
+    assert [choice.model for choice, _, _ in rows[-2:]] == ["", "a/b"]
+    assert len(rows) == len(catalogue()) + 1
+
+
+def test_a_gguf_file_is_loaded_by_its_path(tmp_path: Path) -> None:
+    """In every place that takes a model; what is in the file is no matter of the app."""
+    file = tmp_path / "A Model.Q4_1.gguf"
+    file.write_bytes(b"GGUF")
+    (tmp_path / "A Model.txt").write_text("no model")
+
+    async def script(d: Driver) -> None:
+        assert d.engine.requests[0] == Load(str(file), "leankv:k4v4", 0)
+        await d.emit(Loading(str(file)))
+        await d.shows("loading A Model.Q4_1.gguf …")
+        await d.emit(replace(LOADED, model=str(file), name="A Model.Q4_1.gguf"))
+        await d.shows("A Model.Q4_1.gguf · leankv:k4v4")
+        assert "To chat, load a model" not in d.text
+        d.screen.prompt.text = f"/model {tmp_path}/A"
+        await d.pilot.pause()
+        await d.pilot.press("tab")
+        assert d.screen.prompt.text == f"/model {file}"
+        await d.type(f"/model {file}")
+        await d.type("/model ~/b.gguf")
+        await d.pilot.press("ctrl+o")
+        await d.shows("qwen3-0.6b")
+        await d.pilot.click("#other")
+        await d.pilot.press(*"c.gguf", "enter")
+        assert [request.model for request in d.engine.requests[1:]] == [
+            str(file), "~/b.gguf", "c.gguf",
+        ]  # fmt: skip
+
+    drive(script, tmp_path, options=Options(model=str(file)))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("owner/name", "owner/name"),
+        ("/models/a b.gguf", "a b.gguf"),
+        ("~/a.gguf", "a.gguf"),
+        ("./a.gguf", "a.gguf"),
+        ("a.gguf", "a.gguf"),
+        ("/models/folder/", "folder"),
+        ("", ""),
+    ],
+)
+def test_names_of_models(model: str, name: str) -> None:
+    assert model_name(model) == name
 
 
 def test_settings_are_checked_saved_and_used(tmp_path: Path) -> None:

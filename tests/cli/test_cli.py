@@ -13,11 +13,13 @@ import pytest
 from mlx_lm.models import llama
 
 from leankv_mlx.cli import app
-from leankv_mlx.evaluation.demo import demo_document
+from leankv_mlx.errors import UsageError
+from leankv_mlx.evaluation.demo import demo_document, grade, number_document
 from leankv_mlx.evaluation.tasks import SUMMARY_QUESTION
 from leankv_mlx.kernels import resolve_backend
 from leankv_mlx.mlx_lm import load
 from leankv_mlx.resources import demo_model
+from tests.real_models import real_model
 
 ROOT = Path(app.__file__).parents[2]
 SUMMARY = re.compile(
@@ -197,6 +199,42 @@ def test_demo_json_is_one_document(capfd: pytest.CaptureFixture[str]) -> None:
     for arm in result["arms"]:
         assert arm["prefill_tokens_per_second"] > 0
         assert arm["decode_tokens_per_second"] > 0
+
+
+def test_demo_asks_other_models_for_numbers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The bundled model under another name: it is asked as any chat model is."""
+    folder = tmp_path / "Some-Model"
+    folder.symlink_to(demo_model(), target_is_directory=True)
+    assert app.run(["demo", "--model", str(folder), "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["model"] == "Some-Model"
+    assert 900 < result["document_tokens"] < 1000
+    assert [arm["right"] for arm in result["arms"]] == [4, 4]
+    for question in result["questions"]:
+        assert re.fullmatch(r"What is the [a-z ]+ of the \S+ [a-z]+\?", question["text"])
+        assert re.fullmatch(r"\d{4,6}", question["expected"])
+
+
+def test_demo_counts_an_answer_in_any_words() -> None:
+    chat = number_document(load(), 400, 1)
+    ask, value = chat.turns[0]
+    assert value in chat.document
+    assert grade(chat, ask, value, f"It's {value}!") == 1
+    assert grade(chat, ask, value, f"It's {value}0.") == 0
+    with pytest.raises(UsageError, match="--tokens 60 is too short"):
+        number_document(load(), 60, 1)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["smollm2", "qwen2.5-coder"])
+def test_demo_with_a_chat_model(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    file = real_model(name)
+    assert app.run(["demo", "--model", str(file), "--kv", "leankv:k8v8", "--json"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["model"] == file.name
+    assert all(arm["right"] >= 3 for arm in result["arms"])
 
 
 def test_demo_asks_the_same_every_time() -> None:

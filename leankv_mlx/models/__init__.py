@@ -1,0 +1,1 @@
+"""Models that are not mlx-lm folders: GGUF files."""
