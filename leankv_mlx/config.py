@@ -48,8 +48,8 @@ class CompressionConfig:
             "none" shows what that is worth.
         center: subtract the mean of the first body tokens before encoding (exact, see
             `kernels.types.Centers`).
-        equalize: also divide unusually large key channels before encoding, and multiply the same
-            channels of the queries (exact too).
+        equalize: also scale the channels of the keys before encoding, and those of the queries by
+            the inverse (exact too, see `codec.equalize`).
         policy: which tokens are kept, see `sparsity.policies`; "keep_all" keeps every token.
         low: bits of the low tier, or "none" for a single tier; "auto" is a step below k_bits and
             v_bits for policy=threshold, and no low tier for the others.
@@ -79,7 +79,7 @@ class CompressionConfig:
     rounding: Rounding = "search"
     rotation: RotationName = "hadamard"
     center: bool = True
-    equalize: bool = False
+    equalize: bool = True
     policy: PolicyName = "keep_all"
     low: Bits | Literal["auto", "none"] = "auto"
     alpha_high: float = 1.0

@@ -66,6 +66,10 @@ DEVFN float lkv_search_scale(const THR float (&x)[C], float rms) {
   return best;
 }
 
+DEVFN uint lkv_scale_bits(float scale) {
+  return lkv_half_bits(metal::min(metal::max(scale, 0.0f), 65504.0f));
+}
+
 // The vector of slot `slot` [32 * C] -> codes, and the bits of its scale. Slots behind the last row
 // hold zeros.
 template <int SIDE, int C, bool SEARCH, class T>
@@ -79,11 +83,19 @@ DEVFN uint lkv_encode_vector(const DEV T* vector, const DEV float* mu, bool ther
     x[c] = stored ? (float)vector[channel] - mu[channel] : 0.0f;
     squares = metal::fma(x[c], x[c], squares);
   }
-  float scale = metal::sqrt(simd_sum(squares) / (float)lkv_channels(SIDE, C));
+  squares = simd_sum(squares);
+  float scale = metal::sqrt(squares / (float)lkv_channels(SIDE, C));
   if (SEARCH) scale = lkv_search_scale<SIDE, C>(x, scale);
-  scale = metal::min(metal::max(scale, 0.0f), 65504.0f);
-  const uint bits = lkv_half_bits(scale);
+  uint bits = lkv_scale_bits(scale);
   lkv_codes<SIDE, C>(x, lkv_float_of_half_bits(bits), codes);
+  if (SEARCH) {
+    float dot = 0.0f;
+    UNROLL for (int c = 0; c < C; c++) {
+      dot = metal::fma(x[c], lkv_level_of(lkv_group_bits(SIDE, c), codes[c]), dot);
+    }
+    dot = simd_sum(dot);
+    if (dot > 0.0f) bits = lkv_scale_bits(squares / dot);
+  }
   UNROLL for (int c = 0; c < C; c++) {
     bytes[slot * lkv_codes_stride(C) + c * 32 + (int)lane] = (uchar)codes[c];
   }

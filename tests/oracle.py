@@ -55,7 +55,8 @@ def nearest(x: Array, bits: int) -> Array:
 
 
 def encode(x: Array, bits: int) -> tuple[Array, Array]:
-    """Scale search with least squares on vectors [..., D]: codes and fp16 scales."""
+    """Scale search with least squares on vectors [..., D]: codes, and the fp16 scales that keep the
+    product of a vector with itself."""
     rms = np.sqrt((x**2).mean(-1))
     best, best_gain = rms, np.full(rms.shape, -1.0)
     for factor in np.linspace(0.8, 1.2, 11):
@@ -63,8 +64,11 @@ def encode(x: Array, bits: int) -> tuple[Array, Array]:
         dot, norm = (x * fitted).sum(-1), (fitted**2).sum(-1)
         better = dot**2 / norm > best_gain
         best, best_gain = np.where(better, dot / norm, best), np.maximum(best_gain, dot**2 / norm)
-    scale = best.astype(np.float16)
-    return nearest(x / np.maximum(scale.astype(np.float64), 1e-30)[..., None], bits), scale
+    fitted = best.astype(np.float16).astype(np.float64)
+    codes = nearest(x / np.maximum(fitted, 1e-30)[..., None], bits)
+    dot = (x * levels(bits)[codes]).sum(-1)
+    scale = np.where(dot > 0, (x**2).sum(-1) / np.where(dot > 0, dot, 1), fitted)
+    return codes, scale.astype(np.float16)
 
 
 def decode(codes: Array, scale: Array, bits: int) -> Array:

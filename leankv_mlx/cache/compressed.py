@@ -296,6 +296,8 @@ class CompressedKVCache:
                 )
             if observations is not None:
                 observations.add(queries[0], lse, end, scale, sink_logits)
+            if view.centers is None and layer.offset == end:
+                layer.see(queries, view.exact)
             return out
 
         keys, values = view.unrotated(rows) if rows else view.fetched()

@@ -28,7 +28,9 @@ import numpy as np
 from leankv_mlx.errors import CacheFileError, UnsupportedError
 
 FORMAT = "leankv-prompt-cache"
-VERSION = 2
+VERSION = 3
+BEFORE_EQUALIZE = ("2",)
+"""Earlier versions that are read too: settings without a word on `equalize` mean off there."""
 
 _MAGIC = f'{{"__metadata__":{{"format":"{FORMAT}","digest":"'.encode()
 _DIGEST_AT = 8 + len(_MAGIC)
@@ -230,7 +232,7 @@ def _parse(header: bytes, data_size: int) -> tuple[dict[str, str], list[_Tensor]
     if not all(isinstance(value, str) for value in metadata.values()):
         raise DamagedError("its header is damaged")
     version = metadata.get("version", "")
-    if version != str(VERSION):
+    if version not in (*BEFORE_EQUALIZE, str(VERSION)):
         raise DamagedError(
             f"it has format version {version[:20]!r} and this leankv-mlx reads {VERSION}, "
             "so another version of the package wrote it"

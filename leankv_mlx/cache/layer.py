@@ -22,6 +22,7 @@ from leankv_mlx.sparsity import Exact, LargestReceived, Observations, received, 
 
 CENTER_TOKENS = 512
 """Body tokens that the centers are fitted on, at most."""
+_SEEN_CALLS = 32  # whose queries the equalizer is fitted on, at most
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Layer:
         offset: tokens so far, dropped ones included.
         exact: uncompressed rows [H, E, D]: sink tokens, then the window.
         body: the tokens between the two; None while there are none.
-        equalizer: applied to all keys here once there is a body; None if that is not configured.
+        equalizer: applied to all keys here once there is a body, if that is configured.
         observations: the last queries, if a policy needs them.
         collector: if set, it is told of the attention of every prefill call.
     """
@@ -59,6 +60,8 @@ class Layer:
         self.equalizer: Equalizer | None = None
         self.observations = None if config.policy == "keep_all" else Observations()
         self.collector: LargestReceived | None = None
+        self._seen: list[tuple[mx.array, int]] = []
+        self._fitted = False
         self.rotations: Rotations = (
             rotation(config.rotation, shape.k_dim), rotation(config.rotation, shape.v_dim),
         )  # fmt: skip
@@ -92,6 +95,24 @@ class Layer:
         k = self.equalizer.apply(keys) if self.equalizer else keys
         self.exact = append(self.exact, Rows(k, values), self.rotations, self._backend)
         self.offset += keys.shape[1]
+
+    def see(self, queries: mx.array, exact: Rows) -> None:
+        """Be told of queries while the equalizer may still be fitted to them.
+
+        Args:
+            queries: [1, Hq, L, head_dim], of the last L tokens.
+            exact: all tokens, as they were before any of them was compressed. A body that this
+                update began, before its queries came, is made anew from them.
+        """
+        if not self._config.equalize or self._fitted:
+            return
+        rows = queries.reshape(self.shape.heads, -1, self.shape.k_dim).astype(mx.float32)
+        self._seen.append((rows.square().sum(axis=1), rows.shape[1]))
+        del self._seen[:-_SEEN_CALLS]
+        if self.body is not None:
+            self.exact, self.body, self.equalizer = exact, None, None
+            self.compress()
+            mx.eval(self.state)
 
     def compress(self, scores: NDArray[np.float32] | None = None) -> None:
         """Move the oldest rows of the window to the body, a block at a time, down to its size.
@@ -145,6 +166,7 @@ class Layer:
                 keys = self.equalizer.undo(self.rotations[0].undo(exact.k))
                 exact = Rows(self.rotations[0].apply(keys), exact.v)
             self.body = self.equalizer = None
+            self._fitted = False
         self.exact = exact
 
     def view(self) -> View:
@@ -164,7 +186,8 @@ class Layer:
         dtypes = self.exact.k.dtype, self.exact.v.dtype
         other = Layer(self.shape, self._config, self._backend, dtypes)
         other.offset, other.exact = self.offset, self.exact  # arrays are replaced, never changed
-        other.equalizer = self.equalizer
+        other.equalizer, other._fitted = self.equalizer, self._fitted
+        other._seen = list(self._seen)
         other.body = self.body.copy() if self.body else None
         other.observations = self.observations.copy() if self.observations else None
         return other
@@ -285,8 +308,17 @@ class Layer:
     def _equalize(self, start: int, stop: int) -> None:
         """Fit the equalizer on the first of the exact rows start..stop, and apply it to all."""
         keys = self.rotations[0].undo(self.exact.k)
-        self.equalizer = Equalizer.fit(keys[:, start : min(stop, start + CENTER_TOKENS)])
+        squares = self._query_squares()
+        self._seen, self._fitted = [], squares is not None
+        self.equalizer = Equalizer.fit(keys[:, start : min(stop, start + CENTER_TOKENS)], squares)
         self.exact = Rows(self.rotations[0].apply(self.equalizer.apply(keys)), self.exact.v)
+
+    def _query_squares(self) -> mx.array | None:
+        """Mean squares of the queries that were seen, float32 [H, head_dim]."""
+        if not self._seen:
+            return None
+        sums, counts = zip(*self._seen, strict=True)
+        return mx.stack(sums).sum(axis=0) / sum(counts)
 
 
 def _owned(x: mx.array) -> mx.array:

@@ -56,9 +56,12 @@ def written(cache: CompressedKVCache, name: str, tensors: Tensors) -> dict[str, 
 
 
 def read(
-    record: dict[str, Any], name: str, tensors: Tensors, backend: BackendName
+    record: dict[str, Any], name: str, tensors: Tensors, backend: BackendName, equalized: bool
 ) -> CompressedKVCache:
     """The layer that was written; takes its arrays out of `tensors`.
+
+    Args:
+        equalized: whether settings that do not speak of `equalize` mean that it is on.
 
     Raises:
         DamagedError: they do not make a layer.
@@ -68,6 +71,8 @@ def read(
     if not isinstance(kv, str) or len(kv) > _MAX_SPEC or not isinstance(keep_fetched, bool):
         raise DamagedError(LAYERS)
     config = CompressionConfig.parse(kv)
+    if not equalized and "equalize=on" not in kv:
+        config = replace(config, equalize=False)
     state: list[Any] = [replace(config, backend=backend).spec(), keep_fetched]
     if len(record) > 2:
         numbers = [_number(record, field) for field in _NUMBERS]

@@ -100,7 +100,8 @@ def load(
         metadata = _object(texts, "metadata", dict)
         if not all(isinstance(text, str) for text in metadata.values()):
             raise DamagedError("its metadata is damaged")
-        reader = _Reader(tensors, others or {}, backend)
+        equalized = texts["version"] not in container.BEFORE_EQUALIZE
+        reader = _Reader(tensors, others or {}, backend, equalized)
         records = enumerate(_object(texts, "layers", list))
         caches = [reader.cache(record, str(i)) for i, record in records]
         if tensors:
@@ -161,8 +162,11 @@ def _tree(value: Any, name: str, tensors: Tensors) -> Any:
 class _Reader:
     """Builds caches. Each takes its tensors out of `tensors`: what is left belongs to none."""
 
-    def __init__(self, tensors: Tensors, others: OtherClasses, backend: BackendName) -> None:
+    def __init__(
+        self, tensors: Tensors, others: OtherClasses, backend: BackendName, equalized: bool
+    ) -> None:
         self.tensors = tensors
+        self._equalized = equalized
         self._others = others
         self._backend = backend
 
@@ -172,7 +176,7 @@ class _Reader:
             raise DamagedError(LAYERS)
         if kind == COMPRESSED:
             settings = {key: value for key, value in record.items() if key != "class"}
-            return layer_record.read(settings, name, self.tensors, self._backend)
+            return layer_record.read(settings, name, self.tensors, self._backend, self._equalized)
         other = self._others.get(kind)
         if other is None:
             raise DamagedError(f"it holds a layer of the unknown kind {kind[:40]!r}")

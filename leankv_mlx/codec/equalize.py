@@ -1,9 +1,13 @@
-"""Channels of keys that are much larger than the others, made smaller.
+"""A scale for each channel of the keys, undone in the queries.
 
 Dividing a channel of all keys by a number and multiplying the same channel of all queries by it
-changes no score, so it costs nothing but two small multiplications. It helps because all channels
-of a vector share one scale: a few large ones take the resolution from the rest. Large models have
-such channels (KIVI, arXiv 2402.02750; QServe's SmoothAttention, arXiv 2405.04532).
+changes no score, so it costs nothing but two small multiplications. After the rotation all channels
+of a vector share its error alike, so what an error costs is the size of the keys times that of the
+queries, both summed over the channels. The numbers that make this product smallest are, for each
+channel, sqrt(spread of the keys / size of the queries) (Cauchy-Schwarz; SmoothQuant, arXiv
+2211.10438, migrates between activations and weights alike). Large key channels of large models
+(KIVI, arXiv 2402.02750) and key biases come down by it, and channels that no query looks at take
+no resolution from the others.
 """
 
 from __future__ import annotations
@@ -13,25 +17,36 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 LIMIT = 3.0
-"""Larger channels are brought down to so many times the median; the others stay as they are,
-because evening out all of them raises the divergence of models that have no outliers."""
+"""Without queries, larger channels are brought down to so many times the median; the others stay
+as they are, because evening out all of them raises the divergence of models without outliers."""
 _LARGEST = 1e4
+_LEAST = 1e-3  # of the mean size of a head's channels: smaller ones count as so large
 
 
 @dataclass(frozen=True)
 class Equalizer:
-    """Divisors of the channels of each KV head's keys: float32 [H, head_dim], all at least 1."""
+    """Divisors of the channels of each KV head's keys: float32 [H, head_dim], positive."""
 
     scales: mx.array
 
     @classmethod
-    def fit(cls, keys: mx.array) -> Equalizer:
-        """keys: after RoPE, [H, T, head_dim]; what counts is their spread around their mean."""
-        keys = keys.astype(mx.float32)
-        size = mx.sqrt(keys.var(axis=1))
-        median = mx.sort(size, axis=-1)[:, size.shape[-1] // 2 :][:, :1]
-        relative = mx.where(median > 0, size / (LIMIT * median), 1.0)
-        return cls(mx.clip(relative, 1.0, _LARGEST))
+    def fit(cls, keys: mx.array, query_squares: mx.array | None = None) -> Equalizer:
+        """The divisors for keys like these.
+
+        Args:
+            keys: after RoPE, [H, T, head_dim]; what counts is their spread around their mean.
+            query_squares: mean squares of the channels of each KV head's queries, after RoPE,
+                float32 [H, head_dim]; None if no query is known, and then only unusually large
+                key channels are made smaller.
+        """
+        size = mx.sqrt(keys.astype(mx.float32).var(axis=1))
+        if query_squares is None:
+            median = mx.sort(size, axis=-1)[:, size.shape[-1] // 2 :][:, :1]
+            relative = mx.where(median > 0, size / (LIMIT * median), 1.0)
+            return cls(mx.clip(relative, 1.0, _LARGEST))
+        ratio = 0.5 * (_log_size(size) - _log_size(mx.sqrt(query_squares)))
+        scales = mx.exp(ratio - ratio.mean(axis=-1, keepdims=True))
+        return cls(mx.clip(scales, 1 / _LARGEST, _LARGEST))
 
     def apply(self, keys: mx.array) -> mx.array:
         """keys: [H, T, head_dim], the dtype kept."""
@@ -43,5 +58,12 @@ class Equalizer:
 
     def queries(self, queries: mx.array) -> mx.array:
         """queries: [1, Hq, L, head_dim] -> what meets keys from `apply`, the dtype kept."""
-        wide = mx.repeat(self.scales, queries.shape[1] // self.scales.shape[0], axis=0)
-        return (queries.astype(mx.float32) * wide[:, None]).astype(queries.dtype)
+        grouped = queries.reshape(self.scales.shape[0], -1, *queries.shape[2:])
+        scaled = grouped.astype(mx.float32) * self.scales[:, None, None]
+        return scaled.astype(queries.dtype).reshape(queries.shape)
+
+
+def _log_size(size: mx.array) -> mx.array:
+    """size: [H, head_dim] -> logarithms, of channels that are nearly 0 those of a small size."""
+    least = _LEAST * size.mean(axis=-1, keepdims=True)
+    return mx.log(mx.maximum(mx.maximum(size, least), 1e-20))

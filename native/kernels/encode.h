@@ -105,20 +105,29 @@ inline float search_scale(const Side& side, const float* x) {
   return best;
 }
 
+LEANKV_INLINE vh scale_as_stored(float scale) {
+  return to_f16(splat(scale < 0 ? 0 : scale > kLargestScale ? kLargestScale : scale));
+}
+
 // One vector [dim] -> codes uint8 [dim] (0 where nothing is stored) and the bits of its fp16 scale.
 inline uint32_t encode_vector(const Side& side, Rounding rounding, const float* x, uint8_t* codes) {
-  float scale = rounding == Rounding::rms ? rms_of(side, x) : search_scale(side, x);
-  scale = scale < 0 ? 0 : scale > kLargestScale ? kLargestScale : scale;
-  const vh bits16 = to_f16(splat(scale));
-  const vf stored = from_f16(bits16);
+  const bool search = rounding == Rounding::search;
+  const vh fitted = scale_as_stored(search ? search_scale(side, x) : rms_of(side, x));
+  const vf unit = from_f16(fitted);
   std::memset(codes, 0, side.dim());
+  vf squares{}, dots{};
   each_group(side, [&](auto bits, int first) {
+    const Levels<bits> levels;
     unroll<NV>([&](auto v) LEANKV_LAMBDA {
-      const vf y = stored > 0.0f ? load(x + first + v * W) / stored : vf{};
-      store(codes + first + v * W, __builtin_convertvector(nearest<bits>(y), vb));
+      const vf y = load(x + first + v * W);
+      const vu code = nearest<bits>(unit > 0.0f ? y / unit : vf{});
+      store(codes + first + v * W, __builtin_convertvector(code, vb));
+      squares += y * y;
+      dots += y * levels.of(code);
     });
   });
-  return bits16[0];
+  const float dot = sum(dots);
+  return search && dot > 0 ? scale_as_stored(sum(squares) / dot)[0] : fitted[0];
 }
 
 // Code I of W lanes into the words of a tile, whose bits there are 0.

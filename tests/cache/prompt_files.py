@@ -39,8 +39,8 @@ def one_of_each() -> list[Any]:
     arrays = stock.ArraysCache(2)
     arrays[0] = rows(3, 7)
     return [
-        filled(CompressedKVCache("leankv:k4v3,window=32"), 150),
-        filled(CompressedKVCache("leankv:k3v2,window=32,equalize=on"), 140),
+        filled(CompressedKVCache("leankv:k4v3,window=32,equalize=off"), 150),
+        filled(CompressedKVCache("leankv:k3v2,window=32"), 140),
         filled(CompressedKVCache(), 30),
         CompressedKVCache("leankv:k2v2", keep_fetched=True),
         filled(stock.KVCache(), 20),

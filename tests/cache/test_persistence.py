@@ -100,19 +100,32 @@ def test_every_class_and_the_metadata_come_back(tmp_path: Path) -> None:
     assert content(loaded.caches) == content(caches)
     assert loaded.metadata == {"model": "näme", "empty": ""}
     assert [config.spec() for config in loaded.configs] == [
-        "leankv:k4v3,window=32",
-        "leankv:k3v2,window=32,equalize=on",
+        "leankv:k4v3,window=32,equalize=off",
+        "leankv:k3v2,window=32",
         "leankv:k4v4",
         "leankv:k2v2",
         "leankv:k4v4,window=32,policy=threshold",
     ]
 
 
+def test_a_file_of_the_version_before_opens_as_it_was(tmp_path: Path) -> None:
+    """Its settings do not speak of equalize, which was off by default."""
+    plain = [filled(CompressedKVCache("leankv:k4v4,equalize=off"), 200)]
+    save_prompt_cache(tmp_path / "cache", plain)
+    header, data = taken_apart(tmp_path / "cache")
+    layers = header["__metadata__"]["layers"].replace(",equalize=off", "")
+    header["__metadata__"] |= {"version": "2", "layers": layers}
+    (tmp_path / "old").write_bytes(signed(header, data))
+    loaded = load_prompt_cache(tmp_path / "old")
+    assert content(loaded.caches) == content(plain)
+    assert loaded.configs[0].spec() == "leankv:k4v4,equalize=off"
+
+
 def test_any_safetensors_reader_opens_it(tmp_path: Path) -> None:
     save_prompt_cache(tmp_path / "cache.safetensors", one_of_each())
     arrays, metadata = mx.load(str(tmp_path / "cache.safetensors"), return_metadata=True)
     assert metadata["format"] == "leankv-prompt-cache"
-    assert metadata["version"] == "2"
+    assert metadata["version"] == "3"
     assert arrays["0.k"].shape == (2, 150 - 3 * 32, 32)
 
 
@@ -394,7 +407,7 @@ def test_fuzz_foreign_tensors_and_classes(fuzz: Fuzz) -> None:
 
 
 def test_fuzz_versions(fuzz: Fuzz) -> None:
-    for version in ("1", "3", "10", "0", "", "1.0", " 1", "x" * 9999, 1, None, [1], {"a": 1}):
+    for version in ("1", "2", "4", "10", "0", "", "1.0", " 1", "x" * 9999, 1, None, [1], {"a": 1}):
         fuzz.signed(lambda h, v=version: h["__metadata__"].update(version=v))
     fuzz.signed(lambda h: h["__metadata__"].pop("version"))
     assert any("another version of the package" in message for message in fuzz.messages)

@@ -15,7 +15,7 @@ from leankv_mlx.mlx_lm import attach, make_caches
 from tests.cache.harness import PROMPT, STEPS, chunks, feed, relative, tokens
 from tests.models import TINY
 
-SWITCHES = ["rotation=none", "center=off", "equalize=on", "rotation=none,center=off,equalize=on"]
+SWITCHES = ["rotation=none", "center=off", "equalize=off", "rotation=none,center=off,equalize=off"]
 H, D = 2, 64
 
 
@@ -66,7 +66,7 @@ def test_equalization_saves_the_ordinary_channels() -> None:
     sizes = (120, 60, 3, 40)
     truth = mx.concatenate([rows(n, i)[0] for i, n in enumerate(sizes)], axis=2)
     equalized, plain = (
-        error(filled(f"leankv:k4v4{switch}", *sizes), truth) for switch in (",equalize=on", "")
+        error(filled(f"leankv:k4v4,equalize={switch}", *sizes), truth) for switch in ("on", "off")
     )
     assert 0 < 2 * equalized < plain
 
@@ -93,4 +93,25 @@ def test_copies_and_states_carry_the_equalizer() -> None:
     for twin in twins:
         assert mx.array_equal(twin.keys_and_values()[0], want)
         assert twin.nbytes == cache.nbytes
-    assert cache.nbytes - filled("leankv:k4v4", 150, 20).nbytes == H * D * 4
+    assert cache.nbytes - filled("leankv:k4v4,equalize=off", 150, 20).nbytes == H * D * 4
+
+
+def test_the_equalizer_is_fitted_to_the_queries_whatever_the_calls() -> None:
+    """To those of a prefill, or of the steps before the first tokens leave the window."""
+    model = TINY["llama"]()
+    ids = tokens(160)
+    fitted = []
+    with attach(model, "leankv"):
+        for pieces in ([160], [120, 40], [1] * 110):
+            caches = make_caches(model)
+            feed(model, caches, chunks(ids[: sum(pieces)], pieces))
+            fitted.append(np.array(caches[0].layer.equalizer.scales))
+    for scales in fitted:
+        assert scales.std() > 0.01
+        np.testing.assert_allclose(scales, fitted[0], rtol=0.5)
+
+
+def test_without_queries_ordinary_keys_stay_as_they_are() -> None:
+    cache = CompressedKVCache("leankv")
+    cache.update_and_fetch(*rows(160, outlier=1.0))
+    assert (np.array(cache.layer.equalizer.scales) == 1).all()

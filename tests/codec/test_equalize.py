@@ -1,4 +1,4 @@
-"""Equalization: exact in the scores, and only for outliers."""
+"""Equalization: exact in the scores, by the sizes of keys and queries."""
 
 from __future__ import annotations
 
@@ -35,11 +35,56 @@ def test_outliers_are_brought_down_to_the_limit() -> None:
     assert outliers == pytest.approx(LIMIT * np.median(np.array(size)), rel=0.1)
 
 
+def queries(heads: int = H) -> mx.array:
+    """[1, heads, 7, D], some channels larger than others."""
+    return mx.random.normal((1, heads, 7, D), key=mx.random.key(1)) * mx.exp(mx.arange(D) % 7 - 3.0)
+
+
+def squares(q: mx.array) -> mx.array:
+    return q.reshape(H, -1, D).square().mean(axis=1)
+
+
+def cost(k: mx.array, q: mx.array) -> float:
+    """What an error that is spread over all channels does to the scores."""
+    return float((k.var(axis=1).sum(-1) * squares(q).sum(-1)).mean())
+
+
+def test_queries_tell_which_channels_matter() -> None:
+    k, q = keys(outlier=50.0), queries()
+    found = Equalizer.fit(k, squares(q))
+    best = float(((mx.sqrt(k.var(axis=1)) * mx.sqrt(squares(q))).sum(-1) ** 2).mean())
+    assert cost(found.apply(k), found.queries(q)) == pytest.approx(best, rel=1e-3)
+    assert best < 0.2 * cost(k, q)
+
+
+def test_scaled_channels_of_keys_and_queries_change_nothing() -> None:
+    """An outlier channel of keys that the queries make up for is met exactly."""
+    k, q = keys(), queries()
+    factor = mx.where(mx.arange(D) == 9, 20.0, 1.0)
+    plain = Equalizer.fit(k, squares(q)).apply(k)
+    other = Equalizer.fit(k * factor, squares(q / factor)).apply(k * factor)
+    ratio = other / plain
+    assert mx.allclose(ratio, ratio[:, :1, :1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("dead", ["keys", "queries", "both"])
+def test_channels_without_size_are_harmless(dead: str) -> None:
+    k, q = keys(), queries()
+    alive = mx.where(mx.arange(D) < 8, 0.0, 1.0)
+    k, q = (k if dead == "queries" else k * alive), (q if dead == "keys" else q * alive)
+    found = Equalizer.fit(k, squares(q))
+    assert mx.isfinite(found.scales).all() and (found.scales > 0).all()
+    assert mx.allclose(found.undo(found.apply(k)), k, rtol=1e-5)
+    nothing = Equalizer.fit(mx.zeros_like(k), mx.zeros((H, D)))
+    assert mx.allclose(nothing.scales, mx.ones((H, D)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("with_queries", [False, True])
 @pytest.mark.parametrize("query_heads", [2, 6])
-def test_scores_do_not_change(query_heads: int) -> None:
+def test_scores_do_not_change(query_heads: int, with_queries: bool) -> None:
     k = keys(outlier=30.0)
-    q = mx.random.normal((1, query_heads, 7, D), key=mx.random.key(1))
-    found = Equalizer.fit(k)
+    q = queries(query_heads)
+    found = Equalizer.fit(k, squares(q) if with_queries else None)
     wide = mx.repeat(k, query_heads // H, axis=0)
     before = q[0] @ wide.swapaxes(1, 2)
     equal = mx.repeat(found.apply(k), query_heads // H, axis=0)
