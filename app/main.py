@@ -18,7 +18,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def chat(
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub id (default: the bundled demo model).")
+        str | None, typer.Option(help="Folder, GGUF file or hub id (default: the bundled model).")
     ] = None,
     kv: Annotated[
         str | None,

@@ -21,7 +21,7 @@ def demo(
     kv: Annotated[str, typer.Option(help="Setting of the compressed cache.")] = "leankv",
     tokens: Annotated[int, typer.Option(help="Length of the document and its question.")] = 3000,
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub id (default: the bundled demo model).")
+        str | None, typer.Option(help="Folder, GGUF file or hub id (default: the bundled model).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Another number gives another document.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,

@@ -23,7 +23,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Load a model: a folder, a hub id, or "" for the bundled one.
+    """Load a model: a folder, a GGUF file, a hub id, or "" for the bundled one.
 
     Attributes:
         kv: a `--kv` text, or "none".
