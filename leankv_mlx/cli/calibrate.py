@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
 def calibrate(
     name: Annotated[str, typer.Argument(help="Name of the profile: --kv leankv:NAME takes it.")],
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub id (default: the bundled demo model).")
+        str | None, typer.Option(help="Folder, GGUF file or hub id (default: the bundled model).")
     ] = None,
     kv: Annotated[
         str, typer.Option(help="What to start from; its policy says what is swept.")

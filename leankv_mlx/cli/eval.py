@@ -25,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     model: Annotated[
-        str | None, typer.Option(help="Folder or hub id (default: the bundled demo model).")
+        str | None, typer.Option(help="Folder, GGUF file or hub id (default: the bundled model).")
     ] = None,
     kv: Annotated[
         list[str] | None,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Folder or hub id (default: the bundled demo model)."),
+    typer.Option("--model", "-m", help="Folder, GGUF file or hub id (default: the bundled model)."),
 ]
 Kv = Annotated[
     str, typer.Option(help="KV cache: leankv, leankv:SPEC, or none for the uncompressed one.")

@@ -211,7 +211,7 @@ def opened_reader(
     store: DocumentCache | None,
     **options: Any,
 ) -> Iterator[Reader]:
-    """A model by folder or hub id (None: the bundled one), ready to read.
+    """A model by folder, GGUF file or hub id (None: the bundled one), ready to read.
 
     Args:
         options: further arguments of `mlx_lm.load`.

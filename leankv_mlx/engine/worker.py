@@ -103,7 +103,7 @@ class Worker:
         store = DocumentCache(lambda line: emit(Noted(line)))
         emit(Loading(request.model))
         progress = progress_class(request.model, emit, lambda: self._engine.check(0))
-        path = resolve(request.model or None, progress)
+        path = resolve(request.model or None, progress, lambda line: emit(Noted(line)))
         loaded = load(path)
         attachment = attach(loaded.model, config) if config else None
         self.close()  # the old model stays until the new one is there

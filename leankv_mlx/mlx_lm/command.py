@@ -97,7 +97,7 @@ class Session:
             self.document.prepare(parser)
         for action in parser._actions:
             if self.demo and action.dest == "model":
-                action.help = "Folder or hub id of the model (default: the bundled demo model)"
+                action.help = "Folder, GGUF file or hub id of the model (default: the bundled one)"
         original = parser.parse_args
 
         def parse_args(*args: Any, **kwargs: Any) -> Any:

@@ -1,18 +1,24 @@
-"""Models by folder, by hub id, or the bundled one; every failure is one line with the way out."""
+"""Models by folder, GGUF file or hub id, or the bundled one; a failure is one line with the way
+out."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mlx.core as mx
 from mlx import nn
 
 from leankv_mlx.errors import ContextLengthError, ModelError
+from leankv_mlx.models.container import has_magic
+from leankv_mlx.models.conversion import ORIGIN
+from leankv_mlx.models.kept import Note, kept
 from leankv_mlx.resources import demo_model
 
 HUB_TIMEOUT_S = 5.0
@@ -36,7 +42,7 @@ class LoadedModel:
     Attributes:
         tokenizer: mlx-lm's TokenizerWrapper.
         config: the content of config.json.
-        path: its folder.
+        path: its folder; that of a GGUF file has the file's name.
     """
 
     model: nn.Module
@@ -57,7 +63,7 @@ def load(model: str | Path | None = None, **options: Any) -> LoadedModel:
     """Load a model with mlx-lm.
 
     Args:
-        model: a folder, a hub id, or None for the bundled demo model.
+        model: a folder, a GGUF file, a hub id, or None for the bundled demo model.
         options: further arguments of `mlx_lm.load`.
 
     Raises:
@@ -76,27 +82,49 @@ def load_from(loader: Callable[..., Any], path: Path, **options: Any) -> Loaded:
         ModelError: the files are damaged, or mlx-lm does not know this kind of model.
     """
     try:
-        return Loaded(*loader(str(path), **{**options, "return_config": True}))
+        loaded = Loaded(*loader(str(path), **{**options, "return_config": True}))
+        _halve_on_gpu(loaded)
+        return loaded
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"cannot load the model in {path}: {_one_line(error)}") from error
 
 
-def resolve_model(model: str | Path | None, tqdm_class: type | None = None) -> Path:
-    """The folder of a model; a hub id is downloaded unless the hub's cache has it.
+def _halve_on_gpu(loaded: Loaded) -> None:
+    """A GGUF file's numbers are kept exactly, in float32 where it takes that; a GPU computes in
+    the 16 bits that its config.json names."""
+    if ORIGIN in loaded.config and mx.default_device() == mx.gpu:
+        loaded.model.set_dtype(getattr(mx, loaded.config["torch_dtype"]))
+
+
+def _to_stderr(line: str) -> None:
+    print(f"leankv: note: {line}", file=sys.stderr)
+
+
+def resolve_model(
+    model: str | Path | None, tqdm_class: type | None = None, note: Note = _to_stderr
+) -> Path:
+    """The folder of a model; a hub id is downloaded unless the hub's cache has it, and a GGUF file
+    is converted unless our own cache has it.
 
     Args:
         tqdm_class: shows the progress of a download instead of the hub client's own bar.
+        note: told what a user should know about a GGUF file.
 
     Raises:
-        ModelError: there is no such folder, it holds no model, or the hub does not give it.
+        ModelError: there is no such folder or file, it holds no model, or the hub does not give it.
     """
     if model is None:
         return _checked(demo_model())
     path = Path(model).expanduser()
     if path.is_dir():
         return _checked(path)
+    if has_magic(path):
+        return kept(path, note)
     if path.exists():
-        raise ModelError(f"{model} is a file; give the folder that holds config.json and weights.")
+        raise ModelError(
+            f"{model} is a file, but no GGUF file; "
+            "give one, or the folder that holds config.json and weights."
+        )
     if not isinstance(model, str) or not _HUB_ID.fullmatch(model):
         raise ModelError(f"no model folder {model}; check the path, or give a hub id (owner/name).")
     return _checked(_download(model, tqdm_class))
