@@ -96,9 +96,10 @@ class Demo:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the compressed cache is, bytes in use of both."""
-        plain, compressed = (arm.usage.used for arm in self.arms)
-        return plain / compressed if compressed else 1.0
+        """How many times smaller the compressed cache is, bytes in use of both; than in 16 bits
+        where the uncompressed cache has more."""
+        plain, compressed = (arm.usage for arm in self.arms)
+        return min(plain.used, plain.fp16) / compressed.used if compressed.used else 1.0
 
     def right(self, arm: int) -> int:
         """Questions that an arm answered exactly."""
@@ -119,11 +120,12 @@ class Demo:
     @property
     def conclusion(self) -> str:
         """The line at the end."""
-        tokens = self.arms[0].usage.tokens
+        plain = self.arms[0].usage
+        than = " than in 16 bits" if plain.used > plain.fp16 else ""
         return (
-            f"{self.ratio:.2f}x smaller at {tokens} tokens. Bytes are those of the buffers' parts "
-            "in use: codes, scales, tables, exact tokens and centers; keys and values when "
-            "uncompressed."
+            f"{self.ratio:.2f}x smaller{than} at {plain.tokens} tokens. Bytes are those of the "
+            "buffers' parts in use: codes, scales, tables, exact tokens and centers; keys and "
+            "values when uncompressed."
         )
 
     def as_dict(self) -> dict[str, Any]:

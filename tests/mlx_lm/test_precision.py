@@ -17,6 +17,10 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import save_config, save_model
 
 from leankv_mlx import attach
+from leankv_mlx.config import CompressionConfig
+from leankv_mlx.documents.cache import DocumentCache
+from leankv_mlx.documents.prefix import Opener
+from leankv_mlx.evaluation.demo import run_demo
 from leankv_mlx.mlx_lm import load
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.footprint import Footprint, weight_bytes
@@ -198,6 +202,30 @@ def test_loading_a_folder_makes_it_compute_in_float32(folder: Path) -> None:
     model = load(folder).model
     assert dtypes(model) == {mx.float32}
     assert weights_dtype(model) == mx.float16
+
+
+def test_documents_are_kept_for_what_the_model_computes_in(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, store = CompressionConfig(), DocumentCache(place=tmp_path / "documents")
+    prefix = [1, *range(10, 200)]
+
+    def opened() -> bool:
+        return Opener(load(folder), config, store).open(prefix, "it", lambda *_: None).cached
+
+    assert [opened(), opened()] == [False, True]
+    monkeypatch.setenv("LEANKV_PRECISION", "file")
+    assert [opened(), opened()] == [False, True]
+    monkeypatch.delenv("LEANKV_PRECISION")
+    assert opened()
+
+
+def test_the_demo_compares_with_16_bits(folder: Path) -> None:
+    shown = run_demo(str(folder), CompressionConfig(), 300, 1)
+    plain, compressed = (arm.usage for arm in shown.arms)
+    assert plain.used == 2 * plain.fp16  # mlx-lm's own cache of a model in float32
+    assert shown.ratio == plain.fp16 / compressed.used
+    assert "x smaller than in 16 bits" in shown.conclusion
 
 
 def test_a_lazy_load_reads_no_weights(folder: Path) -> None:
