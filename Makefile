@@ -43,7 +43,7 @@ lint: $(DEV)
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv build dist leankv_mlx/_native.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist leankv_mlx/*.so .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
 $(DEMO): EXTRAS = $(if $(EXTRA),[$(EXTRA)])
 $(DEV): EXTRAS = [$(if $(EXTRA),$(EXTRA)$(comma))dev]

@@ -73,7 +73,7 @@ class CustomBuildHook(BuildHookInterface):
                 raise RuntimeError(f"the native CPU extension cannot be built: {reason}")
             self.app.display_warning(f"Without the native CPU extension: {reason}")
         elif version == "standard":
-            for file in (target / "leankv_mlx").glob("_native.*"):
+            for file in (target / "leankv_mlx").glob("*.so"):
                 build_data["force_include"][str(file)] = f"leankv_mlx/{file.name}"
             build_data["pure_python"] = False
             build_data["infer_tag"] = True

@@ -60,6 +60,9 @@ def chat(
     if paths:
         typer.echo("\n".join(places.paths().lines()))
         return
+    from leankv_mlx.blas import bind
+
+    bind()  # before anything imports mlx
     from leankv_app.factory import check, make_app
     from leankv_mlx.sizes import parse_bytes
 

@@ -6,6 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from leankv_mlx.blas import bind
+
+bind()  # before a test imports mlx
+
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -20,6 +20,7 @@ class View:
         sinks: how many of the exact rows are sink tokens.
         rotations: the space that everything here lives in.
         backend: who computes.
+        dtype: of the decoded rows.
         skip: attention weight below which values may be left out in decode.
     """
 
@@ -29,6 +30,7 @@ class View:
     sinks: int
     rotations: Rotations
     backend: Backend
+    dtype: mx.Dtype
     skip: float = 0.0
 
     def present(self) -> mx.array | None:
@@ -44,8 +46,8 @@ class View:
     def rows(self) -> Rows:
         """All tokens, decoded, in order and still rotated: [H, N, Dk] and [H, N, Dv].
 
-        The dtype is that of the exact rows. This is the working copy of a prefill: a full-size
-        copy of one layer, to be dropped as soon as its attention is done.
+        This is the working copy of a prefill: a full-size copy of one layer, to be dropped as soon
+        as its attention is done.
         """
         return self._gather(None)
 
@@ -65,6 +67,7 @@ class View:
             self.exact,
             self.centers,
             sinks=self.sinks,
+            dtype=self.dtype,
             rotations=rotations,
             backend=self.backend,
         )

@@ -16,6 +16,7 @@ from leankv_mlx.benchmarks.settings import Advance, Row, Settings
 from leankv_mlx.benchmarks.shapes import Shape, shape_of
 from leankv_mlx.benchmarks.skip import measure_skip
 from leankv_mlx.benchmarks.steps import measure_steps
+from leankv_mlx.blas import bind
 from leankv_mlx.evaluation.lab import machine as software
 from leankv_mlx.kernels import resolve_backend
 
@@ -78,7 +79,7 @@ def _at_most(shape: Shape, layers: int) -> Shape:
 
 def machine() -> str:
     """What ran this: no figure is comparable across machines."""
-    return f"{_processor()}; {software()}"
+    return f"{_processor()}; {software()}, {bind().name or 'its own BLAS'}"
 
 
 def _processor() -> str:

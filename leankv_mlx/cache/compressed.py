@@ -40,16 +40,22 @@ class CompressedKVCache:
         keep_fetched: hold the arrays of the last fetch until the next update, for models whose
             later layers ask for them through `keys_and_values` (they then get what was attended
             to, not its compressed form).
+        exact_dtype: of the rows that stay uncompressed, float16 or bfloat16 for a model whose
+            weights had no more but which computes in float32; None for that of keys and values.
 
     Raises:
         BackendUnavailableError: the configured backend cannot run here.
     """
 
     def __init__(
-        self, config: CompressionConfig | str = "leankv", keep_fetched: bool = False
+        self,
+        config: CompressionConfig | str = "leankv",
+        keep_fetched: bool = False,
+        exact_dtype: mx.Dtype | None = None,
     ) -> None:
         self.config = CompressionConfig.parse(config) if isinstance(config, str) else config
         self.keep_fetched = keep_fetched
+        self._exact_dtype = exact_dtype
         self._backend: Backend = resolve_backend(self.config.backend)
         self._layer: Layer | None = None  # made by the first update, which tells the shape
         self._sparsifier = None if self.config.policy == "keep_all" else Sparsifier(self.config)
@@ -189,7 +195,7 @@ class CompressedKVCache:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedKVCache:
         """An independent copy that shares the blocks until one of the two changes them."""
-        copy = CompressedKVCache(self.config, self.keep_fetched)
+        copy = CompressedKVCache(self.config, self.keep_fetched, self._exact_dtype)
         if self._sparsifier:
             copy._sparsifier = deepcopy(self._sparsifier, memo)  # one for all copies of a list
         if self._layer:
@@ -263,7 +269,8 @@ class CompressedKVCache:
             raise ShapeError("[update_and_fetch] expected at least one token, got 0.")
         shape = Shape(heads, keys.shape[3], values.shape[3])
         if self._layer is None:
-            self._begin(Layer(shape, self.config, self._backend, (keys.dtype, values.dtype)))
+            dtypes = self._exact_dtype or keys.dtype, self._exact_dtype or values.dtype
+            self._begin(Layer(shape, self.config, self._backend, dtypes))
         assert self._layer is not None
         if shape != self._layer.shape:
             raise ShapeError(f"[update_and_fetch] expected {self._layer.shape}, got {shape}.")

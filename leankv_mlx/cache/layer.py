@@ -40,7 +40,9 @@ class Layer:
     Attributes:
         shape: of every token.
         offset: tokens so far, dropped ones included.
-        exact: uncompressed rows [H, E, D]: sink tokens, then the window.
+        exact: uncompressed rows [H, E, D]: sink tokens, then the window. Their dtype is given; it
+            need not be that of the rows that come.
+        dtype: of the keys that came last, and of what is fetched.
         body: the tokens between the two; None while there are none.
         equalizer: applied to all keys here once there is a body, if that is configured.
         observations: the last queries, if a policy needs them.
@@ -68,6 +70,7 @@ class Layer:
         dims = padded(shape.k_dim), padded(shape.v_dim)
         empty = (mx.zeros((shape.heads, 0, d), t) for d, t in zip(dims, dtypes, strict=True))
         self.exact = Rows(*empty)
+        self.dtype = dtypes[0]
         self._config = config
         fits = not backend.widest or max(dims) <= backend.widest
         self._backend = backend if fits else resolve_backend("reference")
@@ -95,6 +98,7 @@ class Layer:
         k = self.equalizer.apply(keys) if self.equalizer else keys
         self.exact = append(self.exact, Rows(k, values), self.rotations, self._backend)
         self.offset += keys.shape[1]
+        self.dtype = keys.dtype
 
     def see(self, queries: mx.array, exact: Rows) -> None:
         """Be told of queries while the equalizer may still be fitted to them.
@@ -178,6 +182,7 @@ class Layer:
             self.sinks,
             self.rotations,
             self._backend,
+            self.dtype,
             self._config.skip,
         )
 
@@ -186,8 +191,8 @@ class Layer:
         dtypes = self.exact.k.dtype, self.exact.v.dtype
         other = Layer(self.shape, self._config, self._backend, dtypes)
         other.offset, other.exact = self.offset, self.exact  # arrays are replaced, never changed
-        other.equalizer, other._fitted = self.equalizer, self._fitted
-        other._seen = list(self._seen)
+        other.dtype, other.equalizer = self.dtype, self.equalizer
+        other._fitted, other._seen = self._fitted, list(self._seen)
         other.body = self.body.copy() if self.body else None
         other.observations = self.observations.copy() if self.observations else None
         return other

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
@@ -35,10 +36,13 @@ def examine() -> dict[str, Any]:
     problems: list[str] = []
     devices: dict[str, Any] = {}
     backends: dict[str, str | None] = {}
-    auto = None
+    blas: dict[str, Any] = {}
+    auto = precision = None
     try:
         from leankv_mlx.kernels import available_backends, resolve_backend
+        from leankv_mlx.mlx_lm.precision import policy
 
+        blas, precision = _blas(), policy()
         devices = _devices()
         backends = available_backends()
         auto = resolve_backend("auto").name
@@ -59,6 +63,8 @@ def examine() -> dict[str, Any]:
             for name, reason in backends.items()
         },
         "auto": auto,
+        "blas": blas,
+        "precision": precision,
         "demo_model": model,
         "problems": problems,
     }
@@ -85,6 +91,37 @@ def _devices() -> dict[str, Any]:
         "cuda": mx.cuda.is_available(),
         "info": {key: value for key, value in mx.device_info().items() if _plain(value)},
     }
+
+
+def _blas() -> dict[str, Any]:
+    """What computes float32 products on the CPU, and how fast it is just now."""
+    from leankv_mlx.blas import bind, products
+
+    found, before = bind(), products()
+    gflops = _gflops()
+    reason = found.reason
+    if not reason and products() == before:
+        reason = "MLX's products do not go through it"
+    return {
+        "name": found.name if not reason else "MLX's own",
+        "threads": found.threads if not reason else None,
+        "reason": reason or None,
+        "gflops": round(gflops, 1),
+    }
+
+
+def _gflops() -> float:
+    """Of a product in float32 through MLX, the best within a third of a second."""
+    import mlx.core as mx
+
+    m, k, n = 256, 512, 1024
+    a, b = mx.random.normal((m, k)), mx.random.normal((n, k))
+    mx.eval(a, b)
+    best, end = float("inf"), time.perf_counter() + 1 / 3
+    while (start := time.perf_counter()) < end:
+        mx.eval(mx.matmul(a, b.T, stream=mx.cpu))
+        best = min(best, time.perf_counter() - start)
+    return 2 * m * k * n / best / 1e9
 
 
 def _plain(value: Any) -> bool:
@@ -119,6 +156,11 @@ def _show(facts: dict[str, Any]) -> None:
         taken = " (auto takes it)" if name == facts["auto"] else ""
         text = "available" + taken if state["available"] else f"no: {state['reason']}"
         table.add_row(f"backend: {name}", text)
+    if blas := facts["blas"]:
+        text = f"{blas['name']}, " + (f"{blas['threads']} threads, " if blas["threads"] else "")
+        why = f" ({blas['reason']})" if blas["reason"] else ""
+        table.add_row("float32 on the CPU", f"{text}{blas['gflops']} GFLOP/s{why}")
+        table.add_row("precision", facts["precision"])
     model = facts["demo_model"]
     size = f"{model['path']} ({model['bytes'] / 1e6:.1f} MB)"
     table.add_row("demo model", size if model["complete"] else "missing")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import typer
 
+from leankv_mlx.blas import bind
 from leankv_mlx.errors import LeanKVError
 
 
@@ -21,6 +22,7 @@ def run_command(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     # --debug is ours wherever it stands, because `generate` hands its arguments to mlx-lm.
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    bind()  # before anything imports mlx
     try:
         code = app(arguments, prog_name=name, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):

@@ -18,6 +18,7 @@ from leankv_mlx.config import CompressionConfig
 from leankv_mlx.documents.cache import DocumentCache, Key, kv_name, model_identity
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel
+from leankv_mlx.mlx_lm.precision import weights_dtype
 from leankv_mlx.mlx_lm.repetition import settle_document
 
 PREFILL_CHUNK = 512
@@ -78,7 +79,9 @@ class Opener:
 
     @cached_property
     def _identity(self) -> str:
-        return model_identity(self.loaded.path)
+        exact = weights_dtype(self.loaded.model)
+        precision = f" in float32, exact rows {exact}" if exact else ""
+        return f"{model_identity(self.loaded.path)}{precision}"
 
 
 def settle(model: nn.Module, prefix: Sequence[int], caches: list[Any]) -> None:

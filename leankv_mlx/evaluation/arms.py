@@ -17,6 +17,7 @@ from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ModelError
 from leankv_mlx.mlx_lm.attachment import attach, make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel
+from leankv_mlx.mlx_lm.precision import weights_dtype
 from leankv_mlx.mlx_lm.repetition import judges_by_repetition, settle_document
 from leankv_mlx.mlx_lm.usage import Usage, measure
 
@@ -91,7 +92,7 @@ class Size:
     Attributes:
         bits_per_element: bits per key or value element: codes, scales, tables, centers and
             exact tokens.
-        ratio: how many times smaller than the uncompressed cache in the model's own dtype.
+        ratio: how many times smaller than the uncompressed cache in the dtype of the weights.
     """
 
     bits_per_element: float
@@ -116,7 +117,8 @@ def sizes(loaded: LoadedModel, arms: Sequence[Arm], tokens: mx.array) -> dict[st
             usage = measure(caches)
         used[arm.kv] = usage.used
         elements = usage.fp16 // 2
-    return {kv: Size(8 * n / elements, used[NONE] / n) for kv, n in used.items()}
+    plain = used[NONE] // (2 if weights_dtype(loaded.model) else 1)  # it is float32 then
+    return {kv: Size(8 * n / elements, plain / n) for kv, n in used.items()}
 
 
 def prefill(model: nn.Module, tokens: mx.array, caches: list[Any]) -> None:

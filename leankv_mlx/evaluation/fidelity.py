@@ -139,7 +139,8 @@ def run_fidelity(
 
     Args:
         usage: is told what each arm's caches hold once the first half of the first chunk is read
-            and its policy has dropped what it drops. Exact tokens are float32 here.
+            and its policy has dropped what it drops. Exact tokens are float32 here, or have the 16
+            bits of the weights, see `mlx_lm.precision`.
 
     Raises:
         UsageError: the context is too short for an arm's window.

@@ -10,7 +10,7 @@ def append_ops(exact: Rows, new: Rows, rotations: Rotations) -> Rows:
     """Ops-based reference implementation of `append`."""
     return Rows(
         *(
-            mx.concatenate([old, rotation.apply(rows)], axis=1)
+            mx.concatenate([old, rotation.apply(rows).astype(old.dtype)], axis=1)
             for old, rows, rotation in zip(exact, new, rotations, strict=True)
         )
     )
@@ -21,7 +21,8 @@ def append(exact: Rows, new: Rows, rotations: Rotations, backend: Backend) -> Ro
 
     Args:
         exact: rotated rows [H, E, D], E may be 0.
-        new: rows as the model made them, [H, T, head_dim], in the dtype of the exact rows.
+        new: rows as the model made them, [H, T, head_dim], in any float dtype; once rotated they
+            get that of the exact rows.
         rotations: of the keys and of the values.
         backend: who computes it.
 

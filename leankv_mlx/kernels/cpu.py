@@ -130,22 +130,23 @@ def _gather(
     centers: Centers | None,
     *,
     sinks: int,
+    dtype: mx.Dtype,
     rotations: Rotations | None,
 ) -> Rows:
     native = None
     if rotations is not None:
         native = _rotations(rotations)
         if native is None:
-            return gather_ops(bodies, exact, centers, sinks=sinks, rotations=rotations)
+            return gather_ops(bodies, exact, centers, sinks=sinks, dtype=dtype, rotations=rotations)
     elif not bodies:
-        return exact
+        return Rows(*(x.astype(dtype) for x in exact))
     return Rows(
         *load().decode(
             [_body(body) for body in bodies],
             *exact,
             _centers(centers),
             sinks,
-            exact.k.dtype,
+            dtype,
             native,
         )
     )

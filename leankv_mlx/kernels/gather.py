@@ -15,17 +15,18 @@ def gather_ops(
     centers: Centers | None,
     *,
     sinks: int,
+    dtype: mx.Dtype,
     rotations: Rotations | None,
     decode: Callable[[Body, Centers, mx.Dtype], Rows] = dequantize_ops,
 ) -> Rows:
     """Ops-based reference implementation of `gather`; `decode` is how a body is dequantized."""
-    rows = exact
+    rows = Rows(*(x.astype(dtype) for x in exact))
     if bodies:
         assert centers is not None  # fitted before the first body was encoded
-        decoded = [decode(body, centers, exact.k.dtype) for body in bodies]
+        decoded = [decode(body, centers, dtype) for body in bodies]
         parts = (
             [x[:, :sinks], *(body[side] for body in decoded), x[:, sinks:]]
-            for side, x in enumerate(exact)
+            for side, x in enumerate(rows)
         )
         rows = Rows(*(mx.concatenate(part, axis=1) for part in parts))
     if rotations is None:
@@ -39,13 +40,14 @@ def gather(
     centers: Centers | None,
     *,
     sinks: int,
+    dtype: mx.Dtype,
     rotations: Rotations | None,
     backend: Backend,
 ) -> Rows:
     """The first `sinks` exact rows, the bodies with all their slots, the other exact rows.
 
     Returns:
-        Keys [H, N, Dk] and values [H, N, Dv] in the dtype of the exact rows. With `rotations` they
-        are un-rotated, [H, N, head_dim]. Slots behind the length of a head are garbage.
+        Keys [H, N, Dk] and values [H, N, Dv] in `dtype`. With `rotations` they are un-rotated,
+        [H, N, head_dim]. Slots behind the length of a head are garbage.
     """
-    return backend.gather(bodies, exact, centers, sinks=sinks, rotations=rotations)
+    return backend.gather(bodies, exact, centers, sinks=sinks, dtype=dtype, rotations=rotations)

@@ -128,6 +128,7 @@ class GatherOp(Protocol):
         centers: Centers | None,
         *,
         sinks: int,
+        dtype: mx.Dtype,
         rotations: Rotations | None,
     ) -> Rows: ...
 

@@ -15,6 +15,7 @@ from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ModelError, UnsupportedError
 from leankv_mlx.kernels import resolve_backend
 from leankv_mlx.mlx_lm import patches
+from leankv_mlx.mlx_lm.precision import weights_dtype
 from leankv_mlx.mlx_lm.quirks import left_alone, quirks_of
 
 _MISSING = object()
@@ -87,6 +88,7 @@ class Attachment:
         self._maker: _MakeCache | None = None
         self._caches: list[Any] | None = None
         self._final: list[str] = []
+        self._exact_dtype = weights_dtype(model)
         self._entries = own_caches(model)
 
     def start(self) -> Attachment:
@@ -140,7 +142,7 @@ class Attachment:
             if self._reason(entry) is None:
                 done = sum(isinstance(cache, CompressedKVCache) for cache in made)
                 config = self.config.for_layer(done, layers)
-                entry = CompressedKVCache(config, keep_fetched=self._keep_fetched)
+                entry = CompressedKVCache(config, self._keep_fetched, self._exact_dtype)
             made.append(entry)
         act_together(made)
         self._caches = made

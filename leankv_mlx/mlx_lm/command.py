@@ -38,6 +38,7 @@ from leankv_mlx.mlx_lm.loading import (
     resolve_model,
 )
 from leankv_mlx.mlx_lm.patches import replaced
+from leankv_mlx.mlx_lm.precision import compute_in_float32
 from leankv_mlx.mlx_lm.usage import Usage, measure, summary_line
 from leankv_mlx.resources import demo_model
 
@@ -208,6 +209,7 @@ class Session:
     def sharded_load(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """mlx-lm's `sharded_load`, for one of several machines."""
         loaded = original(*args, **options)
+        compute_in_float32(loaded[0])
         self._attach(loaded[0])
         return loaded
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,8 @@ from mlx.utils import tree_flatten
 from leankv_mlx.cache.memory import planned
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.mlx_lm.attachment import Attachment, own_caches
+from leankv_mlx.mlx_lm.machine import memory_size
+from leankv_mlx.mlx_lm.precision import weights_dtype
 
 _SPARE = 0.75
 """Share of the machine's memory that model and cache may take, if no budget is given."""
@@ -21,19 +22,21 @@ _SPARE = 0.75
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One cache with keys and values of `bound` tokens at most (0: of all)."""
+    """One cache with keys and values of `bound` tokens at most (0: of all); `exact_bytes` is an
+    element of its exact rows if it is compressed, `element_bytes` one of the model's own cache."""
 
     heads: int
     k_dim: int
     v_dim: int
     element_bytes: int
+    exact_bytes: int
     bound: int
     compressed: bool
 
     def nbytes(self, config: CompressionConfig | None, tokens: int) -> int:
         if config is not None and self.compressed:
             return planned(
-                config, tokens, self.heads, self.k_dim, self.v_dim, self.element_bytes
+                config, tokens, self.heads, self.k_dim, self.v_dim, self.exact_bytes
             ).used
         held = min(tokens, self.bound) if self.bound else tokens
         return held * self.heads * (self.k_dim + self.v_dim) * self.element_bytes
@@ -63,12 +66,13 @@ class Footprint:
         """
         caches = own_caches(model)
         model(mx.array([[1]]), cache=caches)
+        exact = weights_dtype(model)
         rows = attachment.report if attachment else []
         compressed = [row.compressed for row in rows] or [False] * len(caches)
         layers = [
             layer
             for cache, replaced in zip(caches, compressed, strict=True)
-            for layer in _layers(cache, replaced)
+            for layer in _layers(cache, replaced, exact)
         ]
         return cls(tuple(layers), attachment.config if attachment else None)
 
@@ -98,10 +102,10 @@ class Footprint:
         return low
 
 
-def _layers(cache: Any, compressed: bool) -> Iterator[_Layer]:
+def _layers(cache: Any, compressed: bool, exact: mx.Dtype | None) -> Iterator[_Layer]:
     if (children := getattr(cache, "caches", None)) is not None:  # CacheList
         for child in children:
-            yield from _layers(child, compressed)
+            yield from _layers(child, compressed, exact)
         return
     keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
     if isinstance(keys, mx.array) and isinstance(values, mx.array):
@@ -111,17 +115,10 @@ def _layers(cache: Any, compressed: bool) -> Iterator[_Layer]:
             keys.shape[3],
             values.shape[3],
             keys.dtype.size,
+            (exact or keys.dtype).size,
             bound,
             compressed,
         )
-
-
-def memory_size() -> int:
-    """Bytes of memory that this machine has for models."""
-    size = mx.device_info().get("memory_size")
-    if isinstance(size, int) and size > 0:
-        return size
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def weight_bytes(model: nn.Module) -> int:

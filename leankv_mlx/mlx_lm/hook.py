@@ -20,6 +20,7 @@ from pathlib import PurePath
 from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
+from leankv_mlx.blas import bind
 from leankv_mlx.errors import LeanKVError, UsageError, error_line
 
 COMMANDS = ("benchmark", "cache_prompt", "chat", "generate", "server")
@@ -90,6 +91,8 @@ def install() -> None:
         sys.meta_path.insert(0, finder)
         _ACTIVE.callback(sys.meta_path.remove, finder)
     elif command in COMMANDS and (with_kv or (with_file and command == "generate")):
+        if with_kv:
+            bind()  # Python has just started: mlx is not imported yet
         _wait_for_flags(command, with_kv)
 
 

@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx import nn
 
 from leankv_mlx.errors import ContextLengthError, ModelError
+from leankv_mlx.mlx_lm.precision import compute_in_float32
 from leankv_mlx.models.container import has_magic
 from leankv_mlx.models.conversion import ORIGIN
 from leankv_mlx.models.kept import Note, kept
@@ -76,7 +77,8 @@ def load(model: str | Path | None = None, **options: Any) -> LoadedModel:
 
 
 def load_from(loader: Callable[..., Any], path: Path, **options: Any) -> Loaded:
-    """Call mlx-lm's `load` (or a namesake) on a folder.
+    """Call mlx-lm's `load` (or a namesake) on a folder; on the CPU the model then computes in
+    float32, see `precision`. The bundled model stays bf16, which all that is said of it is about.
 
     Raises:
         ModelError: the files are damaged, or mlx-lm does not know this kind of model.
@@ -84,6 +86,8 @@ def load_from(loader: Callable[..., Any], path: Path, **options: Any) -> Loaded:
     try:
         loaded = Loaded(*loader(str(path), **{**options, "return_config": True}))
         _halve_on_gpu(loaded)
+        if path != demo_model():
+            compute_in_float32(loaded.model, lazy=options.get("lazy", False))
         return loaded
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"cannot load the model in {path}: {_one_line(error)}") from error

@@ -102,6 +102,30 @@ def test_decode_attention(row: dict[str, Any], backend: Backend) -> None:
     check_attention(cases.case(**row), backend)
 
 
+@pytest.mark.parametrize("rows", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("tiers", [0, 1, 2])
+def test_exact_rows_of_16_bits_with_float32_queries(
+    tiers: int, rows: mx.Dtype, backend: Backend
+) -> None:
+    """What a model that computes in float32 but whose weights had 16 bits asks for."""
+    row = cases.pairwise(FACTORS)[0] | {"tiers": tiers, "exact": 68, "new": 3, "mask": "causal"}
+    row |= {"dtype": mx.float32, "rotated": True, "group": 3, "lengths": "full", "skip": 0.0}
+    case = cases.case(**row)
+    halves = Rows(*(x.astype(rows) for x in case.exact))
+    check_attention(replace(case, exact=halves), backend)
+    for rotations in (None, case.rotations):
+        pair = (
+            gather(
+                case.bodies, halves, case.centers, sinks=4, dtype=mx.float32, rotations=rotations,
+                backend=b,
+            )
+            for b in (backend, REFERENCE)
+        )  # fmt: skip
+        for ours, reference in zip(*pair, strict=True):
+            assert ours.dtype == mx.float32
+            assert error(ours, reference) < TOLERANCE[mx.float32]
+
+
 @pytest.mark.parametrize("heads", [1, 5])
 def test_decode_attention_split_over_threads(heads: int, backend: Backend) -> None:
     row = cases.pairwise(FACTORS)[0] | {"tiers": 2, "lengths": "partial", "new": 2, "exact": 103}
@@ -270,9 +294,12 @@ def test_dequantize_and_gather(row: dict[str, Any], backend: Backend) -> None:
     seen = mx.array(np.concatenate([parts[0], *map(cases.used, case.bodies), parts[1]], axis=1))
     for rotations in (None, tuple(hadamard(dim - draw.integers(0, 9)) for dim in row["dims"])):
         pair = (
-            gather(case.bodies, case.exact, case.centers, sinks=4, rotations=rotations, backend=b)
+            gather(
+                case.bodies, case.exact, case.centers, sinks=4, dtype=dtype, rotations=rotations,
+                backend=b,
+            )
             for b in (backend, REFERENCE)
-        )
+        )  # fmt: skip
         for ours, reference in zip(*pair, strict=True):
             wanted = mx.where(seen[..., None], reference, 0)
             assert error(mx.where(seen[..., None], ours, 0), wanted) < TOLERANCE[dtype]
@@ -345,18 +372,25 @@ def test_repack_in_order(bits: tuple[int, int], index: NDArray[Any], backend: Ba
     assert mx.array_equal(repack(body, slots, backend), repack(body, slots, REFERENCE))
 
 
+@pytest.mark.parametrize("new_dtype", [None, mx.float32], ids=str)
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("head_dims", [(64, 64), (128, 80), (100, 256)])
-def test_append(head_dims: tuple[int, int], dtype: mx.Dtype, backend: Backend) -> None:
+def test_append(
+    head_dims: tuple[int, int], dtype: mx.Dtype, new_dtype: mx.Dtype | None, backend: Backend
+) -> None:
     draw = np.random.default_rng(5)
     rotations = hadamard(head_dims[0]), hadamard(head_dims[1])
     for exact, new in ((0, 1), (70, 1), (3, 500)):
         old = Rows(*(cases.normal(draw, (2, exact, r.dim)).astype(dtype) for r in rotations))
         rows = Rows(  # strided as in a model: [T, H, D] with the heads in front
-            *(cases.normal(draw, (new, 2, d)).astype(dtype).swapaxes(0, 1) for d in head_dims)
+            *(
+                cases.normal(draw, (new, 2, d)).astype(new_dtype or dtype).swapaxes(0, 1)
+                for d in head_dims
+            )
         )
         pair = (append(old, rows, rotations, b) for b in (backend, REFERENCE))
         for ours, reference in zip(*pair, strict=True):
+            assert ours.dtype == dtype
             assert error(ours, reference) < TOLERANCE[dtype]
 
 

@@ -125,6 +125,7 @@ def test_with_a_compiler_the_wheel_is_of_this_platform(
     wheel = build(REPOSITORY, "standard", tmp_path / "out")
     assert "-none-any" not in wheel.name
     assert any(name.startswith("leankv_mlx/_native.") for name in contents(wheel))
+    assert "leankv_mlx/libleankv_blas.so" in contents(wheel)
 
 
 @pytest.mark.slow

@@ -58,7 +58,10 @@ class Dequantize:
         centers: Centers | None,
         *,
         sinks: int,
+        dtype: mx.Dtype,
         rotations: Rotations | None,
     ) -> Rows:
         """`kernels.gather.gather`: joining and un-rotating are MLX's own kernels."""
-        return gather_ops(bodies, exact, centers, sinks=sinks, rotations=rotations, decode=self)
+        return gather_ops(
+            bodies, exact, centers, sinks=sinks, dtype=dtype, rotations=rotations, decode=self
+        )

@@ -1,0 +1,159 @@
+"""What a model computes in on the CPU: float32, where its weights have 16 bits.
+
+MLX's products in half precision are slow on a CPU: a quantized one takes 20 to 65 times as long as
+in float32, a dense one 5 to 50 times as long as OpenBLAS. So 16-bit parameters, the scales and
+biases of quantized layers among them, become float32 when a model is loaded. If it is small enough
+its quantized layers become dense too, because MLX's quantized product runs in one thread and reads
+the weights again for every row. Weights keep their values: replies are those of the same weights in
+float32.
+
+On other devices, and with LEANKV_PRECISION=file, a model stays as its files have it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from leankv_mlx.mlx_lm.machine import memory_size, on_cpu
+
+DENSE_BYTES = 8 * 2**30
+"""Largest float32 model that quantized layers are made dense for; the machine must have four times
+as much memory."""
+_DENSE_SHARE = 4
+_HALF = (mx.float16, mx.bfloat16)
+_NOTE = "_leankv_weights_dtype"
+_QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+"""Layers that have a dense counterpart; others, such as those of experts, stay quantized."""
+
+
+def policy() -> str:
+    """What happens to a model that is loaded now, in words."""
+    if not on_cpu():
+        return "as in the model's files"
+    if _declined():
+        return "as in the model's files (LEANKV_PRECISION=file)"
+    return (
+        "16-bit weights compute in float32, quantized ones unpacked up to "
+        f"{_most_dense() / 1e9:.1f} GB"
+    )
+
+
+def compute_in_float32(
+    model: nn.Module, lazy: bool = False, dense_bytes: int | None = None
+) -> None:
+    """Let a model that was just loaded compute in float32, if MLX computes on the CPU.
+
+    It is changed in place, a layer at a time, so that at most one layer is held in both forms.
+
+    Args:
+        lazy: leave the new parameters unevaluated, as mlx-lm's `load` does with `lazy=True`.
+        dense_bytes: largest float32 model whose quantized layers become dense; by default
+            `DENSE_BYTES` or a quarter of the memory, whichever is less.
+    """
+    if not on_cpu() or _declined():
+        return
+    half = _half_dtype(model)
+    if float32_bytes(model) <= (_most_dense() if dense_bytes is None else dense_bytes):
+        _unpack(model, lazy)
+    if half is None:
+        return
+    for module in model.modules()[::-1]:  # from the leaves up
+        module.set_dtype(mx.float32, _is_half)
+        if not lazy:
+            mx.eval(module.parameters())
+    # A plain attribute: no parameter, and gone with the model.
+    object.__setattr__(model, _NOTE, half)
+
+
+def weights_dtype(model: nn.Module) -> mx.Dtype | None:
+    """The 16-bit dtype that the weights had before `compute_in_float32`; None if they are as they
+    were."""
+    found: mx.Dtype | None = getattr(model, _NOTE, None)
+    return found
+
+
+def float32_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters as dense float32; layers that stay quantized count as they are."""
+    total = sum(_as_float32(array) for _, array in _flat(model.parameters()))
+    for _, module in model.named_modules():
+        if type(module) in _QUANTIZED:
+            packed = (module.get(name) for name in ("weight", "scales", "biases"))
+            total -= sum(_as_float32(array) for array in packed if array is not None)
+            total += 4 * module["weight"].size * 32 // module.bits
+    return total
+
+
+def _declined() -> bool:
+    return os.environ.get("LEANKV_PRECISION", "").lower() == "file"
+
+
+def _most_dense() -> int:
+    return min(DENSE_BYTES, memory_size() // _DENSE_SHARE)
+
+
+def _unpack(model: nn.Module, lazy: bool) -> None:
+    """Put a dense layer in the place of each quantized one; one that stands in several places is
+    one layer afterwards, too."""
+    made: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        if type(module) not in _QUANTIZED:
+            continue
+        dense = made.get(id(module))
+        if dense is None:
+            dense = made[id(module)] = _dense(module)
+        if not lazy:
+            mx.eval(dense.parameters())
+        model.update_modules(tree_unflatten([(name, dense)]))
+
+
+def _dense(module: Any) -> nn.Module:
+    scales, biases = module["scales"], module.get("biases")
+    if module.mode == "affine":  # other modes have no float scales
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    weight = mx.dequantize(
+        module["weight"],
+        scales,
+        biases,
+        module.group_size,
+        module.bits,
+        module.mode,
+        dtype=mx.float32,
+    )
+    made: nn.Module
+    if type(module) is nn.QuantizedEmbedding:
+        made = nn.Embedding(1, 1)
+    else:
+        made = nn.Linear(1, 1, bias="bias" in module)
+    made["weight"] = weight
+    if "bias" in module:
+        made["bias"] = module["bias"]
+    made.freeze()
+    return made
+
+
+def _half_dtype(model: nn.Module) -> mx.Dtype | None:
+    """The 16-bit dtype that most of the parameters have; None if there is none."""
+    sizes: Counter[mx.Dtype] = Counter()
+    for _, array in _flat(model.parameters()):
+        if _is_half(array.dtype):
+            sizes[array.dtype] += array.size
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _is_half(dtype: mx.Dtype) -> bool:
+    return dtype in _HALF
+
+
+def _as_float32(array: mx.array) -> int:
+    return int(array.size) * (4 if _is_half(array.dtype) else int(array.dtype.size))
+
+
+def _flat(tree: Any) -> list[tuple[str, Any]]:
+    found: Any = tree_flatten(tree)
+    return list(found)
