@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from leankv_mlx.errors import UsageError
-from leankv_mlx.evaluation.arms import NONE, Arm, Size, parse_arms, sizes, varied
+from leankv_mlx.evaluation.arms import NONE, Arm, Size, parse_arms, varied
 from leankv_mlx.evaluation.fidelity import corpus, run_fidelity
 from leankv_mlx.evaluation.metrics import Fidelity
 from leankv_mlx.evaluation.questions import Answers, run_questions
@@ -21,7 +21,6 @@ from leankv_mlx.evaluation.retrieval import Retrieval, cells_of, run_retrieval
 from leankv_mlx.evaluation.stress import STRESSES, Stress, injected
 from leankv_mlx.evaluation.tasks import TASKS
 from leankv_mlx.mlx_lm.loading import check_context, load
-from leankv_mlx.mlx_lm.usage import Usage
 
 ABLATED = ("k4v4", "k3v3")
 ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -30,7 +29,7 @@ ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("rounding=rms", {"rounding": "rms"}),
 )
 """Each part of the codec switched off alone: how the arm's name tells it, and its fields."""
-STRESSED = ("k8v8", "k8v4", "k4v4", "k4v4,equalize=on", "k3v3,equalize=on")
+STRESSED = ("leankv", "k8v8", "k8v4", "k4v4", "k4v4,equalize=on", "k3v3,equalize=on")
 
 _SIZED_TOKENS = 256  # the keys of so many tokens tell how large a bias is in units of them
 
@@ -46,7 +45,7 @@ class Settings:
         context, chunks: fidelity on so many chunks of so many tokens.
         documents: documents per length that ten questions each are asked about.
         ablate: also switch parts of the codec off, one at a time.
-        stress: also inject outlier channels and key biases.
+        stress: also inject outlier channels and key biases, into `kv` or STRESSED.
     """
 
     kv: tuple[str, ...] = ()
@@ -80,6 +79,7 @@ class ArmResult:
         return {
             "kv": self.kv,
             "bits_per_element": self.size.bits_per_element,
+            "body_bits": self.size.body_bits,
             "ratio": self.size.ratio,
             **self.fidelity.as_dict(),
             "retrieval": self.retrieval,
@@ -130,6 +130,9 @@ class Report:
         ratios = self.retrieval.ratios.get(arm.kv, {})
         found = arm.as_dict()
         found["retrieval_ratio"] = {f"{c.task} {c.length}": ratio for c, ratio in ratios.items()}
+        found["pairs"] = {
+            f"{c.task} {c.length}": self.retrieval.pairs(arm.kv, [c]).as_dict() for c in ratios
+        }
         if any(self.questions.values()):
             answers = self.questions[arm.kv]
             found["questions"] = {str(length): a.as_dict() for length, a in answers.items()}
@@ -157,6 +160,7 @@ class Lab:
 
     def __init__(self, model: str | None, settings: Settings) -> None:
         self.arms = parse_arms(settings.kv)
+        self.stressed = parse_arms(settings.kv or STRESSED)
         self.cells = cells_of(settings.tasks, settings.lengths)
         self.settings = settings
         if settings.documents < 0:
@@ -180,7 +184,7 @@ class Lab:
         if settings.ablate:
             fidelity += len(ablation_arms())
         if settings.stress:
-            fidelity += len(STRESSES) * len(stress_arms())
+            fidelity += len(STRESSES) * len(self.stressed)
         return fidelity * self.corpus.work + retrieval
 
     def run(self, progress: Progress = SILENT) -> Report:
@@ -210,13 +214,9 @@ class Lab:
         )
 
     def _fidelity(self, arms: Sequence[Arm], progress: Progress) -> list[ArmResult]:
-        kept = [arm for arm in arms if not arm.drops]
-        counted = sizes(self.loaded, kept, self.corpus.chunks[0].tokens)
-        usage: dict[str, Usage] = {}
-        found = run_fidelity(self.loaded, arms, self.corpus, progress.advance, usage=usage)
-        # What a policy keeps depends on the prompt, so its size is that of the caches scored.
-        counted |= {arm.kv: Size.of(usage[arm.kv]) for arm in arms if arm.drops}
-        return [ArmResult(arm.kv, counted[arm.kv], found[arm.kv], {}) for arm in arms]
+        sizes: dict[str, Size] = {}
+        found = run_fidelity(self.loaded, arms, self.corpus, progress.advance, sizes=sizes)
+        return [ArmResult(arm.kv, sizes[arm.kv], found[arm.kv], {}) for arm in arms]
 
     def _stress(self, stress: Stress, progress: Progress) -> tuple[Stress, list[ArmResult]]:
         def advance(what: str, tokens: int) -> None:
@@ -224,7 +224,7 @@ class Lab:
 
         sample = self.corpus.chunks[0].tokens[:_SIZED_TOKENS]
         with injected(self.loaded.model, stress, sample):
-            return stress, self._fidelity(stress_arms(), replace(progress, advance=advance))
+            return stress, self._fidelity(self.stressed, replace(progress, advance=advance))
 
 
 def ablation_arms() -> list[Arm]:
@@ -234,11 +234,6 @@ def ablation_arms() -> list[Arm]:
         whole = Arm.parse(kv)
         arms += [whole, *(varied(whole, name, **fields) for name, fields in ABLATIONS)]
     return arms
-
-
-def stress_arms() -> list[Arm]:
-    """The arms that are measured under every stress."""
-    return parse_arms(STRESSED)
 
 
 def machine() -> str:
