@@ -16,7 +16,6 @@ from leankv_mlx.cache import CompressedKVCache, end_prompt
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ModelError
 from leankv_mlx.mlx_lm.attachment import attach
-from leankv_mlx.mlx_lm.loading import LoadedModel
 from leankv_mlx.mlx_lm.repetition import judges_by_repetition, settle_document
 from leankv_mlx.mlx_lm.usage import measure
 

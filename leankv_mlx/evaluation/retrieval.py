@@ -53,7 +53,7 @@ class Pairs:
         """McNemar's exact test: how likely so uneven a split, or a more uneven one, is if neither
         arm is better."""
         n, fewer = self.only_base + self.only_arm, min(self.only_base, self.only_arm)
-        return min(1.0, 2 * sum(comb(n, i) for i in range(fewer + 1)) / 2**n)
+        return min(1.0, 2 * sum(comb(n, i) for i in range(fewer + 1)) * 0.5**n)
 
     def as_dict(self) -> dict[str, float]:
         """For the JSON document."""
