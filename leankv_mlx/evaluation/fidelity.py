@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 from mlx import nn
@@ -105,6 +106,18 @@ def generated_text(characters: int) -> str:
     return "\n\n".join(" ".join(parts[i : i + 3]) for i in range(0, len(parts), 3))
 
 
+def read_text(path: Path) -> str:
+    """A text file in UTF-8.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}.") from error
+
+
 def corpus(loaded: LoadedModel, text: str | None, context: int, chunks: int) -> Corpus:
     """The first `chunks` chunks of a text; None for generated text.
 
@@ -125,8 +138,8 @@ def corpus(loaded: LoadedModel, text: str | None, context: int, chunks: int) -> 
     count = min(chunks, len(ids) // piece)
     if not count:
         raise UsageError(
-            f"the text has {len(ids)} tokens and --context {context} needs {piece}; "
-            "give a longer text or a smaller --context."
+            f"the text has {len(ids)} tokens and a context of {context} needs {piece}; "
+            "give a longer text or a smaller context."
         )
     pieces = [[*head, *ids[i * piece : (i + 1) * piece]] for i in range(count)]
     scored = sum(len(loaded.tokenizer.decode(p[context // 2 + 1 :]).encode()) for p in pieces)

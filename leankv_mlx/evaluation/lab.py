@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from leankv_mlx.errors import UsageError
 from leankv_mlx.evaluation.arms import NONE, Arm, Size, parse_arms, varied
-from leankv_mlx.evaluation.fidelity import corpus, run_fidelity
+from leankv_mlx.evaluation.fidelity import corpus, read_text, run_fidelity
 from leankv_mlx.evaluation.metrics import Fidelity
 from leankv_mlx.evaluation.questions import Answers, run_questions
 from leankv_mlx.evaluation.retrieval import Retrieval, cells_of, run_retrieval
@@ -168,9 +168,9 @@ class Lab:
         for name in ("samples", "context", "chunks"):
             if getattr(settings, name) < 1:
                 raise UsageError(f"--{name} {getattr(settings, name)} is too small.")
-        text = None if settings.text is None else _read(settings.text)
+        text = None if settings.text is None else read_text(settings.text)
         self.loaded = load(model)
-        for length in (settings.context, *settings.lengths):
+        for length in (settings.context - 1, *settings.lengths):  # a chunk of text may fill it
             check_context(self.loaded.config, length, 1)
         self.corpus = corpus(self.loaded, text, settings.context, settings.chunks)
 
@@ -243,10 +243,3 @@ def machine() -> str:
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, mlx {version('mlx')} "
         f"on {device}"
     )
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}.") from error

@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from leankv_mlx.config import CompressionConfig
-from leankv_mlx.errors import ConfigError, ModelError, UsageError
+from leankv_mlx.errors import ConfigError, ContextLengthError, ModelError, UsageError
 from leankv_mlx.evaluation import fidelity as fidelity_module
 from leankv_mlx.evaluation import lab as lab_module
 from leankv_mlx.evaluation.arms import DEFAULT_KV, Arm, Size, in_float32, parse_arms, prefill
@@ -222,6 +222,16 @@ def test_too_little_text_or_context_is_told(loaded: LoadedModel) -> None:
         Lab(None, replace(TINY_SETTINGS, samples=0))
     with pytest.raises(UsageError, match="unknown task XY"):
         Lab(None, replace(TINY_SETTINGS, tasks=("XY",)))
+
+
+def test_a_chunk_may_fill_the_models_context(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = replace(loaded, config={**loaded.config, "max_position_embeddings": CONTEXT})
+    monkeypatch.setattr(lab_module, "load", lambda model: short)
+    assert Lab(None, TINY_SETTINGS).corpus.context == CONTEXT
+    with pytest.raises(ContextLengthError, match=f"context {CONTEXT}"):
+        Lab(None, replace(TINY_SETTINGS, context=CONTEXT + 1))
 
 
 def test_a_broken_cache_shows(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
