@@ -42,6 +42,10 @@ class BackendUnavailableError(LeanKVError, RuntimeError):
     """A backend was named that cannot run here."""
 
 
+class PeerError(LeanKVError):
+    """The program that a benchmark compares with is not installed, failed, or hangs."""
+
+
 class ModelError(LeanKVError):
     """A model cannot be found, loaded or attached to."""
 

@@ -7,6 +7,7 @@ from itertools import groupby
 
 from leankv_mlx.benchmarks import static
 from leankv_mlx.benchmarks.fill import DTYPES, STOCK
+from leankv_mlx.benchmarks.real import RealReport
 from leankv_mlx.benchmarks.settings import Row
 from leankv_mlx.benchmarks.skip import NONE
 from leankv_mlx.benchmarks.suite import Report
@@ -152,6 +153,42 @@ _POLICY_NOTE = (
     "its end: judging and placing all tokens once the prompt is in; flush: judging, encoding and "
     "placing the tokens that leave the window, by generated token; random weights"
 )
+
+
+_SPEED: tuple[_Column, ...] = (
+    ("tokens", lambda row: f"{row['tokens']}"),
+    ("program", lambda row: row["program"]),
+    ("cache", lambda row: row["cache"]),
+    ("prefill tokens/s", lambda row: f"{row['prefill_tokens_s']:.1f}"),
+    ("", lambda row: _times(row["prefill_speedup"])),
+    ("decode tokens/s", lambda row: f"{row['decode_tokens_s']:.1f}"),
+    ("", lambda row: _times(row["decode_speedup"])),
+    ("KV", lambda row: _mb(row["kv_bytes"])),
+    ("rounds", lambda row: f"{row['rounds']}"),
+)
+_LOSS: tuple[_Column, ...] = (
+    ("program", lambda row: row["program"]),
+    ("cache", lambda row: row["cache"]),
+    ("body bits", lambda row: f"{row['body_bits']:.2f}"),
+    ("KLD mean", lambda row: f"{row['kld']['mean']:.5f} ±{row['kld_error']:.5f}"),
+    ("p99", lambda row: f"{row['kld']['p99']:.5f}"),
+    ("max", lambda row: f"{row['kld']['max']:.5f}"),
+    ("top-1 %", lambda row: f"{100 * row['top1']:.1f} ±{100 * row['top1_error']:.1f}"),
+    ("ppl", lambda row: f"{row['ppl']:.3f}"),
+)
+
+
+def real_tables(report: RealReport) -> list[Grid]:
+    """Speed and fidelity of a real model."""
+    note = (
+        f"medians of interleaved rounds, {report.threads} threads; x: times as fast as "
+        f"{report.speed[0]['reference']}, median over the rounds"
+    )
+    loss = "each program's caches beside its own uncompressed one, on the same tokens"
+    return [
+        _plain(f"Speed, {report.model}", report.speed, _SPEED, note),
+        _plain(f"Fidelity, {report.model}", report.fidelity, _LOSS, loss),
+    ]
 
 
 def static_table(rows: Sequence[static.Row]) -> Grid:

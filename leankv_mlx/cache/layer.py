@@ -322,8 +322,8 @@ class Layer:
         """Mean squares of the queries that were seen, float32 [H, head_dim]."""
         if not self._seen:
             return None
-        sums, counts = zip(*self._seen, strict=True)
-        return mx.stack(sums).sum(axis=0) / sum(counts)
+        total = mx.stack([squares for squares, _ in self._seen]).sum(axis=0)
+        return total / sum(count for _, count in self._seen)
 
 
 def _owned(x: mx.array) -> mx.array:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -62,18 +63,61 @@ def bench(
         bool,
         typer.Option("--documents", help="Instead, the second question about a document."),
     ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Instead, prefill, decode and fidelity of a real model: folder, hub id "
+                     "or GGUF file."),
+    ] = None,
+    peer: Annotated[
+        Path | None,
+        typer.Option(help="The same beside ik_llama.cpp on this GGUF file, which is also the "
+                     "default of --model."),
+    ] = None,
+    peer_python: Annotated[
+        str | None,
+        typer.Option(envvar="LEANKV_PEER_PYTHON", help="The interpreter that has "
+                     "ik-llama-cpp-python.", show_default="this one"),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file for --model (default: generated text).")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens per chunk for the fidelity of --model; half are scored.",
+                     show_default="1024"),
+    ] = None,
+    chunks: Annotated[
+        int | None, typer.Option(help="Chunks of them.", show_default="4")
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Turns of each cache with --model.", show_default="3")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON document as the last line on stdout.")
     ] = False,
 ) -> None:  # fmt: skip
     """Measure speed: medians and ratios of interleaved runs."""
+    if model is not None or peer is not None:
+        given: dict[str, Any] = {
+            "model": model,
+            "peer": peer,
+            "peer_python": peer_python,
+            "kv": tuple(kv) if kv else None,
+            "text": text,
+            "tokens": None if tokens is None else _tokens(tokens),
+            "context": context,
+            "chunks": chunks,
+            "rounds": rounds,
+        }
+        _real(given, as_json)
+        return
     if static or ui or documents:
         _instead(static, ui, documents, as_json)
         return
     from leankv_mlx.benchmarks.settings import FAST, FULL
     from leankv_mlx.benchmarks.shapes import Heads
 
-    given: dict[str, Any] = {
+    given = {
         "only": tuple(part.strip().lower() for part in only) if only else None,
         "kv": tuple(kv) if kv else None,
         "heads": tuple(map(Heads.parse, heads)) if heads else None,
@@ -103,6 +147,22 @@ def _measure(settings: Settings, as_json: bool) -> None:
     with Console(stderr=True).status("") as status:
         report = run(settings, lambda what: status.update(f"{what} ..."))
     show(tables(report), f"{report.machine}; backend {report.backend}", to_stderr=as_json)
+    if as_json:
+        typer.echo(json.dumps(report.as_dict()))
+
+
+def _real(given: dict[str, Any], as_json: bool) -> None:
+    """Measure a real model."""
+    from rich.console import Console
+
+    from leankv_mlx.benchmarks.real import RealSettings, run_real
+    from leankv_mlx.benchmarks.tables import real_tables
+
+    settings = RealSettings(**{name: value for name, value in given.items() if value is not None})
+    with Console(stderr=True).status("") as status:
+        report = run_real(settings, lambda what: status.update(f"{what} ..."))
+    title = f"{report.machine}; {report.peer}" if report.peer else report.machine
+    show(real_tables(report), title, to_stderr=as_json)
     if as_json:
         typer.echo(json.dumps(report.as_dict()))
 

@@ -12,14 +12,12 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from leankv_mlx.cache import end_prompt
+from leankv_mlx.cache import CompressedKVCache, end_prompt
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ModelError
-from leankv_mlx.mlx_lm.attachment import attach, make_caches
-from leankv_mlx.mlx_lm.loading import LoadedModel
-from leankv_mlx.mlx_lm.precision import weights_dtype
+from leankv_mlx.mlx_lm.attachment import attach
 from leankv_mlx.mlx_lm.repetition import judges_by_repetition, settle_document
-from leankv_mlx.mlx_lm.usage import Usage, measure
+from leankv_mlx.mlx_lm.usage import measure
 
 NONE = "none"
 DEFAULT_KV = ("k8v8", "k8v4", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2")
@@ -87,38 +85,43 @@ def varied(arm: Arm, setting: str, **changes: Any) -> Arm:
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of an arm's caches at some context, counted from the buffers.
+    """Bytes of an arm's caches, counted from the buffers; rows that are not compressed count two
+    bytes an element, whatever the model computes in.
 
     Attributes:
-        bits_per_element: bits per key or value element: codes, scales, tables, centers and
-            exact tokens.
-        ratio: how many times smaller than the uncompressed cache in the dtype of the weights.
+        bits_per_element: bits per key or value element of everything that is kept: codes, scales,
+            tables, centers, exact tokens, and layers that are left alone.
+        body_bits: bits per element of the codes and their scales alone; 0 where there are none.
+        ratio: how many times smaller than the uncompressed cache at two bytes an element.
     """
 
     bits_per_element: float
+    body_bits: float
     ratio: float
 
     @classmethod
-    def of(cls, usage: Usage) -> Size:
-        """Beside fp16, from what caches hold."""
-        return cls(16 * usage.used / usage.fp16, usage.ratio)
+    def of(cls, caches: Sequence[Any]) -> Size:
+        """The size of a cache list with tokens in it."""
+        used, elements = 0, measure(caches).fp16 // 2
+        body_bytes = body_elements = 0
+        for cache in _entries(caches):
+            layer = cache.layer if isinstance(cache, CompressedKVCache) else None
+            if layer is None:
+                used += measure([cache]).fp16
+                continue
+            memory = layer.memory()
+            used += memory.used - memory.exact + 2 * (layer.exact.k.size + layer.exact.v.size)
+            body_bytes += memory.codes + memory.scales
+            slots = layer.body.slots if layer.body else 0
+            body_elements += slots * (layer.shape.k_dim + layer.shape.v_dim)
+        return cls(8 * used / elements, 8 * body_bytes / max(1, body_elements), 2 * elements / used)
 
 
-def sizes(loaded: LoadedModel, arms: Sequence[Arm], tokens: mx.array) -> dict[str, Size]:
-    """The size of every arm after a prompt of `tokens` [N], by name. `arms` has the uncompressed
-    one."""
-    used: dict[str, int] = {}
-    elements = 1
-    for arm in arms:
-        with arm.attached(loaded.model):
-            caches = make_caches(loaded.model)
-            prefill(loaded.model, tokens, caches)
-            settle(loaded.model, caches, tokens)
-            usage = measure(caches)
-        used[arm.kv] = usage.used
-        elements = usage.fp16 // 2
-    plain = used[NONE] // (2 if weights_dtype(loaded.model) else 1)  # it is float32 then
-    return {kv: Size(8 * n / elements, plain / n) for kv, n in used.items()}
+def _entries(caches: Sequence[Any]) -> Iterator[Any]:
+    """The entries of a cache list, those of mlx-lm's CacheList one by one."""
+    for cache in caches:
+        children = getattr(cache, "caches", None)
+        yield from [cache] if children is None else _entries(children)
 
 
 def prefill(model: nn.Module, tokens: mx.array, caches: list[Any]) -> None:

@@ -21,7 +21,6 @@ from leankv_mlx.evaluation.arms import NONE, Arm, Size
 from leankv_mlx.evaluation.fidelity import Corpus, run_fidelity
 from leankv_mlx.evaluation.retrieval import Cell, run_retrieval
 from leankv_mlx.mlx_lm.loading import LoadedModel
-from leankv_mlx.mlx_lm.usage import Usage
 
 RATIOS = (4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 20.0)
 ALPHAS = ((30.0, 10.0), (16.0, 4.0), (8.0, 2.0), (4.0, 1.0), (2.0, 0.5), (1.0, 0.2), (1.0, 0.02))
@@ -100,8 +99,8 @@ def sweep(
 ) -> list[Candidate]:
     """Measure every arm beside the uncompressed cache, in the order given."""
     every = [Arm(NONE, None), *arms]
-    usage: dict[str, Usage] = {}
-    found = run_fidelity(loaded, every, corpus, advance, usage=usage)
+    sizes: dict[str, Size] = {}
+    found = run_fidelity(loaded, every, corpus, advance, sizes=sizes)
     retrieval = run_retrieval(loaded, every, cells, samples, advance)
     solved = retrieval.solved()
 
@@ -115,7 +114,7 @@ def sweep(
         score = mean(arm.kv) if solved else None
         lost = 100 * (mean(NONE) - score) if score is not None else 0.0
         within = kld <= limits.kld and lost <= limits.points
-        results.append(Candidate(arm.kv, Size.of(usage[arm.kv]), kld, score, within))
+        results.append(Candidate(arm.kv, sizes[arm.kv], kld, score, within))
     return results
 
 

@@ -10,15 +10,17 @@ tokens attend to the codes, more of them to a decoded copy of the compressed cac
 policy take the first half for the prompt, drop tokens at its end, and go on in calls of 8 tokens,
 as if those were generated.
 
-The model computes in float32 throughout, and the distributions of the uncompressed arm, which goes
-through the same calls, are kept in float32.
+The model computes in float32 throughout. The uncompressed arm goes through the same calls, once for
+all arms: they read a chunk side by side, so that its distributions, in float32, are there for one
+call at a time and not for the whole chunk (4.3 GB for 4,096 tokens and 262k words).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import mlx.core as mx
 from mlx import nn
@@ -26,7 +28,7 @@ from mlx import nn
 from leankv_mlx.config import BLOCK_SLOTS, CompressionConfig
 from leankv_mlx.errors import UsageError
 from leankv_mlx.evaluation import prose
-from leankv_mlx.evaluation.arms import Arm, in_float32, prefill, settle
+from leankv_mlx.evaluation.arms import Arm, Size, in_float32, prefill, settle
 from leankv_mlx.evaluation.metrics import (
     Fidelity,
     TokenScores,
@@ -38,9 +40,9 @@ from leankv_mlx.evaluation.tasks import facts, seeded
 from leankv_mlx.kernels import MAX_DECODE_TOKENS
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel
-from leankv_mlx.mlx_lm.usage import Usage, measure
 
 STEP = BLOCK_SLOTS
+_TOGETHER = 16  # arms whose caches are there at the same time: calibration compares hundreds
 
 Advance = Callable[[str, int], None]
 """Progress: what is being done, and how many tokens of it are done now."""
@@ -53,6 +55,16 @@ class Chunk:
     tokens: mx.array
     targets: mx.array
 
+    @property
+    def context(self) -> int:
+        """How many tokens there are."""
+        return int(self.tokens.shape[0])
+
+    @property
+    def middle(self) -> int:
+        """The first that is scored."""
+        return self.context // 2
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -64,7 +76,7 @@ class Corpus:
     @property
     def context(self) -> int:
         """Tokens of every chunk."""
-        return int(self.chunks[0].tokens.shape[0])
+        return self.chunks[0].context
 
     @property
     def work(self) -> int:
@@ -94,6 +106,18 @@ def generated_text(characters: int) -> str:
     return "\n\n".join(" ".join(parts[i : i + 3]) for i in range(0, len(parts), 3))
 
 
+def read_text(path: Path) -> str:
+    """A text file in UTF-8.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}.") from error
+
+
 def corpus(loaded: LoadedModel, text: str | None, context: int, chunks: int) -> Corpus:
     """The first `chunks` chunks of a text; None for generated text.
 
@@ -114,8 +138,8 @@ def corpus(loaded: LoadedModel, text: str | None, context: int, chunks: int) -> 
     count = min(chunks, len(ids) // piece)
     if not count:
         raise UsageError(
-            f"the text has {len(ids)} tokens and --context {context} needs {piece}; "
-            "give a longer text or a smaller --context."
+            f"the text has {len(ids)} tokens and a context of {context} needs {piece}; "
+            "give a longer text or a smaller context."
         )
     pieces = [[*head, *ids[i * piece : (i + 1) * piece]] for i in range(count)]
     scored = sum(len(loaded.tokenizer.decode(p[context // 2 + 1 :]).encode()) for p in pieces)
@@ -133,42 +157,132 @@ def run_fidelity(
     texts: Corpus,
     advance: Advance,
     step: int = STEP,
-    usage: dict[str, Usage] | None = None,
+    sizes: dict[str, Size] | None = None,
 ) -> dict[str, Fidelity]:
     """Fidelity of every arm by its name; the first arm is the base of the comparison.
 
     Args:
-        usage: is told what each arm's caches hold once the first half of the first chunk is read
-            and its policy has dropped what it drops. Exact tokens are float32 here, or have the 16
-            bits of the weights, see `mlx_lm.precision`.
+        sizes: is told what each arm's caches hold at the end of the first chunk, or, where a policy
+            drops tokens, once it has dropped what it drops of the first half.
 
     Raises:
         UsageError: the context is too short for an arm's window.
     """
-    starts = [_start(arm.config, texts.context) for arm in arms]
+    for arm in arms:
+        _start(arm.config, texts.context)
+    base, *others = arms
+    groups = [others[i : i + _TOGETHER] for i in range(0, len(others), _TOGETHER)] or [[]]
     scores: dict[str, list[TokenScores]] = {arm.kv: [] for arm in arms}
-    middle = texts.context // 2
     with in_float32(loaded.model):
         for chunk in texts.chunks:
-            base: mx.array | None = None
-            for arm, start in zip(arms, starts, strict=True):
-                calls = min(step, MAX_DECODE_TOKENS) if arm.drops else step
-                with arm.attached(loaded.model):
-                    caches = make_caches(loaded.model)
-                    prefill(loaded.model, chunk.tokens[:start], caches)
-                    settle(loaded.model, caches, chunk.tokens[:start])
-                    if usage is not None:
-                        usage.setdefault(arm.kv, measure(caches))
-                    reading = _read(loaded.model, caches, chunk, start, calls, base, scores[arm.kv])
-                    parts = list(reading)
-                if base is None:
-                    base = mx.concatenate(parts)
-                    mx.eval(base)
-                    scores[arm.kv].append(compare(base, base, chunk.targets[middle:]))
-                advance(f"fidelity {arm.kv}", texts.context)
-    return {
-        kv: summarize(TokenScores.joined(parts), texts.scored_bytes) for kv, parts in scores.items()
-    }
+            for i, group in enumerate(groups):
+                report = advance if i == 0 else _ignore
+                with ExitStack() as stack:
+                    # The base first: its caches are made while nothing is attached.
+                    reference = _Base(_Reading(loaded.model, base, chunk, step, report))
+                    readings = []
+                    for arm in group:
+                        stack.enter_context(arm.attached(loaded.model))
+                        readings.append(_Reading(loaded.model, arm, chunk, step, advance))
+                    found = _compared(reference, readings)
+                if i:
+                    del found[base.kv]
+                for kv, parts in found.items():
+                    scores[kv].append(parts)
+                if sizes is not None:
+                    for reading in (reference.reading, *readings):
+                        sizes.setdefault(reading.arm.kv, reading.size)
+    return {kv: summarize(chunks, texts.scored_bytes) for kv, chunks in scores.items()}
+
+
+class _Reading:
+    """One arm on its way through a chunk: the first half is in when it is made.
+
+    The arm is attached then; which attachments are active later makes no difference, because
+    attention goes by the caches.
+    """
+
+    def __init__(
+        self, model: nn.Module, arm: Arm, chunk: Chunk, step: int, advance: Advance
+    ) -> None:
+        self.arm, self.chunk = arm, chunk
+        self.at = _start(arm.config, chunk.context)
+        self._model, self._advance = model, advance
+        self._step = min(step, MAX_DECODE_TOKENS) if arm.drops else step
+        self._caches = make_caches(model)
+        prefill(model, chunk.tokens[: self.at], self._caches)
+        settle(model, self._caches, chunk.tokens[: self.at])
+        self._dropped = Size.of(self._caches) if arm.drops else None
+        advance(f"fidelity {arm.kv}", self.at)
+
+    @property
+    def ended(self) -> bool:
+        return self.at == self.chunk.context
+
+    @property
+    def size(self) -> Size:
+        """Behind the first half if a policy drops tokens, else as it is now."""
+        return self._dropped or Size.of(self._caches)
+
+    def call(self) -> tuple[int, mx.array]:
+        """Read up to the end of the next call that has scored tokens: the position of the first of
+        them, and their log-probabilities [n, V]."""
+        while True:
+            begin, self.at = self.at, min(self.at + self._step, self.chunk.context)
+            logits = self._model(self.chunk.tokens[None, begin : self.at], cache=self._caches)[0]
+            mx.eval(logits, [cache.state for cache in self._caches])
+            self._advance(f"fidelity {self.arm.kv}", self.at - begin)
+            first = max(begin, self.chunk.middle)
+            if first < self.at:
+                return first, log_probabilities(logits[first - begin :])
+
+
+class _Base:
+    """The base's distributions, read as they are asked for and kept as long as they are needed:
+    those of a whole chunk would be gigabytes where the vocabulary is large."""
+
+    def __init__(self, reading: _Reading) -> None:
+        self.reading = reading
+        self.scores: list[TokenScores] = []
+        self._rows: list[tuple[int, mx.array]] = []  # position of the first row, rows [n, V]
+
+    def rows(self, first: int, end: int) -> mx.array:
+        """Log-probabilities [end - first, V]; `first` never goes back."""
+        while self.reading.at < end:
+            self._read()
+        self._rows = [(at, rows) for at, rows in self._rows if at + rows.shape[0] > first]
+        parts = [rows[max(0, first - at) : end - at] for at, rows in self._rows if at < end]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def finish(self) -> TokenScores:
+        """Read the rest: the scores of the base beside itself."""
+        while not self.reading.ended:
+            self._rows = []
+            self._read()
+        return TokenScores.joined(self.scores)
+
+    def _read(self) -> None:
+        first, rows = self.reading.call()
+        self._rows.append((first, rows))
+        targets = self.reading.chunk.targets[first : self.reading.at]
+        self.scores.append(compare(rows, rows, targets))
+
+
+def _compared(base: _Base, readings: Sequence[_Reading]) -> dict[str, TokenScores]:
+    """Read all to the end, always the one that is furthest behind, so that the base's rows are
+    needed for a few calls only."""
+    scores: dict[str, list[TokenScores]] = {reading.arm.kv: [] for reading in readings}
+    while left := [reading for reading in readings if not reading.ended]:
+        reading = min(left, key=lambda one: one.at)
+        first, rows = reading.call()
+        same, targets = base.rows(first, reading.at), reading.chunk.targets[first : reading.at]
+        scores[reading.arm.kv].append(compare(same, rows, targets))
+    found = {base.reading.arm.kv: base.finish()}
+    return found | {kv: TokenScores.joined(parts) for kv, parts in scores.items()}
+
+
+def _ignore(what: str, tokens: int) -> None:
+    """Work that is done again is no progress."""
 
 
 def _start(config: CompressionConfig | None, context: int) -> int:
@@ -185,31 +299,3 @@ def _start(config: CompressionConfig | None, context: int) -> int:
             f"use --context {2 * (exact + BLOCK_SLOTS)} or more."
         )
     return exact + blocks * BLOCK_SLOTS
-
-
-def _read(
-    model: nn.Module,
-    caches: list[Any],
-    chunk: Chunk,
-    start: int,
-    step: int,
-    base: mx.array | None,
-    scores: list[TokenScores],
-) -> Iterator[mx.array]:
-    """Read a chunk from `start` on. Log-probabilities [n, V] of the tokens from the middle on are
-    compared with those of the base as they come, or yielded if there is no base yet."""
-    context = chunk.tokens.shape[0]
-    middle = context // 2
-    for begin in range(start, context, step):
-        end = min(begin + step, context)
-        logits = model(chunk.tokens[None, begin:end], cache=caches)[0]
-        mx.eval(logits, [cache.state for cache in caches])
-        first = max(begin, middle)
-        if first >= end:
-            continue
-        part = log_probabilities(logits[first - begin :])
-        if base is None:
-            yield part
-        else:
-            same = base[first - middle : end - middle]
-            scores.append(compare(same, part, chunk.targets[first:end]))

@@ -13,15 +13,14 @@ from typing import Any
 import mlx.core as mx
 
 from leankv_mlx.errors import UsageError
-from leankv_mlx.evaluation.arms import NONE, Arm, Size, parse_arms, sizes, varied
-from leankv_mlx.evaluation.fidelity import corpus, run_fidelity
+from leankv_mlx.evaluation.arms import NONE, Arm, Size, parse_arms, varied
+from leankv_mlx.evaluation.fidelity import corpus, read_text, run_fidelity
 from leankv_mlx.evaluation.metrics import Fidelity
 from leankv_mlx.evaluation.questions import Answers, run_questions
 from leankv_mlx.evaluation.retrieval import Retrieval, cells_of, run_retrieval
 from leankv_mlx.evaluation.stress import STRESSES, Stress, injected
 from leankv_mlx.evaluation.tasks import TASKS
 from leankv_mlx.mlx_lm.loading import check_context, load
-from leankv_mlx.mlx_lm.usage import Usage
 
 ABLATED = ("k4v4", "k3v3")
 ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -30,7 +29,7 @@ ABLATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("rounding=rms", {"rounding": "rms"}),
 )
 """Each part of the codec switched off alone: how the arm's name tells it, and its fields."""
-STRESSED = ("k8v8", "k8v4", "k4v4", "k4v4,equalize=on", "k3v3,equalize=on")
+STRESSED = ("leankv", "k8v8", "k8v4", "k4v4", "k4v4,equalize=on", "k3v3,equalize=on")
 
 _SIZED_TOKENS = 256  # the keys of so many tokens tell how large a bias is in units of them
 
@@ -46,7 +45,7 @@ class Settings:
         context, chunks: fidelity on so many chunks of so many tokens.
         documents: documents per length that ten questions each are asked about.
         ablate: also switch parts of the codec off, one at a time.
-        stress: also inject outlier channels and key biases.
+        stress: also inject outlier channels and key biases, into `kv` or STRESSED.
     """
 
     kv: tuple[str, ...] = ()
@@ -80,6 +79,7 @@ class ArmResult:
         return {
             "kv": self.kv,
             "bits_per_element": self.size.bits_per_element,
+            "body_bits": self.size.body_bits,
             "ratio": self.size.ratio,
             **self.fidelity.as_dict(),
             "retrieval": self.retrieval,
@@ -130,6 +130,9 @@ class Report:
         ratios = self.retrieval.ratios.get(arm.kv, {})
         found = arm.as_dict()
         found["retrieval_ratio"] = {f"{c.task} {c.length}": ratio for c, ratio in ratios.items()}
+        found["pairs"] = {
+            f"{c.task} {c.length}": self.retrieval.pairs(arm.kv, [c]).as_dict() for c in ratios
+        }
         if any(self.questions.values()):
             answers = self.questions[arm.kv]
             found["questions"] = {str(length): a.as_dict() for length, a in answers.items()}
@@ -157,6 +160,7 @@ class Lab:
 
     def __init__(self, model: str | None, settings: Settings) -> None:
         self.arms = parse_arms(settings.kv)
+        self.stressed = parse_arms(settings.kv or STRESSED)
         self.cells = cells_of(settings.tasks, settings.lengths)
         self.settings = settings
         if settings.documents < 0:
@@ -164,9 +168,9 @@ class Lab:
         for name in ("samples", "context", "chunks"):
             if getattr(settings, name) < 1:
                 raise UsageError(f"--{name} {getattr(settings, name)} is too small.")
-        text = None if settings.text is None else _read(settings.text)
+        text = None if settings.text is None else read_text(settings.text)
         self.loaded = load(model)
-        for length in (settings.context, *settings.lengths):
+        for length in (settings.context - 1, *settings.lengths):  # a chunk of text may fill it
             check_context(self.loaded.config, length, 1)
         self.corpus = corpus(self.loaded, text, settings.context, settings.chunks)
 
@@ -180,7 +184,7 @@ class Lab:
         if settings.ablate:
             fidelity += len(ablation_arms())
         if settings.stress:
-            fidelity += len(STRESSES) * len(stress_arms())
+            fidelity += len(STRESSES) * len(self.stressed)
         return fidelity * self.corpus.work + retrieval
 
     def run(self, progress: Progress = SILENT) -> Report:
@@ -210,13 +214,9 @@ class Lab:
         )
 
     def _fidelity(self, arms: Sequence[Arm], progress: Progress) -> list[ArmResult]:
-        kept = [arm for arm in arms if not arm.drops]
-        counted = sizes(self.loaded, kept, self.corpus.chunks[0].tokens)
-        usage: dict[str, Usage] = {}
-        found = run_fidelity(self.loaded, arms, self.corpus, progress.advance, usage=usage)
-        # What a policy keeps depends on the prompt, so its size is that of the caches scored.
-        counted |= {arm.kv: Size.of(usage[arm.kv]) for arm in arms if arm.drops}
-        return [ArmResult(arm.kv, counted[arm.kv], found[arm.kv], {}) for arm in arms]
+        sizes: dict[str, Size] = {}
+        found = run_fidelity(self.loaded, arms, self.corpus, progress.advance, sizes=sizes)
+        return [ArmResult(arm.kv, sizes[arm.kv], found[arm.kv], {}) for arm in arms]
 
     def _stress(self, stress: Stress, progress: Progress) -> tuple[Stress, list[ArmResult]]:
         def advance(what: str, tokens: int) -> None:
@@ -224,7 +224,7 @@ class Lab:
 
         sample = self.corpus.chunks[0].tokens[:_SIZED_TOKENS]
         with injected(self.loaded.model, stress, sample):
-            return stress, self._fidelity(stress_arms(), replace(progress, advance=advance))
+            return stress, self._fidelity(self.stressed, replace(progress, advance=advance))
 
 
 def ablation_arms() -> list[Arm]:
@@ -236,11 +236,6 @@ def ablation_arms() -> list[Arm]:
     return arms
 
 
-def stress_arms() -> list[Arm]:
-    """The arms that are measured under every stress."""
-    return parse_arms(STRESSED)
-
-
 def machine() -> str:
     """What ran this, for a reader who compares figures."""
     device = "gpu" if mx.default_device() == mx.Device(mx.gpu) else "cpu"
@@ -248,10 +243,3 @@ def machine() -> str:
         f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, mlx {version('mlx')} "
         f"on {device}"
     )
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path}: {error}.") from error

@@ -11,7 +11,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p999": 99.9}
+PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0, "p999": 99.9, "max": 100.0}
+_DRAWS = 1000  # of the bootstrap: its own error is then some 2%
 
 Floats = NDArray[np.float64]
 
@@ -72,11 +73,12 @@ class Fidelity:
 
     Attributes:
         tokens: how many were scored.
-        kld: mean and percentiles of KL(base || other) in nats.
-        kld_error: standard error of the mean, tokens taken as independent.
+        kld: mean, percentiles and maximum of KL(base || other) in nats.
+        kld_error: standard error of the mean, see `summarize`.
         top1: share of tokens with the same most likely token.
         top1_error: its binomial standard error.
         ppl, ppl_base: perplexities.
+        ln_ratio_error: standard error of `ln_ratio`, see `summarize`.
         bits_per_byte, bits_per_byte_base: of the scored text, comparable between tokenizers.
     """
 
@@ -87,6 +89,7 @@ class Fidelity:
     top1_error: float
     ppl: float
     ppl_base: float
+    ln_ratio_error: float
     bits_per_byte: float
     bits_per_byte_base: float
 
@@ -97,11 +100,31 @@ class Fidelity:
 
     def as_dict(self) -> dict[str, Any]:
         """The part of an arm's JSON."""
-        return {"kld": self.kld, "top1": self.top1, "ppl": self.ppl, "ppl_base": self.ppl_base}
+        return {
+            "tokens": self.tokens,
+            "kld": self.kld,
+            "kld_error": self.kld_error,
+            "top1": self.top1,
+            "top1_error": self.top1_error,
+            "ppl": self.ppl,
+            "ppl_base": self.ppl_base,
+            "ln_ratio": self.ln_ratio,
+            "ln_ratio_error": self.ln_ratio_error,
+            "bits_per_byte": self.bits_per_byte,
+        }
 
 
-def summarize(scores: TokenScores, text_bytes: int) -> Fidelity:
-    """Sum up; `text_bytes` is the size of the scored text in UTF-8."""
+def summarize(chunks: Sequence[TokenScores], text_bytes: int) -> Fidelity:
+    """Sum up.
+
+    Standard errors are found by bootstrap over the chunks, because tokens of one text are alike;
+    those of a single chunk take its tokens as independent, and are too small.
+
+    Args:
+        chunks: what was scored, chunk by chunk.
+        text_bytes: size of the scored text in UTF-8.
+    """
+    scores = TokenScores.joined(chunks)
     n = len(scores.kl)
     top1 = float(scores.same.mean())
     per_byte = n / (math.log(2) * max(1, text_bytes))
@@ -111,11 +134,22 @@ def summarize(scores: TokenScores, text_bytes: int) -> Fidelity:
     return Fidelity(
         tokens=n,
         kld=kld,
-        kld_error=float(scores.kl.std() / math.sqrt(n)),
+        kld_error=_error([chunk.kl for chunk in chunks]),
         top1=top1,
         top1_error=math.sqrt(top1 * (1 - top1) / n),
         ppl=math.exp(nll),
         ppl_base=math.exp(nll_base),
+        ln_ratio_error=_error([chunk.nll - chunk.nll_base for chunk in chunks]),
         bits_per_byte=nll * per_byte,
         bits_per_byte_base=nll_base * per_byte,
     )
+
+
+def _error(chunks: Sequence[Floats]) -> float:
+    """Standard error of the mean over all chunks."""
+    if len(chunks) == 1:
+        return float(chunks[0].std() / math.sqrt(len(chunks[0])))
+    sums = np.array([chunk.sum() for chunk in chunks])
+    sizes = np.array([len(chunk) for chunk in chunks])
+    drawn = np.random.default_rng(0).integers(len(chunks), size=(_DRAWS, len(chunks)))
+    return float((sums[drawn].sum(1) / sizes[drawn].sum(1)).std())

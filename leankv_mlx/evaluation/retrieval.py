@@ -2,14 +2,15 @@
 
 A prompt goes through the chat template and is prefilled in chunks of 512 tokens, so the question
 and most of the document attend to compressed tokens; the answer is decoded from the codes. All
-arms get the same prompts, and a difference from the uncompressed arm is only told where that arm
-scores at least 0.8: below, both mostly fail and the difference says nothing.
+arms get the same prompts, and an arm is told from the uncompressed one by the prompts that only one
+of the two answers: what both answer, or neither, says nothing about the difference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import comb
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +24,7 @@ from leankv_mlx.mlx_lm.repetition import judges_by_repetition
 from leankv_mlx.mlx_lm.usage import measure
 
 SOLVED = 0.8
-"""Score of the uncompressed arm from which on a difference means something."""
+"""Score of the uncompressed arm from which on the difference of two means says something."""
 DEPTHS = 11
 """Needles are placed at 0%, 10%, .. 100% of the document, one depth after the other."""
 
@@ -40,12 +41,29 @@ class Cell:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Prompts answered fully by both arms, by one of them, by neither (for McNemar's test)."""
+    """Prompts answered fully by both arms, by one of them, by neither."""
 
     both: int
     only_base: int
     only_arm: int
     neither: int
+
+    @property
+    def p_value(self) -> float:
+        """McNemar's exact test: how likely so uneven a split, or a more uneven one, is if neither
+        arm is better."""
+        n, fewer = self.only_base + self.only_arm, min(self.only_base, self.only_arm)
+        return min(1.0, 2 * sum(comb(n, i) for i in range(fewer + 1)) * 0.5**n)
+
+    def as_dict(self) -> dict[str, float]:
+        """For the JSON document."""
+        return {
+            "both": self.both,
+            "only_uncompressed": self.only_base,
+            "only_this": self.only_arm,
+            "neither": self.neither,
+            "p_value": self.p_value,
+        }
 
 
 Scores = Mapping[str, Mapping[Cell, Sequence[float]]]

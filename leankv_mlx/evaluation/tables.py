@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from leankv_mlx.evaluation.arms import Arm
 from leankv_mlx.evaluation.lab import ArmResult, Report
 from leankv_mlx.evaluation.questions import QUESTIONS
-from leankv_mlx.evaluation.retrieval import SOLVED, Cell
+from leankv_mlx.evaluation.retrieval import Cell
+from leankv_mlx.evaluation.stress import Stress
 
 
 @dataclass(frozen=True)
@@ -31,44 +32,47 @@ def tables(report: Report) -> list[Grid]:
     if report.ablation:
         note = "one part of the codec switched off at a time"
         grids.append(Grid("Ablation", *_columns(report.ablation), note))
-    for stress, arms in report.stress:
-        grids.append(Grid(f"Stress, {stress.name}", *_columns(arms)))
+    if report.stress:
+        grids.append(_stress(report.stress))
     return grids
 
 
 def _fidelity(report: Report) -> Grid:
     settings = report.settings
     base = report.arms[0].fidelity
+    chunks = base.tokens // (settings.context - settings.context // 2)
     note = (
-        f"{base.tokens} tokens scored in contexts of {settings.context}; float32; perplexity "
-        f"without compression {base.ppl:.3f}, {base.bits_per_byte:.3f} bits per byte"
+        f"{base.tokens} tokens scored in {chunks} contexts of {settings.context}; float32; "
+        f"perplexity without compression {base.ppl:.3f}, {base.bits_per_byte:.3f} bits per byte; "
+        "bits: of everything kept, body bits: of codes and scales; ±: standard error, "
+        + ("by bootstrap over the contexts" if chunks > 1 else "one context's tokens independent")
     )
     if not report.windows:
         note += "; arms differ in window or sink tokens, so they do not compare only their codecs"
     if any(arm.drops for arm in map(Arm.parse, (arm.kv for arm in report.arms))):
         note += (
-            f"; bits and ratio of a policy are those of the caches scored, behind a prompt of "
-            f"{settings.context // 2} tokens, with exact tokens of 4 bytes an element"
+            f"; bits and ratio of a policy are those behind a prompt of {settings.context // 2} "
+            "tokens"
         )
     return Grid(f"Fidelity, {report.model}", *_columns(report.arms), note)
 
 
 def _columns(arms: Sequence[ArmResult]) -> tuple[Sequence[str], list[list[str]]]:
-    header = ("kv", "bits", "ratio", "KLD mean", "p50", "p90", "p99", "p99.9", "top-1 %", "ppl",
-              "ln ratio", "bits/byte")  # fmt: skip
+    header = ("kv", "bits", "body bits", "ratio", "KLD mean", "p50", "p90", "p99", "p99.9", "max",
+              "top-1 %", "ppl", "ln ratio")  # fmt: skip
     rows = []
     for arm in arms:
         found = arm.fidelity
         rows.append([
             arm.kv,
             f"{arm.size.bits_per_element:.2f}",
+            f"{arm.size.body_bits:.2f}" if arm.size.body_bits else "",
             f"{arm.size.ratio:.2f}",
             f"{found.kld['mean']:.5f} ±{found.kld_error:.5f}",
-            *(f"{found.kld[name]:.5f}" for name in ("p50", "p90", "p99", "p999")),
+            *(f"{found.kld[name]:.5f}" for name in ("p50", "p90", "p99", "p999", "max")),
             f"{100 * found.top1:.1f} ±{100 * found.top1_error:.1f}",
             f"{found.ppl:.3f}",
-            f"{found.ln_ratio:+.4f}",
-            f"{found.bits_per_byte:.4f}",
+            f"{found.ln_ratio:+.4f} ±{found.ln_ratio_error:.4f}",
         ])  # fmt: skip
     return header, rows
 
@@ -105,19 +109,24 @@ def _questions(report: Report) -> Grid:
 
 
 def _pairs(report: Report) -> Grid:
-    """Differences, where the uncompressed model is able to answer."""
-    title = "Prompts answered fully, beside the uncompressed cache"
-    header = ("kv", "both", "only uncompressed", "only this", "neither")
-    solved = report.retrieval.solved()
-    if not solved:
-        note = f"the uncompressed model scores below {SOLVED} in every cell: no difference to tell"
-        return Grid(title, header, [], note)
+    """Every arm beside the uncompressed one, on the same prompts."""
+    header = ("kv", "both", "only uncompressed", "only this", "neither", "p")
     rows = []
     for arm in report.arms[1:]:
-        pairs = report.retrieval.pairs(arm.kv, solved)
+        pairs = report.retrieval.pairs(arm.kv, [*report.retrieval.scores[arm.kv]])
         counts = (pairs.both, pairs.only_base, pairs.only_arm, pairs.neither)
-        rows.append([arm.kv, *map(str, counts)])
-    names = ", ".join(f"{cell.task} {cell.length}" for cell in solved)
-    return Grid(
-        title, header, rows, f"cells where the uncompressed cache scores at least {SOLVED}: {names}"
-    )
+        rows.append([arm.kv, *map(str, counts), f"{pairs.p_value:.2f}"])
+    note = "all cells; p: McNemar's exact test of whether one of the two answers more"
+    return Grid("Prompts answered fully, beside the uncompressed cache", header, rows, note)
+
+
+def _stress(stress: Sequence[tuple[Stress, Sequence[ArmResult]]]) -> Grid:
+    """Mean KL divergence of every arm under every injection."""
+    header = ("kv", "body bits", *(one.name for one, _ in stress), "worst")
+    rows = []
+    for i, arm in enumerate(stress[0][1][1:], 1):
+        klds = [arms[i].fidelity.kld["mean"] for _, arms in stress]
+        rows.append([
+            arm.kv, f"{arm.size.body_bits:.2f}", *(f"{kld:.5f}" for kld in (*klds, max(klds))),
+        ])  # fmt: skip
+    return Grid("Stress, mean KLD", header, rows, "each beside the same model without compression")

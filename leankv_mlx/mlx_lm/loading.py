@@ -85,19 +85,15 @@ def load_from(loader: Callable[..., Any], path: Path, **options: Any) -> Loaded:
     """
     try:
         loaded = Loaded(*loader(str(path), **{**options, "return_config": True}))
-        _halve_on_gpu(loaded)
+        # A GGUF file's numbers are kept exactly, in float32 where it takes that.
+        half = getattr(mx, loaded.config["torch_dtype"]) if ORIGIN in loaded.config else None
+        if half is not None and mx.default_device() == mx.gpu:
+            loaded.model.set_dtype(half)
         if path != demo_model():
-            compute_in_float32(loaded.model, lazy=options.get("lazy", False))
+            compute_in_float32(loaded.model, options.get("lazy", False), half=half)
         return loaded
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"cannot load the model in {path}: {_one_line(error)}") from error
-
-
-def _halve_on_gpu(loaded: Loaded) -> None:
-    """A GGUF file's numbers are kept exactly, in float32 where it takes that; a GPU computes in
-    the 16 bits that its config.json names."""
-    if ORIGIN in loaded.config and mx.default_device() == mx.gpu:
-        loaded.model.set_dtype(getattr(mx, loaded.config["torch_dtype"]))
 
 
 def _to_stderr(line: str) -> None:

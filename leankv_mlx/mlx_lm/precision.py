@@ -45,7 +45,10 @@ def policy() -> str:
 
 
 def compute_in_float32(
-    model: nn.Module, lazy: bool = False, dense_bytes: int | None = None
+    model: nn.Module,
+    lazy: bool = False,
+    dense_bytes: int | None = None,
+    half: mx.Dtype | None = None,
 ) -> None:
     """Let a model that was just loaded compute in float32, if MLX computes on the CPU.
 
@@ -55,10 +58,12 @@ def compute_in_float32(
         lazy: leave the new parameters unevaluated, as mlx-lm's `load` does with `lazy=True`.
         dense_bytes: largest float32 model whose quantized layers become dense; by default
             `DENSE_BYTES` or a quarter of the memory, whichever is less.
+        half: the 16-bit dtype of the weights, where the parameters need not say; by default that
+            of most of them.
     """
     if not on_cpu() or _declined():
         return
-    half = _half_dtype(model)
+    half = half or _half_dtype(model)
     if float32_bytes(model) <= (_most_dense() if dense_bytes is None else dense_bytes):
         _unpack(model, lazy)
     if half is None:

@@ -57,7 +57,7 @@ def test_candidates_are_the_policys_own_settings() -> None:
 
 
 def found(*rows: tuple[str, float, bool]) -> list[Candidate]:
-    return [Candidate(kv, Size(1.0, ratio), 0.01, None, ok) for kv, ratio, ok in rows]
+    return [Candidate(kv, Size(1.0, 1.0, ratio), 0.01, None, ok) for kv, ratio, ok in rows]
 
 
 def test_the_smallest_cache_within_limits_becomes_a_profile(

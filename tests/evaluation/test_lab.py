@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 from mlx.utils import tree_flatten
 
 from leankv_mlx.config import CompressionConfig
-from leankv_mlx.errors import ConfigError, ModelError, UsageError
+from leankv_mlx.errors import ConfigError, ContextLengthError, ModelError, UsageError
+from leankv_mlx.evaluation import fidelity as fidelity_module
 from leankv_mlx.evaluation import lab as lab_module
-from leankv_mlx.evaluation.arms import DEFAULT_KV, Arm, in_float32, parse_arms, sizes
-from leankv_mlx.evaluation.fidelity import corpus, generated_text, run_fidelity
+from leankv_mlx.evaluation.arms import DEFAULT_KV, Arm, Size, in_float32, parse_arms, prefill
+from leankv_mlx.evaluation.fidelity import Chunk, Corpus, corpus, generated_text, run_fidelity
 from leankv_mlx.evaluation.lab import Lab, Report, Settings
+from leankv_mlx.evaluation.metrics import log_probabilities
 from leankv_mlx.evaluation.retrieval import Cell, Retrieval, cells_of, run_retrieval
 from leankv_mlx.evaluation.stress import STRESSES, Stress, injected
 from leankv_mlx.evaluation.tables import tables
@@ -33,13 +36,21 @@ TINY_SETTINGS = Settings(
 )  # fmt: skip
 ARM_KEYS = {
     "retrieval_ratio",
+    "pairs",
     "kv",
     "bits_per_element",
+    "body_bits",
     "ratio",
+    "tokens",
     "kld",
+    "kld_error",
     "top1",
+    "top1_error",
     "ppl",
     "ppl_base",
+    "ln_ratio",
+    "ln_ratio_error",
+    "bits_per_byte",
     "retrieval",
 }
 
@@ -68,7 +79,7 @@ def check_document(document: dict[str, Any], names: list[str]) -> None:
     assert [arm["kv"] for arm in document["arms"]] == names
     for arm in document["arms"]:
         assert set(arm) == ARM_KEYS
-        assert list(arm["kld"]) == ["mean", "p50", "p90", "p99", "p999"]
+        assert list(arm["kld"]) == ["mean", "p50", "p90", "p99", "p999", "max"]
         assert 0 <= arm["top1"] <= 1
         for by_length in arm["retrieval"].values():
             assert all(0 <= score <= 1 for score in by_length.values())
@@ -109,8 +120,10 @@ def test_arms_are_named_as_asked_and_none_comes_first() -> None:
 
 
 def test_bytes_are_those_of_the_buffers(loaded: LoadedModel) -> None:
-    arms = parse_arms(["k4v4"])
-    found = sizes(loaded, arms, mx.arange(CONTEXT))["k4v4"]
+    with in_float32(loaded.model), Arm.parse("k4v4").attached(loaded.model):
+        caches = make_caches(loaded.model)
+        prefill(loaded.model, mx.arange(CONTEXT), caches)
+        found = Size.of(caches)
     exact = 4 + 64 + (CONTEXT - 68) % 32
     layers, heads, dim, blocks = 5, 2, 64, (CONTEXT - exact) // 32
     codes = blocks * heads * (32 * dim * 2 * 4 // 8 + 32 * 4)
@@ -118,6 +131,7 @@ def test_bytes_are_those_of_the_buffers(loaded: LoadedModel) -> None:
     expected = codes + rows + heads * dim * 2 * 4  # and the float32 centers
     elements = CONTEXT * heads * dim * 2
     assert found.bits_per_element == pytest.approx(8 * expected / elements, rel=0.02)  # and tables
+    assert found.body_bits == 4 + 16 / dim  # a scale of 16 bits for each vector
     assert found.ratio == pytest.approx(16 / found.bits_per_element)
     assert layers == len(load().model.layers)
 
@@ -132,6 +146,48 @@ def test_calls_of_any_size_score_what_single_steps_score(loaded: LoadedModel) ->
     for other in (eight, call):
         assert other.kld["mean"] == pytest.approx(single.kld["mean"], rel=1e-3)
         assert other.kld["p99"] == pytest.approx(single.kld["p99"], rel=1e-3)
+
+
+def test_arms_that_are_read_together_score_what_they_score_alone(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever their calls, and with the base read again for each of them; a call or two of the
+    base is all that is held."""
+    texts = corpus(loaded, None, 300, 1)
+    arms = parse_arms(["k4v4", "k3v3,window=80", "policy=streaming"])
+    held: list[int] = []
+    rows = fidelity_module._Base.rows
+
+    def watched(self: Any, first: int, end: int) -> mx.array:
+        found = rows(self, first, end)
+        held.append(sum(part.shape[0] for _, part in self._rows))
+        return found
+
+    monkeypatch.setattr(fidelity_module._Base, "rows", watched)
+    done: list[int] = []
+    together = run_fidelity(loaded, arms, texts, lambda what, tokens: done.append(tokens))
+    assert max(held) <= 2 * fidelity_module.STEP < 150  # of the 150 that are scored
+    monkeypatch.setattr(fidelity_module, "_TOGETHER", 1)
+    alone = run_fidelity(loaded, arms, texts, lambda what, tokens: done.append(tokens))
+    assert sum(done) == 2 * len(arms) * texts.work
+    assert together == alone
+    assert all(found.tokens == 150 for found in alone.values())
+
+
+def test_layers_with_a_sliding_window_stay_as_they_are() -> None:
+    """As in Gemma: the base is the model without a cache, and the body's bits are those of the
+    layers that are compressed."""
+    model = TINY["gemma3"]()
+    ids = mx.random.randint(0, 128, (401,), key=mx.random.key(2))
+    plain = LoadedModel(model, SimpleNamespace(), {}, Path("tiny"))
+    texts = Corpus((Chunk(ids[:-1], ids[1:]),), 1)
+    sizes: dict[str, Size] = {}
+    found = run_fidelity(plain, parse_arms(["k8v8", "k2v2"]), texts, ignore, sizes=sizes)
+    nll = -log_probabilities(model(ids[None, :-1])[0])[200:][mx.arange(200), ids[201:]]
+    assert found["none"].ppl_base == pytest.approx(np.exp(nll.mean().item()), rel=1e-4)
+    assert 0 < found["k8v8"].kld["mean"] < found["k2v2"].kld["mean"]
+    assert sizes["none"].bits_per_element == 16 and sizes["none"].body_bits == 0
+    assert sizes["k2v2"].body_bits == 2 + 16 / 64 and sizes["k2v2"].bits_per_element > 2.5
 
 
 def test_the_base_is_the_model_without_a_cache(loaded: LoadedModel) -> None:
@@ -166,6 +222,16 @@ def test_too_little_text_or_context_is_told(loaded: LoadedModel) -> None:
         Lab(None, replace(TINY_SETTINGS, samples=0))
     with pytest.raises(UsageError, match="unknown task XY"):
         Lab(None, replace(TINY_SETTINGS, tasks=("XY",)))
+
+
+def test_a_chunk_may_fill_the_models_context(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = replace(loaded, config={**loaded.config, "max_position_embeddings": CONTEXT})
+    monkeypatch.setattr(lab_module, "load", lambda model: short)
+    assert Lab(None, TINY_SETTINGS).corpus.context == CONTEXT
+    with pytest.raises(ContextLengthError, match=f"context {CONTEXT}"):
+        Lab(None, replace(TINY_SETTINGS, context=CONTEXT + 1))
 
 
 def test_a_broken_cache_shows(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,8 +287,12 @@ def test_retrieval_compares_only_where_the_base_is_able() -> None:
     }
     found = Retrieval(scores, "none", {})
     assert found.solved() == [able]
-    pairs = found.pairs("k2v2", found.solved())
+    pairs = found.pairs("k2v2", [able])
     assert (pairs.both, pairs.only_base, pairs.only_arm, pairs.neither) == (3, 1, 1, 0)
+    both = found.pairs("k2v2", [able, unable])
+    assert (both.both, both.only_base, both.only_arm, both.neither) == (4, 1, 5, 0)
+    assert both.p_value == pytest.approx(2 * (1 + 6) / 2**6)
+    assert found.pairs("none", [able]).p_value == 1
     assert found.means("k2v2") == {"S1": {"100": 0.8}, "S2": {"100": 1.0}}
 
 
@@ -260,10 +330,10 @@ def test_a_model_without_a_layer_to_compress_is_told() -> None:
 
 def test_stress_and_ablation_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lab_module, "STRESSES", STRESSES[1:2])
-    monkeypatch.setattr(lab_module, "STRESSED", ("k4v4", "k4v4,equalize=on"))
     monkeypatch.setattr(lab_module, "ABLATED", ("k4v4",))
     monkeypatch.setattr(lab_module, "ABLATIONS", lab_module.ABLATIONS[:1])
-    settings = replace(TINY_SETTINGS, kv=("k8v8",), tasks=(), ablate=True, stress=True)
+    kv = ("k4v4", "k4v4,equalize=on")
+    settings = replace(TINY_SETTINGS, kv=kv, tasks=(), ablate=True, stress=True)
     found = Lab(None, replace(settings, context=216)).run()
     document = found.as_dict()
     names = [arm["kv"] for arm in document["ablation"]]
@@ -272,7 +342,11 @@ def test_stress_and_ablation_are_reported(monkeypatch: pytest.MonkeyPatch) -> No
     assert part["stress"] == "outliers: 2 pairs x30"
     none, plain, equalized = (arm["kld"]["mean"] for arm in part["arms"])
     assert none == 0 and 10 * equalized < plain
-    assert len(tables(found)) == 3
+    *_, table = tables(found)
+    assert table.header[-2:] == ("outliers: 2 pairs x30", "worst")
+    assert [(row[0], row[-1]) for row in table.rows] == [
+        (kv[0], f"{plain:.5f}"), (kv[1], f"{equalized:.5f}"),
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

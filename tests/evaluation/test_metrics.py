@@ -38,7 +38,7 @@ def test_random_logits_agree_with_numpy() -> None:
     )
     kl = (np.exp(p) * (p - q)).sum(-1)
     np.testing.assert_allclose(scores.kl, kl, rtol=1e-4)
-    found = summarize(scores, text_bytes=100)
+    found = summarize([scores], text_bytes=100)
     assert found.kld["mean"] == pytest.approx(kl.mean(), rel=1e-4)
     for name, percent in {"p50": 50, "p90": 90, "p99": 99, "p999": 99.9}.items():
         assert found.kld[name] == pytest.approx(np.percentile(kl, percent), rel=1e-4)
@@ -54,7 +54,7 @@ def test_random_logits_agree_with_numpy() -> None:
 
 def test_equal_distributions_have_no_divergence() -> None:
     base = log_probabilities(mx.random.normal((9, 40), key=mx.random.key(0)))
-    found = summarize(compare(base, base, mx.zeros(9, mx.int32)), 1)
+    found = summarize([compare(base, base, mx.zeros(9, mx.int32))], 1)
     assert set(found.kld.values()) == {0.0}
     assert (found.top1, found.top1_error, found.ln_ratio, found.tokens) == (1.0, 0.0, 0.0, 9)
 
@@ -68,3 +68,17 @@ def test_stretches_are_joined_in_order() -> None:
     parts = [TokenScores(*(np.full(n, n + i, float) for i in range(4))) for n in (1, 2)]
     joined = TokenScores.joined(parts)
     assert joined.kl.tolist() == [1, 2, 2] and joined.nll.tolist() == [4, 5, 5]
+
+
+def test_errors_are_those_of_chunks_that_differ_as_wholes() -> None:
+    """Tokens of a chunk are alike here: their number says nothing about the error."""
+    rng = np.random.default_rng(0)
+    levels = rng.normal(1.0, 0.1, 40)
+    chunks = [TokenScores(*(np.full(50, level) for _ in range(4))) for level in levels]
+    found = summarize(chunks, 1)
+    expected = levels.std() / math.sqrt(len(levels))
+    assert found.kld_error == pytest.approx(expected, rel=0.1)
+    assert found.ln_ratio_error == 0  # both sides are as likely in every chunk
+    joined = summarize([TokenScores.joined(chunks)], 1)
+    assert joined.kld_error == pytest.approx(expected / math.sqrt(50), rel=0.1)
+    assert joined.kld == found.kld

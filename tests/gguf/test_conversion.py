@@ -15,7 +15,7 @@ from mlx_lm import load as mlx_lm_load
 from leankv_mlx.errors import ModelError
 from leankv_mlx.models.conversion import convert
 from leankv_mlx.models.quantized import AFFINE
-from tests.models_gguf.files import TINY, VOCAB, built, dense, gguf_weights, write
+from tests.gguf.files import TINY, VOCAB, built, dense, gguf_weights, write
 
 TOKENS = mx.array([[(37 * at) % VOCAB for at in range(40)]])
 AGAIN = ("Q2_K", "Q3_K", "Q6_K", "IQ4_XS")

@@ -19,7 +19,7 @@ from leankv_mlx.models.quantized import (
     scales_of,
     triple,
 )
-from tests.models_gguf.files import blocks, encoded
+from tests.gguf.files import blocks, encoded
 
 ROWS, COLUMNS = 24, 768
 

@@ -21,7 +21,7 @@ from leankv_mlx.errors import ModelError
 from leankv_mlx.mlx_lm import load
 from leankv_mlx.mlx_lm.loading import resolve_model
 from leankv_mlx.models import conversion, kept
-from tests.models_gguf.files import TINY, built, gguf_weights, write
+from tests.gguf.files import TINY, built, gguf_weights, write
 
 FIRST = "read for the first time"
 ROOT = Path(leankv_mlx.__file__).parents[1]

@@ -16,7 +16,7 @@ from leankv_mlx.errors import LeanKVError
 from leankv_mlx.mlx_lm import load
 from leankv_mlx.models.container import open_file, read_header
 from leankv_mlx.models.conversion import convert
-from tests.models_gguf.files import TINY, built, gguf_weights, write
+from tests.gguf.files import TINY, built, gguf_weights, write
 
 FEW, MANY = 200, 10_000
 SECONDS = 20.0

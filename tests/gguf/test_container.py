@@ -14,7 +14,7 @@ import pytest
 from gguf import GGUFReader
 
 from leankv_mlx.models.container import FlawError, Header, has_magic, open_file, read_header
-from tests.models_gguf.files import TINY, built, gguf_weights, write
+from tests.gguf.files import TINY, built, gguf_weights, write
 
 
 def header(path: Path) -> Header:
