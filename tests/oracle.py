@@ -118,7 +118,7 @@ class OracleCache:
 
     `real` is the compressed cache that has seen (at least) the same tokens. Where its codes differ
     from the oracle's (ties decided by the last bit of a float) its own are used; `ties` is the
-    largest share of such codes.
+    largest share of such codes. The scales of its key channels are taken over too.
     """
 
     def __init__(self, real: CompressedKVCache) -> None:
@@ -128,10 +128,12 @@ class OracleCache:
         self.compared, self.ties = 0, 0.0
         self._rows: list[Array] = []  # float64 [H, N, D]; body rows are the decoded ones
         self._centers: list[Array] = []
+        self._divisors: list[Array] = []  # of the channels of keys and of values, [H, 1, D]
+        self._prefilled = False  # what a prefill compresses waits: attention is still to come
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         new = keys.shape[2]
-        if new <= 8:
+        if new <= 8 or self._prefilled:
             self._compress()
         rows = [np.array(x[0].astype(mx.float32), np.float64) for x in (keys, values)]
         old = self._rows or [x[:, :0] for x in rows]
@@ -139,8 +141,7 @@ class OracleCache:
         self.offset += new
         k, v = (mx.array(x.astype(np.float32)[None]) for x in self._rows)
         self._last = k.astype(keys.dtype), v.astype(values.dtype)
-        if new > 8:
-            self._compress()
+        self._prefilled = new > 8
         return self._last
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -152,6 +153,10 @@ class OracleCache:
         return create_attention_mask(*args, offset=self.offset, **kwargs)
 
     def trim(self, n: int) -> int:
+        """To be called before the real cache is trimmed."""
+        if self._prefilled:
+            self._compress()
+            self._prefilled = False
         self.offset -= n
         self._rows = [x[:, : self.offset] for x in self._rows]
         left = max(0, self.offset - self.config.sink_tokens)
@@ -176,7 +181,13 @@ class OracleCache:
         start = sinks + self.body
         moved = [x[:, start : start + 32 * blocks] for x in self._rows]
         if not self.body:
-            self._centers = [x[:, :512].mean(axis=1) @ rotation(x.shape[2]).T for x in moved]
+            equalizer = self.real.layer and self.real.layer.equalizer
+            of_keys = np.array(equalizer.scales, np.float64)[:, None] if equalizer else np.ones(1)
+            self._divisors = [of_keys, np.ones(1)]
+            self._centers = [
+                (x[:, :512] / divisor).mean(axis=1) @ rotation(x.shape[2]).T
+                for x, divisor in zip(moved, self._divisors, strict=True)
+            ]
         for side, rows in enumerate(moved):
             self._rows[side][:, start : start + 32 * blocks] = self._round_trip(rows, side)
         self.body += 32 * blocks
@@ -185,7 +196,7 @@ class OracleCache:
         bits = (self.config.k_bits, self.config.v_bits)[side]
         assert isinstance(bits, int)
         r, center = rotation(rows.shape[2]), self._centers[side][:, None]
-        codes, _ = encode(rows @ r.T - center, bits)
+        codes, _ = encode(rows / self._divisors[side] @ r.T - center, bits)
         body = self.real.view().bodies[0]
         first = self.body // 32
         table = np.array(body.table)[:, first : first + rows.shape[1] // 32]
@@ -193,4 +204,5 @@ class OracleCache:
         real = both_codes[side].reshape(codes.shape)
         self.ties = max(self.ties, float((real != codes).mean()))
         self.compared += codes.size
-        return (decode(real, both_scales[side].reshape(codes.shape[:2]), bits) + center) @ r
+        rows = (decode(real, both_scales[side].reshape(codes.shape[:2]), bits) + center) @ r
+        return rows * self._divisors[side]
