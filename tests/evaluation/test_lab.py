@@ -332,7 +332,7 @@ def test_stress_and_ablation_are_reported(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(lab_module, "STRESSES", STRESSES[1:2])
     monkeypatch.setattr(lab_module, "ABLATED", ("k4v4",))
     monkeypatch.setattr(lab_module, "ABLATIONS", lab_module.ABLATIONS[:1])
-    kv = ("k4v4", "k4v4,equalize=on")
+    kv = ("k4v4,equalize=off", "k4v4")
     settings = replace(TINY_SETTINGS, kv=kv, tasks=(), ablate=True, stress=True)
     found = Lab(None, replace(settings, context=216)).run()
     document = found.as_dict()
