@@ -95,7 +95,8 @@ class Layer:
 
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Add tokens to the window: keys [H, L, k_head_dim] and values [H, L, v_head_dim]."""
-        k = self.equalizer.apply(keys) if self.equalizer else keys
+        # In float32, so that rows of 16 bits are rounded once.
+        k = self.equalizer.apply(keys.astype(mx.float32)) if self.equalizer else keys
         self.exact = append(self.exact, Rows(k, values), self.rotations, self._backend)
         self.offset += keys.shape[1]
         self.dtype = keys.dtype
@@ -312,11 +313,12 @@ class Layer:
 
     def _equalize(self, start: int, stop: int) -> None:
         """Fit the equalizer on the first of the exact rows start..stop, and apply it to all."""
-        keys = self.rotations[0].undo(self.exact.k)
+        keys = self.rotations[0].undo(self.exact.k.astype(mx.float32))
         squares = self._query_squares()
         self._seen, self._fitted = [], squares is not None
         self.equalizer = Equalizer.fit(keys[:, start : min(stop, start + CENTER_TOKENS)], squares)
-        self.exact = Rows(self.rotations[0].apply(self.equalizer.apply(keys)), self.exact.v)
+        equal = self.rotations[0].apply(self.equalizer.apply(keys))
+        self.exact = Rows(equal.astype(self.exact.k.dtype), self.exact.v)
 
     def _query_squares(self) -> mx.array | None:
         """Mean squares of the queries that were seen, float32 [H, head_dim]."""
