@@ -24,7 +24,7 @@ LIMIT = 3.0
 """Without queries, larger channels are brought down to so many times the median; the others stay
 as they are, because evening out all of them raises the divergence of models without outliers."""
 _LARGEST = 1e4
-_MEAN = 0.1
+_MEAN = 0.2
 """Share of a pair's squared mean that counts as spread, for the tokens to come."""
 _LEAST = 1e-3  # of the mean size of a head's channels: smaller ones count as so large
 
