@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.filter import LineFilter
 from textual.screen import ModalScreen, Screen
 
 from leankv_app import settings as configuration
+from leankv_app.border import Border
 from leankv_app.chat import Chat
 from leankv_app.factory import MakeEngine, full_kv
 from leankv_app.link import EngineLink
@@ -60,6 +62,7 @@ class ChatApp(App[None]):
 
     def __init__(self, options: Options, paths: Paths, make_engine: MakeEngine) -> None:
         super().__init__()
+        self._border = Border()
         self.options = options
         self.paths = paths
         self.last_words: list[str] = []
@@ -79,6 +82,10 @@ class ChatApp(App[None]):
         self.chat = Chat(self._open_store(), self.engine, session, self._lost_store)
         self.chat_screen = ChatScreen(self.chat)
         self._interrupted = 0.0
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """Those of Textual, and the border to the terminal."""
+        return [*super().get_line_filters(), self._border]
 
     def _saved_kv(self) -> str:
         try:

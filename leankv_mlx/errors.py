@@ -3,6 +3,8 @@
 Messages are one line and say what to do. The commands print them without a traceback.
 """
 
+from leankv_mlx.terminal import line
+
 
 class LeanKVError(Exception):
     """Base of all errors raised on purpose by this package."""
@@ -64,4 +66,4 @@ class ContextLengthError(UsageError, ValueError):
 
 def error_line(error: LeanKVError) -> str:
     """What a command prints to stderr about an error."""
-    return f"leankv: error: {' '.join(str(error).split())}"
+    return f"leankv: error: {line(str(error))}"

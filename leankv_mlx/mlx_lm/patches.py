@@ -9,13 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
 from leankv_mlx.cache import owner_of
+from leankv_mlx.terminal import printable
 
 NAME = "scaled_dot_product_attention"
 
@@ -71,6 +72,20 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, original)
+
+
+@contextmanager
+def printing(module: ModuleType) -> Iterator[None]:
+    """What the functions of a module print passes the border to the terminal."""
+
+    def printed(*values: object, **options: Any) -> None:
+        print(*(printable(str(value)) for value in values), **options)
+
+    vars(module)["print"] = printed
+    try:
+        yield
+    finally:
+        del vars(module)["print"]
 
 
 def attention_namespaces(model: nn.Module) -> list[Namespace]:
