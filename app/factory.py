@@ -25,11 +25,7 @@ def full_kv(text: str) -> str:
         ConfigError: it is not understood.
     """
     text = text.strip()
-    if text == "none":
-        return text
-    if not text.startswith("leankv"):
-        text = f"leankv:{text}"
-    return CompressionConfig.parse(text).spec()
+    return text if text == "none" else CompressionConfig.parse(text).spec()
 
 
 def kv_choices() -> list[str]:

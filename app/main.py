@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from leankv_mlx.errors import LeanKVError, UsageError
+from leankv_mlx.cli.reading import Model
+from leankv_mlx.cli.running import run_command
+from leankv_mlx.errors import UsageError
+from leankv_mlx.terminal import printable, say
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
 def chat(
-    model: Annotated[
-        str | None, typer.Option(help="Folder, GGUF file or hub id (default: the bundled model).")
-    ] = None,
+    model: Model = None,
     kv: Annotated[
         str | None,
         typer.Option(help="Compression: leankv, leankv:SPEC, a profile such as small, or none."),
@@ -58,11 +58,8 @@ def chat(
         typer.echo(f"leankv-chat {__version__}")
         return
     if paths:
-        typer.echo("\n".join(places.paths().lines()))
+        say("\n".join(places.paths().lines()))
         return
-    from leankv_mlx.blas import bind
-
-    bind()  # before anything imports mlx
     from leankv_app.factory import check, make_app
     from leankv_mlx.sizes import parse_bytes
 
@@ -83,32 +80,14 @@ def chat(
     made = make_app(options, places.paths())
     made.run()
     for line in made.last_words:
-        typer.echo(line, err=True)
+        print(printable(line), file=sys.stderr)
     if made.return_code:
         raise typer.Exit(made.return_code)
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code."""
-    try:
-        code = app(list(arguments), prog_name="leankv-chat", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        return 130
-    except Exception as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        text, code = _described(error)
-        print(f"leankv-chat: error: {' '.join(text.split())}", file=sys.stderr)
-        return code
-    return code if isinstance(code, int) else 0
-
-
-def _described(error: Exception) -> tuple[str, int]:
-    if isinstance(error, LeanKVError):
-        return str(error), error.exit_code
-    if hasattr(error, "format_message"):
-        return f"{error.format_message().rstrip('.')}; see leankv-chat --help.", 2
-    return f"{type(error).__name__}: {error} (--debug shows where).", 1
+    return run_command(app, "leankv-chat", arguments)
 
 
 def main() -> None:

@@ -168,7 +168,8 @@ class CompressionConfig:
 
     @classmethod
     def parse(cls, text: str) -> "CompressionConfig":
-        """Read the value of `--kv`: `leankv`, or `leankv:` and comma-separated settings.
+        """Read the value of `--kv`: `leankv`, or settings with commas between; `leankv:` may stand
+        in front of them.
 
         A setting is `kNvM` (bits), `name=value`, or the name of a profile in models.toml;
         later settings win.
@@ -176,10 +177,13 @@ class CompressionConfig:
         Raises:
             ConfigError: the text is not understood.
         """
-        head, _, rest = text.strip().partition(":")
-        if head != "leankv":
+        head, colon, rest = text.strip().partition(":")
+        if head != "leankv" and not colon and head:
+            rest = head
+        elif head != "leankv":
             raise ConfigError(
-                f"unknown KV setting '{text}'; use leankv or leankv:SPEC, for example leankv:k4v3."
+                f"unknown KV setting '{text}'; use leankv, a profile, or leankv:SPEC such as "
+                "leankv:k4v3."
             )
         return cls(**_fields(rest))
 

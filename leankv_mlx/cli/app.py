@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from leankv_mlx.cli import ask, bench, cache, calibrate, demo, doctor, eval, generate, models, plan
+from leankv_mlx.cli import (
+    ask,
+    bench,
+    cache,
+    calibrate,
+    chat,
+    demo,
+    doctor,
+    eval,
+    generate,
+    models,
+    plan,
+    summarize,
+)
 from leankv_mlx.cli.running import run_command
 
 app = typer.Typer(
@@ -22,12 +35,14 @@ ask.register(app)
 bench.register(app)
 calibrate.register(app)
 cache.register(app)
+chat.register(app)
 demo.register(app)
 doctor.register(app)
 eval.register(app)
 generate.register(app)
 models.register(app)
 plan.register(app)
+summarize.register(app)
 
 
 def _version(show: bool) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from leankv_mlx.cli import reading
 from leankv_mlx.errors import UsageError
+from leankv_mlx.terminal import note, say, say_json
 
 if TYPE_CHECKING:
     from leankv_mlx.documents.reader import Answer, Reader
@@ -44,14 +44,14 @@ def ask(
             for piece in pieces:
                 waiting.end()
                 if not as_json:
-                    typer.echo(piece, nl=False)
+                    say(piece, end="")
         if as_json:
             result = _as_dict(found.name, kv, reader, answer)
-            typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+            say_json(result)
         else:
-            typer.echo()
+            say("")
     if not answer.complete:
-        reading.note(f"the answer was cut at {answer.tokens} tokens; raise --max-tokens.")
+        note(f"the answer was cut at {answer.tokens} tokens; raise --max-tokens.")
 
 
 def _as_dict(name: str, kv: str, reader: Reader, answer: Answer) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leankv_mlx.cli.console import show
+from leankv_mlx.cli.console import console, show
 from leankv_mlx.errors import UsageError
+from leankv_mlx.terminal import say_json
 
 if TYPE_CHECKING:
     from leankv_mlx.benchmarks.settings import Settings
@@ -65,8 +65,8 @@ def bench(
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option(help="Instead, prefill, decode and fidelity of a real model: folder, hub id "
-                     "or GGUF file."),
+        typer.Option("--model", "-m", help="Instead, prefill, decode and fidelity of a real model: "
+                     "folder, hub id or GGUF file."),
     ] = None,
     peer: Annotated[
         Path | None,
@@ -139,32 +139,28 @@ def _tokens(text: str) -> tuple[int, ...]:
 
 
 def _measure(settings: Settings, as_json: bool) -> None:
-    from rich.console import Console
-
     from leankv_mlx.benchmarks.suite import run
     from leankv_mlx.benchmarks.tables import tables
 
-    with Console(stderr=True).status("") as status:
+    with console(stderr=True).status("") as status:
         report = run(settings, lambda what: status.update(f"{what} ..."))
     show(tables(report), f"{report.machine}; backend {report.backend}", to_stderr=as_json)
     if as_json:
-        typer.echo(json.dumps(report.as_dict()))
+        say_json(report.as_dict(), indent=None)
 
 
 def _real(given: dict[str, Any], as_json: bool) -> None:
     """Measure a real model."""
-    from rich.console import Console
-
     from leankv_mlx.benchmarks.real import RealSettings, run_real
     from leankv_mlx.benchmarks.tables import real_tables
 
     settings = RealSettings(**{name: value for name, value in given.items() if value is not None})
-    with Console(stderr=True).status("") as status:
+    with console(stderr=True).status("") as status:
         report = run_real(settings, lambda what: status.update(f"{what} ..."))
     title = f"{report.machine}; {report.peer}" if report.peer else report.machine
     show(real_tables(report), title, to_stderr=as_json)
     if as_json:
-        typer.echo(json.dumps(report.as_dict()))
+        say_json(report.as_dict(), indent=None)
 
 
 def _instead(static: bool, ui: bool, documents: bool, as_json: bool) -> None:
@@ -191,4 +187,4 @@ def _instead(static: bool, ui: bool, documents: bool, as_json: bool) -> None:
         grids.append(figures_table("Documents", document["documents"]))
     show(grids, document["machine"], to_stderr=as_json)
     if as_json:
-        typer.echo(json.dumps(document))
+        say_json(document, indent=None)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
-from leankv_mlx.cli import reading
+from leankv_mlx.cli.console import is_narrow, list_console, list_table
 from leankv_mlx.errors import UsageError
+from leankv_mlx.terminal import note, say, say_json
 
 if TYPE_CHECKING:
     from leankv_mlx.documents.cache import DocumentCache, Entry
 
-_SHOWN = 12
+_SHOWN, _SHOWN_NARROW = 12, 8
 """Digits of a key in the table; any number that is unambiguous does for rm."""
 
 
@@ -41,33 +42,31 @@ def show(
     if as_json:
         rows = [asdict(entry) for entry in entries]
         facts = {"path": str(cache.place), "limit": cache.limit, "nbytes": total, "entries": rows}
-        typer.echo(json.dumps(facts, indent=2))
+        say_json(facts)
         return
     _table(entries)
-    typer.echo(f"{total / 1e6:.1f} MB of at most {cache.limit / 1e6:,.0f} MB in {cache.place}")
+    say(f"{total / 1e6:.1f} MB of at most {cache.limit / 1e6:,.0f} MB in {cache.place}")
 
 
 def _table(entries: Sequence[Entry]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     if not entries:
         return
-    table = Table()
-    for title in ("key", "document", "model", "kv"):
+    out = list_console()
+    narrow = is_narrow(out)
+    table = list_table(out)
+    table.add_column("key", no_wrap=True)
+    for title in ("document",) if narrow else ("document", "model", "kv"):
         table.add_column(title, overflow="fold")
     for title in ("tokens", "MB", "last used"):
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", no_wrap=True)
     for entry in entries:
+        key = entry.key[: _SHOWN_NARROW if narrow else _SHOWN]
+        texts = (entry.document or "(damaged)", entry.model, entry.kv)
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        texts = (entry.key[:_SHOWN], entry.document or "(damaged)", entry.model, entry.kv)
         numbers = (f"{entry.tokens:,}", f"{entry.nbytes / 1e6:.2f}", used)
-        table.add_row(*map(Text, (*texts, *numbers)))
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 140)
-    console.print(table)
+        about = ("\n".join(texts),) if narrow else texts
+        table.add_row(*map(Text, (key, *about, *numbers)))
+    out.print(table)
 
 
 def remove(
@@ -83,18 +82,18 @@ def remove(
     known = [entry.key for entry in cache.entries()]
     chosen = known if everything else [_found(key, known) for key in keys or ()]
     freed = cache.remove(chosen)
-    typer.echo(f"removed {len(set(chosen))}, {freed / 1e6:.1f} MB")
+    say(f"removed {len(set(chosen))}, {freed / 1e6:.1f} MB")
 
 
 def path() -> None:
     """Print the folder."""
-    typer.echo(_cache().place)
+    say(str(_cache().place))
 
 
 def _cache() -> DocumentCache:
     from leankv_mlx.documents.cache import DocumentCache
 
-    return DocumentCache(reading.note)
+    return DocumentCache(note)
 
 
 def _found(start: str, known: Sequence[str]) -> str:

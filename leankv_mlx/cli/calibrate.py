@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,9 @@ import typer
 
 from leankv_mlx.cli.console import show
 from leankv_mlx.cli.eval import parsed_lengths, parsed_tasks, progress_bar
+from leankv_mlx.cli.reading import Model
 from leankv_mlx.errors import LeanKVError
+from leankv_mlx.terminal import say_json
 
 if TYPE_CHECKING:
     from leankv_mlx.evaluation.calibration import Allocation, Candidate
@@ -25,9 +26,7 @@ def register(app: typer.Typer) -> None:
 
 def calibrate(
     name: Annotated[str, typer.Argument(help="Name of the profile: --kv leankv:NAME takes it.")],
-    model: Annotated[
-        str | None, typer.Option(help="Folder, GGUF file or hub id (default: the bundled model).")
-    ] = None,
+    model: Model = None,
     kv: Annotated[
         str, typer.Option(help="What to start from; its policy says what is swept.")
     ] = "leankv:policy=budget,scope=model,window=32",
@@ -96,7 +95,7 @@ def calibrate(
     save_profile(target, name, best.kv, about)
     typer.echo(f"wrote profile {name} to {target}: leankv:{best.kv}", err=as_json)
     if as_json:
-        typer.echo(json.dumps(_document(name, allocation, found, best)))
+        say_json(_document(name, allocation, found, best), indent=None)
 
 
 class _NothingWithinLimits(LeanKVError):

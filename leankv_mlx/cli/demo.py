@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from leankv_mlx.cli.console import console
+from leankv_mlx.cli.reading import Model
+from leankv_mlx.terminal import say_json
 
 if TYPE_CHECKING:
     from leankv_mlx.evaluation.demo import Demo
@@ -23,9 +26,7 @@ def demo(
         int | None,
         typer.Option(help="Length of the document (default: 3000; of another model 1000)."),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Folder, GGUF file or hub id (default: the bundled model).")
-    ] = None,
+    model: Model = None,
     seed: Annotated[int, typer.Option(help="Another number gives another document.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -38,25 +39,22 @@ def demo(
     with nullcontext() if as_json else _waiting():
         result = run_demo(model, config, tokens, seed)
     if as_json:
-        typer.echo(json.dumps(result.as_dict(), indent=2))
+        say_json(result.as_dict())
     else:
         _show(result)
 
 
 def _waiting() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True).status("reading the document and asking, once per cache ...")
+    return console(stderr=True).status("reading the document and asking, once per cache ...")
 
 
 def _show(result: Demo) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    out = console()
     arms = result.arms
-    console.print(
+    out.print(
         f"{result.model}: a document of {result.document_tokens} tokens, "
         f"{len(result.questions)} questions about it\n",
         markup=False,
@@ -70,9 +68,9 @@ def _show(result: Demo) -> None:
         ]
         asked = Text.assemble(question.text, "\n", (f"expected: {question.expected}", "dim"))
         answers.add_row(asked, *cells)
-    console.print(answers)
+    out.print(answers)
     numbers = Table("", *(arm.title for arm in arms))
     for name, values in result.numbers():
         numbers.add_row(name, *values)
-    console.print(numbers)
-    console.print(result.conclusion, markup=False, highlight=False)
+    out.print(numbers)
+    out.print(result.conclusion, markup=False, highlight=False)

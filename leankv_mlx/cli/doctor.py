@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
+
+from leankv_mlx.cli.console import console
+from leankv_mlx.terminal import say_json
 
 PACKAGES = ("leankv-mlx", "mlx", "mlx-lm", "transformers", "huggingface_hub")
 
@@ -24,7 +26,7 @@ def doctor(
     """Show versions, devices and backends, and whether the demo model is there."""
     facts = examine()
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        say_json(facts)
     else:
         _show(facts)
     if facts["problems"]:
@@ -142,7 +144,6 @@ def _demo_model() -> dict[str, Any]:
 
 
 def _show(facts: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -164,7 +165,7 @@ def _show(facts: dict[str, Any]) -> None:
     model = facts["demo_model"]
     size = f"{model['path']} ({model['bytes'] / 1e6:.1f} MB)"
     table.add_row("demo model", size if model["complete"] else "missing")
-    console = Console(soft_wrap=True)
-    console.print(table)
+    out = console(soft_wrap=True)
+    out.print(table)
     for problem in facts["problems"]:
-        console.print(f"problem: {problem}", style="red", markup=False)
+        out.print(f"problem: {problem}", style="red", markup=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leankv_mlx.cli.console import show
+from leankv_mlx.cli.console import console, show
+from leankv_mlx.cli.reading import Model
 from leankv_mlx.errors import UsageError
+from leankv_mlx.terminal import say_json
 
 if TYPE_CHECKING:
     from leankv_mlx.evaluation.lab import Progress, Settings
@@ -24,9 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    model: Annotated[
-        str | None, typer.Option(help="Folder, GGUF file or hub id (default: the bundled model).")
-    ] = None,
+    model: Model = None,
     kv: Annotated[
         list[str] | None,
         typer.Option(
@@ -137,13 +136,12 @@ def _run(model: str | None, settings: Settings, picture: Path | None, as_json: b
         plot(report, picture)
     show(tables(report), report.machine, to_stderr=as_json)
     if as_json:
-        typer.echo(json.dumps(report.as_dict()))
+        say_json(report.as_dict(), indent=None)
 
 
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """A bar on stderr."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from leankv_mlx.evaluation import lab
@@ -152,7 +150,7 @@ def progress_bar() -> Iterator[Progress]:
         BarColumn(), "{task.percentage:3.0f}%", TimeRemainingColumn(),
         TextColumn("{task.description}", markup=False),
     ]  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console(stderr=True), transient=True) as bar:
         task = bar.add_task("loading", total=None)
         yield lab.Progress(
             start=lambda total: bar.update(task, total=total),

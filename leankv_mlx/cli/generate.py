@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from leankv_mlx.cli import reading
+from leankv_mlx.errors import UsageError
 
 if TYPE_CHECKING:
     from leankv_mlx.config import CompressionConfig
     from leankv_mlx.mlx_lm import LoadedModel
+
+_PROG = "leankv generate"
+_KV = "leankv"
 
 
 def register(app: typer.Typer) -> None:
@@ -30,9 +35,19 @@ def register(app: typer.Typer) -> None:
 
 def generate(context: typer.Context) -> None:
     """Generate text: mlx-lm's own flags, --kv and --file (see leankv generate --help)."""
+    from leankv_mlx.mlx_lm.flags import generate_help
+
+    if {"-h", "--help"} & set(context.args):
+        typer.echo(generate_help(_PROG, _KV), nl=False)
+        return
+    # A short flag never changes its meaning from one of our commands to the next.
+    if any(word == "-m" or re.fullmatch(r"-m=?-?\d+", word) for word in context.args):
+        raise UsageError(
+            "-m is --model in commands of leankv and --max-tokens in mlx-lm's; write it out here."
+        )
     from leankv_mlx.mlx_lm.command import run_generate
 
-    run_generate(context.args, documents=_Documents())
+    run_generate(context.args, _PROG, _KV, documents=_Documents())
 
 
 class _Documents:

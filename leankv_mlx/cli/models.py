@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
+
+from leankv_mlx.cli.console import is_narrow, list_console, list_table
+from leankv_mlx.terminal import say, say_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from leankv_mlx.engine.catalogue import CatalogueEntry
 
 
 class _DType(Enum):
@@ -36,12 +46,20 @@ def models(
 
     entries = catalogue()
     if as_json:
-        typer.echo(json.dumps([asdict(entry) for entry in entries], indent=2))
+        say_json([asdict(entry) for entry in entries])
         return
-    from rich.console import Console
-    from rich.table import Table
+    out = list_console()
+    out.print(_narrow(entries, out) if is_narrow(out) else _wide(entries, out))
+    if not is_narrow(out):
+        out.print(
+            "layers: with keys and values that grow with the context; sliding: layers x tokens "
+            "they keep."
+        )
+    out.print("leankv plan NAME --memory 16GB says how long a context fits.")
 
-    table = Table()
+
+def _wide(entries: Sequence[CatalogueEntry], out: Console) -> Table:
+    table = list_table(out)
     table.add_column("name", no_wrap=True)
     table.add_column("hub id", overflow="fold")
     for title in ("layers", "sliding", "KV heads", "head dim", "context", "weights"):
@@ -51,23 +69,35 @@ def models(
         sliding = f"{entry.sliding_layers} x {entry.window}" if entry.sliding_layers else "-"
         table.add_row(
             entry.name,
-            entry.repo or "ships with the package",
+            _hub_id(entry),
             str(entry.full_layers),
             sliding,
             str(entry.kv_heads),
             str(entry.head_dim),
-            f"{entry.context:,}",
-            f"{entry.weights / 1e9:.2f} GB",
-            entry.kv,
+            *_figures(entry),
         )
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 140)
-    console.print(table)
-    console.print(
-        "layers: with keys and values that grow with the context; sliding: layers x tokens they "
-        "keep. leankv plan NAME --memory 16GB says how long a context fits."
-    )
+    return table
+
+
+def _narrow(entries: Sequence[CatalogueEntry], out: Console) -> Table:
+    """Two lines for each model; the rest is in --json."""
+    table = list_table(out)
+    table.add_column("model", overflow="fold")
+    for title in ("context", "weights"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("profile")
+    for entry in entries:
+        table.add_row(Text.assemble(entry.name, "\n", (_hub_id(entry), "dim")), *_figures(entry))
+    return table
+
+
+def _hub_id(entry: CatalogueEntry) -> str:
+    return entry.repo or "ships with the package"
+
+
+def _figures(entry: CatalogueEntry) -> tuple[str, str, str]:
+    """Context, weights and profile."""
+    return f"{entry.context:,}", f"{entry.weights / 1e9:.2f} GB", entry.kv
 
 
 def import_file(
@@ -87,5 +117,5 @@ def import_file(
         raise UsageError(f"{folder} is there already; name a new folder.")
     convert(file, folder, dtype.value if dtype else None)
     if line := inexact_line(file, folder):
-        typer.echo(line)
-    typer.echo(f"{folder} is ready: leankv generate --model {folder}")
+        say(line)
+    say(f"{folder} is ready: leankv generate --model {folder}")

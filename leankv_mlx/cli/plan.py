@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from leankv_mlx.cli.console import list_console, list_table
 from leankv_mlx.errors import UsageError
+from leankv_mlx.terminal import say_json
 
 if TYPE_CHECKING:
     from leankv_mlx.engine.plan import Plan
@@ -40,19 +41,17 @@ def plan(
             f"nothing of {memory} is left for a KV cache."
         )
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2))
+        say_json(asdict(found))
     else:
         _show(found)
 
 
 def _show(found: Plan) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     entry = found.model
-    table = Table()
-    table.add_column("profile")
-    table.add_column("kv")
+    out = list_console()
+    table = list_table(out)
+    table.add_column("profile", no_wrap=True)
+    table.add_column("kv", overflow="fold")
     for title in ("longest context", "KV cache", "times fp16"):
         table.add_column(title, justify="right")
     table.add_column("limit")
@@ -66,10 +65,9 @@ def _show(found: Plan) -> None:
             f"{row.tokens / fp16:.1f}" if fp16 else "-",
             row.limited_by,
         )
-    console = Console()
-    console.print(
+    out.print(
         f"{entry.name}: {found.memory / 1e9:.1f} GB less {entry.weights / 1e9:.2f} GB of weights "
         f"less {found.reserve / 1e9:.1f} GB leaves {found.kv_budget / 1e9:.2f} GB for the KV cache",
         highlight=False,
     )
-    console.print(table)
+    out.print(table)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from leankv_mlx.cli.console import console
 from leankv_mlx.sizes import parse_bytes
+from leankv_mlx.terminal import note
 
 if TYPE_CHECKING:
     from leankv_mlx.config import CompressionConfig
@@ -33,11 +35,6 @@ Encoding = Annotated[
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Neither open nor keep documents that were read.")
 ]
-
-
-def note(line: str) -> None:
-    """A line on stderr that is no error."""
-    print(f"leankv: note: {line}", file=sys.stderr)
 
 
 def setting(kv: str) -> CompressionConfig | None:
@@ -121,7 +118,6 @@ class Waiting:
         if not sys.stderr.isatty():
             return
         if self._progress is None:
-            from rich.console import Console
             from rich.progress import (
                 BarColumn,
                 MofNCompleteColumn,
@@ -132,7 +128,7 @@ class Waiting:
 
             columns = (TextColumn("{task.description}", markup=False), BarColumn(),
                        MofNCompleteColumn(), TimeRemainingColumn())  # fmt: skip
-            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._progress = Progress(*columns, console=console(stderr=True), transient=True)
             self._task = self._progress.add_task(text, total=total)
             self._progress.start()
         self._progress.update(self._task, description=text, completed=done, total=total)

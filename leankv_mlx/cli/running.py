@@ -11,6 +11,7 @@ import typer
 
 from leankv_mlx.blas import bind
 from leankv_mlx.errors import LeanKVError
+from leankv_mlx.terminal import line
 
 
 def run_command(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
@@ -37,7 +38,8 @@ def run_command(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
         if debug:
             traceback.print_exc()
         text, code = _described(error, name)
-        print(f"{name}: error: {text}", file=sys.stderr)
+        if text:  # not where help was asked for or is all there is to say
+            print(f"{name}: error: {text}", file=sys.stderr)
         return code
     return code if isinstance(code, int) else 0
 
@@ -47,7 +49,10 @@ def _described(error: Exception, name: str) -> tuple[str, int]:
     if isinstance(error, LeanKVError):
         text, code = str(error), error.exit_code
     elif hasattr(error, "format_message"):  # bad usage of our own commands, found by Typer
-        text, code = f"{error.format_message().rstrip('.')}; see {name} --help.", 2
+        text, code = error.format_message().rstrip("."), 2
+        if text:
+            context = getattr(error, "ctx", None)
+            text += f"; see {context.command_path if context else name} --help."
     else:
         text, code = f"{type(error).__name__}: {error} (--debug shows where).", 1
-    return " ".join(text.split()), code
+    return line(text), code

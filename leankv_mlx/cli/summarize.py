@@ -1,8 +1,7 @@
-"""The `leankv-summarize` command: result on stdout, everything else on stderr."""
+"""`leankv summarize`, and `leankv-summarize`: result on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ import typer
 from leankv_mlx.cli import reading
 from leankv_mlx.cli.running import run_command
 from leankv_mlx.errors import DocumentError, UsageError
+from leankv_mlx.terminal import json_text, note, printable, say, say_json
 
 if TYPE_CHECKING:
     from leankv_mlx.documents.planning import Plan
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     from leankv_mlx.documents.summary import Summary
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def register(app: typer.Typer) -> None:
+    """Add it to the commands of `leankv` too."""
+    app.command("summarize")(summarize)
 
 
 class Length(StrEnum):
@@ -142,14 +147,14 @@ def _one(
             made = summarize(reader, document, length, strategy, max_tokens, listener)
         except Interrupted as stopped:
             waiting.end()
-            reading.note(
+            note(
                 f"stopped; partial summaries kept: {stopped.kept}. "
                 "The same command goes on from there."
             )
             raise
     printer.end(made)
     if not made.answer.complete:
-        reading.note(f"the summary was cut at {made.answer.tokens} tokens; raise --max-tokens.")
+        note(f"the summary was cut at {made.answer.tokens} tokens; raise --max-tokens.")
     return made
 
 
@@ -166,19 +171,19 @@ class _Printer:
     def begin(self, name: str) -> None:
         """A document comes next."""
         if self._stream:
-            typer.echo(self._heading(name), nl=False)
+            say(self._heading(name), end="")
 
     def piece(self, text: str) -> None:
         """A piece of its summary."""
         if self._stream:
-            typer.echo(text, nl=False)
+            say(text, end="")
 
     def end(self, made: Summary) -> None:
         """It is complete."""
         if self._stream:
-            typer.echo()
+            say("")
         elif self._output is None and self._form is not Format.json:
-            typer.echo(f"{self._heading(made.name)}{made.text}")
+            say(f"{self._heading(made.name)}{made.text}")
         self._made.append(made)
 
     def finish(self) -> None:
@@ -187,7 +192,7 @@ class _Printer:
             return
         if self._form is Format.json:
             rows = [made.as_dict() for made in self._made]
-            result = json.dumps(rows if self._several else rows[0], indent=2, ensure_ascii=False)
+            result = json_text(rows if self._several else rows[0])
         else:
             texts = (f"{self._heading(made.name, i)}{made.text}\n" for i, made
                      in enumerate(self._made))  # fmt: skip
@@ -195,7 +200,7 @@ class _Printer:
         if self._output is not None:
             _write(self._output, f"{result}\n")
         elif self._form is Format.json:
-            typer.echo(result)
+            print(result)
 
     def _heading(self, name: str, index: int | None = None) -> str:
         if not self._several:
@@ -235,10 +240,10 @@ def _plan(
             }
             for document, found in zip(documents, plans, strict=True)
         ]
-        typer.echo(json.dumps(rows if len(rows) > 1 else rows[0], indent=2, ensure_ascii=False))
+        say_json(rows if len(rows) > 1 else rows[0])
         return
     for document, found in zip(documents, plans, strict=True):
-        typer.echo(_described(document.name, found))
+        say(_described(document.name, found))
 
 
 def _described(name: str, found: Plan) -> str:
@@ -267,7 +272,7 @@ def _stats(made: Summary, reader: Reader) -> None:
     )
     sys.stdout.flush()
     for line in lines:
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,7 @@ from leankv_mlx.mlx_lm.cache_files import (
     save_prompt_cache,
 )
 from leankv_mlx.mlx_lm.document_prompt import DocumentPrompt, Documents
+from leankv_mlx.mlx_lm.flags import UNCOMPRESSED, add_flags
 from leankv_mlx.mlx_lm.loading import (
     LoadedModel,
     check_context,
@@ -37,19 +39,14 @@ from leankv_mlx.mlx_lm.loading import (
     load_from,
     resolve_model,
 )
-from leankv_mlx.mlx_lm.patches import replaced
+from leankv_mlx.mlx_lm.patches import printing, replaced
 from leankv_mlx.mlx_lm.precision import compute_in_float32
 from leankv_mlx.mlx_lm.usage import Usage, measure, summary_line
 from leankv_mlx.resources import demo_model
 
 BARE = "leankv"
-UNCOMPRESSED = "none"
 _COMPRESSED = CompressedKVCache.__name__
 _FINGERPRINT = "leankv_model"
-KV_HELP = (
-    "KV cache: leankv, leankv:SPEC (for example leankv:k4v3,window=128), or none for the "
-    "uncompressed cache (default: %(default)s)"
-)
 _IDLE_BESIDE_KV = {"kv_bits": "--kv-bits", "max_kv_size": "--max-kv-size"}
 """Flags of mlx-lm that would do nothing, because attach decides which caches there are."""
 
@@ -87,18 +84,16 @@ class Session:
         self._args = argparse.Namespace()
         self._loaded: PromptCache | None = None
         self._fingerprint = ""
+        self._serving = UNCOMPRESSED
         self._undo = ExitStack()
 
     # Before the run: the flags.
 
     def prepare(self, parser: argparse.ArgumentParser, default_kv: str) -> None:
         """Add `--kv` to a parser of mlx-lm, and our checks to its `parse_args`."""
-        parser.add_argument("--kv", metavar="KV", default=default_kv, help=KV_HELP)
+        add_flags(parser, default_kv, self.demo, file=self.document is not None)
         if self.document is not None:
             self.document.prepare(parser)
-        for action in parser._actions:
-            if self.demo and action.dest == "model":
-                action.help = "Folder, GGUF file or hub id of the model (default: the bundled one)"
         original = parser.parse_args
 
         def parse_args(*args: Any, **kwargs: Any) -> Any:
@@ -186,6 +181,7 @@ class Session:
                 "save_prompt_cache": self.save_prompt_cache,
             },
             "chat": {"make_prompt_cache": self.make_prompt_cache},
+            "server": {"stream_generate": self.stream_generate},
             "generate": {
                 "generate": self.generate,
                 "load_prompt_cache": self.load_prompt_cache,
@@ -221,9 +217,15 @@ class Session:
         if self.config is None:
             return
         attachment = attach(model, self.config).start()
-        # A server may drop a model for another; its attachment then goes with it.
         if self.command != "server":
             self.attachments.append(attachment)
+            return
+        # A server may drop a model for another; its attachment then goes with it.
+        self._serving = _backend_of(attachment)
+        logging.info(
+            f"leankv: {self.config.spec()}, {attachment.compressed_layers} of "
+            f"{len(attachment.report)} layers compressed, backend {self._serving}"
+        )
 
     def _check_fit(self, name: str) -> None:
         """A prompt cache file goes with the model that it was made with."""
@@ -262,6 +264,15 @@ class Session:
         """mlx-lm's `generate_step`, within the model's context."""
         check_context(self._context, len(prompt), -1)
         return original(prompt, *args, **options)
+
+    def stream_generate(
+        self, original: Callable[..., Any], *args: Any, prompt_cache: Any, **options: Any
+    ) -> Iterator[Any]:
+        """mlx-lm's `stream_generate` in its server; the log gets a line for each request."""
+        try:
+            yield from original(*args, prompt_cache=prompt_cache, **options)
+        finally:
+            logging.info(summary_line(measure(prompt_cache), self._serving))
 
     def make_prompt_cache(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """mlx-lm's `make_prompt_cache`; the list is kept, so that its bytes can be counted."""
@@ -343,13 +354,15 @@ class Session:
         return summary_line(sum(map(measure, caches), Usage()), self._backend())
 
     def _backend(self) -> str:
-        if not self.attachments:
-            return UNCOMPRESSED
-        main = self.attachments[0]
-        if main.compressed_layers:
-            return main.backend
-        reasons = dict.fromkeys(row.reason for row in main.report)
-        return f"{UNCOMPRESSED} (nothing to compress: {'; '.join(reasons)})"
+        return _backend_of(self.attachments[0]) if self.attachments else UNCOMPRESSED
+
+
+def _backend_of(attachment: Attachment) -> str:
+    """For messages."""
+    if attachment.compressed_layers:
+        return attachment.backend
+    reasons = dict.fromkeys(row.reason for row in attachment.report)
+    return f"{UNCOMPRESSED} (nothing to compress: {'; '.join(reasons)})"
 
 
 Guard = Callable[[Callable[[], Any]], Any]
@@ -367,6 +380,7 @@ def hooked(
 
     with ExitStack() as stack:
         stack.callback(session.close)
+        stack.enter_context(printing(module))
         for name, method in session.methods.items():
             if (original := getattr(module, name, None)) is not None:
                 stack.enter_context(replaced(module, name, bound(method, original)))

@@ -58,12 +58,7 @@ class DocumentPrompt:
         self._name = self._head = ""
 
     def prepare(self, parser: argparse.ArgumentParser) -> None:
-        """Add the flag to mlx-lm's parser."""
-        parser.add_argument(
-            "--file",
-            help="Document (path or http(s) address) that --prompt is about; it is kept as a "
-            "compressed KV cache and opened at once the next time",
-        )
+        """Read `--prompt` of mlx-lm's parser ourselves."""
         self._prompt = parser.get_default("prompt")
         parser.set_defaults(prompt=None)
 

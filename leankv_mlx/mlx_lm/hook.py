@@ -1,10 +1,11 @@
 """`--kv` for mlx-lm's own commands: what `leankv_mlx_hook.pth` calls when Python starts.
 
-The line in the .pth file looks for `--kv` or `--prompt-cache-file` beside `mlx_lm` in the command
-line, and only then imports this module. `install` then waits for the command to read its flags:
-at that moment everything it needs is imported, and the names in its module can be replaced.
-Without `--kv` a command runs as it would without this package, except that a compressed prompt
-cache file gets an answer. LEANKV_NO_HOOK=1 turns all of it off.
+The line in the .pth file looks for `--kv`, `--prompt-cache-file` or `--help` beside `mlx_lm` in
+the command line, and only then imports this module. `install` then waits for the command to read
+its flags: at that moment everything it needs is imported, and the names in its module can be
+replaced. Without `--kv` a command runs as it would without this package, except that its help names
+the flag and that a compressed prompt cache file gets an answer. LEANKV_NO_HOOK=1 turns all of it
+off.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, NoReturn
 
 from leankv_mlx.blas import bind
 from leankv_mlx.errors import LeanKVError, UsageError, error_line
+from leankv_mlx.mlx_lm.flags import UNCOMPRESSED, add_flags
 
 COMMANDS = ("benchmark", "cache_prompt", "chat", "generate", "server")
 REFUSED = {
@@ -86,11 +88,12 @@ def install() -> None:
     command, arguments = command_of(sys.orig_argv)
     with_kv = any(word == "--kv" or word.startswith("--kv=") for word in arguments)
     with_file = any(word.startswith("--prompt-c") for word in arguments)  # may be abbreviated
+    for_help = any(word == "-h" or word.startswith("--h") for word in arguments)
     if command in REFUSED and with_kv:
         finder = _Refusal(command)
         sys.meta_path.insert(0, finder)
         _ACTIVE.callback(sys.meta_path.remove, finder)
-    elif command in COMMANDS and (with_kv or (with_file and command == "generate")):
+    elif command in COMMANDS and (with_kv or for_help or (with_file and command == "generate")):
         if with_kv:
             bind()  # Python has just started: mlx is not imported yet
         _wait_for_flags(command, with_kv)
@@ -135,6 +138,7 @@ def _wait_for_flags(command: str, with_kv: bool) -> None:
             return original(parser, *args, **options)
         waiting.close()
         if not with_kv:
+            add_flags(parser, UNCOMPRESSED)  # so that it is in the help
             return _checked(original(parser, *args, **options))
         run = _Run(module, command, parser)
         return run.guard(lambda: parser.parse_args(*args, **options))
@@ -152,7 +156,7 @@ class _Run:
     """One command with `--kv`, from its flags to the end of the process."""
 
     def __init__(self, module: ModuleType, command: str, parser: argparse.ArgumentParser) -> None:
-        from leankv_mlx.mlx_lm.command import UNCOMPRESSED, Session, hooked
+        from leankv_mlx.mlx_lm.command import Session, hooked
         from leankv_mlx.mlx_lm.patches import replaced
 
         self.session = Session(command, f"{_PACKAGE}.{command}")
@@ -205,7 +209,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
     """Flags of `mlx_lm.generate` without `--kv`: a compressed file would only raise a KeyError."""
     from leankv_mlx.mlx_lm.cache_files import has_magic
 
-    file = args.prompt_cache_file
+    file = getattr(args, "prompt_cache_file", None)
     if file is not None and has_magic(file):
         _leave(UsageError(f"{file} holds a compressed cache; add --kv leankv."))
     return args

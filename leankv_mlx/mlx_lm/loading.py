@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from errno import ENOSPC
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx import nn
 
+from leankv_mlx import terminal
 from leankv_mlx.errors import ContextLengthError, ModelError
 from leankv_mlx.mlx_lm.precision import compute_in_float32
 from leankv_mlx.models.container import has_magic
@@ -85,6 +85,7 @@ def load_from(loader: Callable[..., Any], path: Path, **options: Any) -> Loaded:
     """
     try:
         loaded = Loaded(*loader(str(path), **{**options, "return_config": True}))
+        _be_silent_about_length(loaded.tokenizer)
         # A GGUF file's numbers are kept exactly, in float32 where it takes that.
         half = getattr(mx, loaded.config["torch_dtype"]) if ORIGIN in loaded.config else None
         if half is not None and mx.default_device() == mx.gpu:
@@ -96,12 +97,16 @@ def load_from(loader: Callable[..., Any], path: Path, **options: Any) -> Loaded:
         raise ModelError(f"cannot load the model in {path}: {_one_line(error)}") from error
 
 
-def _to_stderr(line: str) -> None:
-    print(f"leankv: note: {line}", file=sys.stderr)
+def _be_silent_about_length(tokenizer: Any) -> None:
+    """How long a prompt may be is checked where it is used, and a tokenizer's own limit is often
+    not the model's; its warning of "indexing errors" comes once and not where this is set."""
+    said = getattr(getattr(tokenizer, "_tokenizer", None), "deprecation_warnings", None)
+    if isinstance(said, dict):
+        said["sequence-length-is-longer-than-the-specified-maximum"] = True
 
 
 def resolve_model(
-    model: str | Path | None, tqdm_class: type | None = None, note: Note = _to_stderr
+    model: str | Path | None, tqdm_class: type | None = None, note: Note = terminal.note
 ) -> Path:
     """The folder of a model; a hub id is downloaded unless the hub's cache has it, and a GGUF file
     is converted unless our own cache has it.

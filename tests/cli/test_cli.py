@@ -36,7 +36,7 @@ def leankv(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (["generate", "--kv", "lean"], 2, "unknown KV setting 'lean'"),
+        (["generate", "--kv", "nosuch"], 2, "unknown KV setting 'nosuch'"),
         (["generate", "--kv", "leankv:nosuch"], 2, "unknown KV setting 'nosuch'"),
         (["generate", "--kv", "leankv:k5v4"], 2, "k_bits=5 is not supported"),
         (["generate", "--kv", "leankv:window=16"], 2, "window=16 is too small; use at least 32"),
@@ -51,10 +51,10 @@ def leankv(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["generate", "--max-tokens", "0"], 2, "--max-tokens 0"),
         (["generate", "--prompt", "word " * 9000], 2, "tokens and the model's context 8192"),
         (["generate", "--prompt-cache-file", "/no/file"], 2, "no prompt cache file /no/file"),
-        (["demo", "--kv", "lean"], 2, "unknown KV setting 'lean'"),
+        (["demo", "--kv", "nosuch"], 2, "unknown KV setting 'nosuch'"),
         (["demo", "--tokens", "50"], 2, "--tokens 50 is too short"),
         (["demo", "--tokens", "9000"], 2, "9000 tokens and the model's context 8192"),
-        (["demo", "--tokens", "x"], 2, "see leankv --help"),
+        (["demo", "--tokens", "x"], 2, "see leankv demo --help"),
         (["demo", "--model", "/no/such/folder"], 1, "no model folder"),
         (["nosuch"], 2, "No such command"),
     ],

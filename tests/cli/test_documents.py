@@ -254,7 +254,7 @@ def test_stdin(report: str) -> None:
         (["{scanned}"], 1, "is scanned"),
         (["{large}"], 1, "the limit is 100 MB"),
         (["{report}", "-o", "/no/such/folder/x"], 2, "name a file in a folder that exists"),
-        (["{report}", "--kv", "tiny"], 2, "unknown KV setting"),
+        (["{report}", "--kv", "nosuch"], 2, "unknown KV setting"),
         (["{report}", "--memory-budget", "much"], 2, "is not a size"),
         (["{report}", "--memory-budget", "9kB"], 2, "raise --memory-budget"),
         (["{report}", "--strategy", "single", "--memory-budget", "200kB"], 2, "the budget is"),

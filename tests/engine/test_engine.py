@@ -293,7 +293,7 @@ def test_failures_are_events_and_the_engine_goes_on(driver: Driver) -> None:
         return event.message
 
     assert "no model folder /no/such" in failure(Load("/no/such"))
-    assert "unknown KV setting" in failure(Recode("lean"))
+    assert "unknown KV setting" in failure(Recode("nosuch"))
     assert "the model's context 8192" in failure(Reply(1, (Turn("user", "word " * 9000),)))
     text, _ = driver.reply(2, turns())
     assert "48213" in text

@@ -55,14 +55,19 @@ def run(
 
 
 @contextmanager
-def server(command: list[str], environment: dict[str, str]) -> Iterator[str]:
+def server(
+    command: list[str], environment: dict[str, str], log: str | Path = os.devnull
+) -> Iterator[str]:
     """The address of a running `mlx_lm.server`; it is ended in any case."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     full = [*command, "--host", "127.0.0.1", "--port", port]
     address = f"http://127.0.0.1:{port}"
-    with subprocess.Popen(full, env=environment, stderr=subprocess.DEVNULL) as process:
+    with (
+        open(log, "wb") as file,
+        subprocess.Popen(full, env=environment, stderr=file) as process,
+    ):
         try:
             _wait(process, address)
             yield address

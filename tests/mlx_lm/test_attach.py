@@ -242,7 +242,7 @@ def test_a_plain_cache_works_while_attached(model: nn.Module) -> None:
 
 def test_errors_have_types(model: nn.Module) -> None:
     with pytest.raises(ConfigError, match="unknown KV setting"):
-        attach(model, "lean")
+        attach(model, "nosuch")
     with pytest.raises(ModelError, match="neither make_cache nor layers"):
         attach(nn.Linear(2, 2))
     with attach(model), pytest.raises(UnsupportedError):
