@@ -12,7 +12,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from leankv_mlx.cache import CompressedKVCache, end_prompt
+from leankv_mlx.cache import CompressedKVCache, end_prompt, reading
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ModelError
 from leankv_mlx.mlx_lm.attachment import attach
@@ -126,9 +126,10 @@ def _entries(caches: Sequence[Any]) -> Iterator[Any]:
 
 def prefill(model: nn.Module, tokens: mx.array, caches: list[Any]) -> None:
     """Read tokens [N] in chunks of `PREFILL_CHUNK`."""
-    for start in range(0, tokens.shape[0], PREFILL_CHUNK):
-        model(tokens[None, start : start + PREFILL_CHUNK], cache=caches)
-        mx.eval([cache.state for cache in caches])
+    with reading(caches):
+        for start in range(0, tokens.shape[0], PREFILL_CHUNK):
+            model(tokens[None, start : start + PREFILL_CHUNK], cache=caches)
+            mx.eval([cache.state for cache in caches])
 
 
 def settle(model: nn.Module, caches: list[Any], tokens: mx.array) -> None:

@@ -37,6 +37,7 @@ from leankv_mlx.mlx_lm.loading import (
     load_from,
     resolve_model,
 )
+from leankv_mlx.mlx_lm.loops import telling
 from leankv_mlx.mlx_lm.patches import replaced
 from leankv_mlx.mlx_lm.precision import compute_in_float32
 from leankv_mlx.mlx_lm.usage import Usage, measure, summary_line
@@ -261,7 +262,7 @@ class Session:
     ) -> Any:
         """mlx-lm's `generate_step`, within the model's context."""
         check_context(self._context, len(prompt), -1)
-        return original(prompt, *args, **options)
+        return telling(original)(prompt, *args, **options)
 
     def make_prompt_cache(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """mlx-lm's `make_prompt_cache`; the list is kept, so that its bytes can be counted."""
