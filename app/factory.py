@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 MakeEngine = Callable[[Emit], EngineLike]
 
 
-def full_kv(text: str) -> str:
+def full_kv(text: str, stored: bool = False) -> str:
     """A `--kv` text from what users write: a profile's name and a bare SPEC are enough.
+
+    Args:
+        stored: the text was kept by an earlier run, see `CompressionConfig.parse`.
 
     Raises:
         ConfigError: it is not understood.
@@ -29,7 +32,7 @@ def full_kv(text: str) -> str:
         return text
     if not text.startswith("leankv"):
         text = f"leankv:{text}"
-    return CompressionConfig.parse(text).spec()
+    return CompressionConfig.parse(text, stored).spec()
 
 
 def kv_choices() -> list[str]:

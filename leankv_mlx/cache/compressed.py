@@ -204,7 +204,8 @@ class CompressedKVCache:
     @state.setter
     def state(self, value: list[Any]) -> None:
         spec, keep_fetched, *rest = value
-        CompressedKVCache.__init__(self, spec, keep_fetched)
+        config = CompressionConfig.parse(spec, stored=True)
+        CompressedKVCache.__init__(self, config, keep_fetched)
         if rest:
             self._begin(Layer.restored(rest, self.config, self._backend))
 

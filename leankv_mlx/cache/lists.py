@@ -103,10 +103,11 @@ def rewind(caches: Iterable[Any], tokens: int) -> int:
         return 0
     for sparsifier in _sparsifiers(entries):
         sparsifier.rewound()
-    return [
+    removed = [
         cache.rewind(tokens) if isinstance(cache, CompressedKVCache) else cache.trim(tokens)
         for cache in entries
-    ][0]
+    ]
+    return int(removed[0])
 
 
 def _sparsifiers(caches: Iterable[Any]) -> list[Sparsifier]:
