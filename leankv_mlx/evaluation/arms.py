@@ -93,17 +93,20 @@ class Size:
             tables, centers, exact tokens, and layers that are left alone.
         body_bits: bits per element of the codes and their scales alone; 0 where there are none.
         ratio: how many times smaller than the uncompressed cache at two bytes an element.
+        whole: every head still has every token, none of them in a lower tier.
     """
 
     bits_per_element: float
     body_bits: float
     ratio: float
+    whole: bool = False
 
     @classmethod
     def of(cls, caches: Sequence[Any]) -> Size:
         """The size of a cache list with tokens in it."""
         used, elements = 0, measure(caches).fp16 // 2
         body_bytes = body_elements = 0
+        whole = True
         for cache in _entries(caches):
             layer = cache.layer if isinstance(cache, CompressedKVCache) else None
             if layer is None:
@@ -114,7 +117,11 @@ class Size:
             body_bytes += memory.codes + memory.scales
             slots = layer.body.slots if layer.body else 0
             body_elements += slots * (layer.shape.k_dim + layer.shape.v_dim)
-        return cls(8 * used / elements, 8 * body_bytes / max(1, body_elements), 2 * elements / used)
+            if layer.body:
+                between = layer.offset - layer.sinks - layer.recent
+                whole &= layer.body.tables[0].lengths.sum() == between * layer.shape.heads
+        body_bits = 8 * body_bytes / max(1, body_elements)
+        return cls(8 * used / elements, body_bits, 2 * elements / used, bool(whole))
 
 
 def _entries(caches: Sequence[Any]) -> Iterator[Any]:
