@@ -18,7 +18,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import speculative_generate_step
 
 from leankv_mlx import attach
-from leankv_mlx.cache import reading
 from leankv_mlx.errors import ConfigError
 from leankv_mlx.mlx_lm.attachment import make_caches
 from tests.cache.test_sparsifier import Stack
@@ -49,31 +48,6 @@ def test_the_budget_holds_or_there_is_an_error(size: int, nbytes: int) -> None:
             stack.feed(size)
             over = over + size if stack.allocated > nbytes else 0
             assert over <= 2 * max(size, 32)
-
-
-@pytest.mark.parametrize("size", [3, 9, 40])
-def test_steps_of_any_size_after_the_end_of_the_prompt_are_no_prompt(size: int) -> None:
-    stack = Stack(KV)
-    with reading(stack.caches, 1500, step=size):
-        stack.feed(1500)
-        for step in range(1200 // size):
-            stack.feed(size)
-            assert step < 1 or stack.allocated <= NBYTES
-        assert stack.allocated > 0.6 * NBYTES
-
-
-def test_a_prompt_that_is_told_of_stays_whole_until_it_is_in() -> None:
-    for chunk in (3, 8, 9, 40):
-        stack = Stack("leankv:policy=budget,ratio=8,window=32", layers=1)
-        with reading(stack.caches, 40 * chunk + 601):
-            stack.feed(600)
-            for _ in range(40):
-                stack.feed(chunk)
-            assert not stack.caches[0].layer.ragged, chunk
-            stack.feed(1)
-            assert not stack.caches[0].layer.ragged
-            stack.feed(1)
-            assert stack.caches[0].layer.ragged and not stack.caches[0].is_trimmable()
 
 
 def test_a_layer_whose_attention_never_comes_is_told_of() -> None:

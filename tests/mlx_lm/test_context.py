@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from leankv_mlx.errors import ContextLengthError
-from leankv_mlx.mlx_lm.context import context_length
-from leankv_mlx.mlx_lm.loading import check_context
+from leankv_mlx.mlx_lm.loading import check_context, context_length
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -13,15 +13,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx import nn
-from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache
+from mlx_lm.models.cache import LRUPromptCache
 
 from leankv_mlx import attach
-from leankv_mlx.cache import end_prompt, is_prefix, owner_of, reading, rewind
+from leankv_mlx.cache import end_prompt, owner_of
 from leankv_mlx.engine.conversation import Conversation
 from leankv_mlx.errors import DroppedTokensError
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.prompts import shared
-from leankv_mlx.mlx_lm.repetition import settle_document
 from tests.cache.test_sparsifier import Stack
 from tests.models import TINY
 
@@ -109,35 +108,6 @@ def test_what_nothing_was_dropped_of_is_shared(model: nn.Module) -> None:
     assert server.reused == 150
 
 
-def test_copies_and_files_know_it_too(model: nn.Module) -> None:
-    from copy import deepcopy
-
-    from leankv_mlx.cache import CompressedKVCache
-
-    with attach(model, LEAN):
-        server = Server(model)
-        reply, _ = server.ask(DOCUMENT)
-        cache, rest = server.store.fetch_nearest_cache("key", DOCUMENT + reply)
-        assert rest == [] and not can_trim_prompt_cache(cache)
-        for again in (deepcopy(cache), [CompressedKVCache.from_state(c.state) for c in cache]):
-            assert not can_trim_prompt_cache(again) and not is_prefix(again, len(DOCUMENT) - 1)
-            assert is_prefix(again, len(DOCUMENT + reply))
-
-
-def test_a_document_judged_by_itself_is_a_beginning_of_every_question(model: nn.Module) -> None:
-    with attach(model, f"{LEAN},scores=repeat"):
-        caches = make_caches(model)
-        with reading(caches):
-            model(mx.array([DOCUMENT]), cache=caches)
-        settle_document(model, caches, DOCUMENT)
-        assert not can_trim_prompt_cache(caches)
-        for question in QUESTIONS:
-            model(mx.array([question]), cache=caches)
-            assert is_prefix(caches, len(DOCUMENT)) and not is_prefix(caches, len(DOCUMENT) - 1)
-            for cache in caches:
-                cache.trim(cache.offset - len(DOCUMENT))
-
-
 class _Plain:
     """A tokenizer without a template; tokens are numbers."""
 
@@ -166,18 +136,6 @@ def test_a_chat_keeps_what_goes_on_and_nothing_of_another_question(model: nn.Mod
         assert _talk(conversation, following, model) >= len(first)  # the next turn
         assert shared(conversation.tokens, DOCUMENT + QUESTIONS[2]) >= len(DOCUMENT)
         assert _talk(conversation, DOCUMENT + QUESTIONS[2], model) == 0  # another question
-
-
-def test_rejected_drafts_are_taken_back_from_the_window_alone() -> None:
-    stack = Stack(LEAN)
-    stack.feed(2000)
-    end_prompt(stack.caches)
-    stack.feed(6)
-    recent = stack.caches[0].layer.recent
-    assert rewind(stack.caches, 4) == 4 and stack.caches[0].offset == 2002
-    with pytest.raises(DroppedTokensError, match=f"takes back {recent} tokens"):
-        rewind(stack.caches, recent)
-    assert stack.caches[0].offset == 2002
 
 
 def test_arrays_of_a_cache_that_dropped_tokens_are_refused_where_they_are_read() -> None:
