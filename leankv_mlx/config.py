@@ -55,7 +55,8 @@ class CompressionConfig:
         alpha_high: policy=threshold: above alpha_high / N a token stays in the high tier.
         alpha_low: and above alpha_low / N in the low one.
         ratio: policy=budget: bytes of an uncompressed fp16 cache over those that may stay.
-        budget: policy=budget: bytes of all compressed layers together; 0 for no such limit.
+        budget: policy=budget: bytes of all compressed layers together, for whatever is generated,
+            and for a prompt that nobody tells the length of; 0 for no such limit.
         high: policy=budget: share of the bytes for the high tier, if there is a low one.
         scope: policy=budget: whether the heads of a layer or of the model share its bytes.
         at: when tokens are dropped: once the "prompt" is in, or also after each "chunk" of it.

@@ -91,3 +91,11 @@ def test_what_was_stored_goes_on_loading(settings: str, tmp_path: Path) -> None:
 def test_settings_that_do_something_are_taken(settings: str) -> None:
     config = CompressionConfig.parse(f"leankv:{settings}")
     assert CompressionConfig.parse(config.spec(), stored=True) == config
+
+
+def test_the_chat_tells_somebody_who_types_it_and_takes_what_it_kept() -> None:
+    from leankv_app.factory import full_kv
+
+    with pytest.raises(ConfigError, match="ratio=12 does nothing"):
+        full_kv("k4v4,ratio=12")
+    assert full_kv("k4v4,ratio=12", stored=True) == "leankv:k4v4,ratio=12"

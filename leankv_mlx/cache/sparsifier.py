@@ -178,6 +178,10 @@ class Sparsifier:
         else:
             for each in layers:
                 each.compress()
+            # Chunks of a prompt so small that they wait in the window.
+            small = not self._ended and self._config.scores == "queries"
+            if small and self._config.at == "chunk" and self._leads(layer):
+                self._place(*self._judged(self._alive()))
         if self._bound:
             self._keep_to_budget()
 
