@@ -89,7 +89,7 @@ class ChatApp(App[None]):
 
     def _saved_kv(self) -> str:
         try:
-            return full_kv(self.settings.kv)
+            return full_kv(self.settings.kv, stored=True)
         except ConfigError:
             return "leankv"
 

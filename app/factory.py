@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 MakeEngine = Callable[[Emit], EngineLike]
 
 
-def full_kv(text: str) -> str:
+def full_kv(text: str, stored: bool = False) -> str:
     """A `--kv` text from what users write: a profile's name and a bare SPEC are enough.
+
+    Args:
+        stored: the text was kept by an earlier run, see `CompressionConfig.parse`.
 
     Raises:
         ConfigError: it is not understood.
     """
     text = text.strip()
-    return text if text == "none" else CompressionConfig.parse(text).spec()
+    return text if text == "none" else CompressionConfig.parse(text, stored).spec()
 
 
 def kv_choices() -> list[str]:

@@ -1,11 +1,15 @@
 """The compressed KV cache behind mlx-lm's cache protocol."""
 
-from leankv_mlx.cache.compressed import (
-    CompressedKVCache,
+from leankv_mlx.cache.compressed import CompressedKVCache
+from leankv_mlx.cache.lists import (
     act_together,
+    can_rewind,
     end_prompt,
     forget_queries,
+    is_prefix,
     place_by,
+    reading,
+    rewind,
 )
 from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.tracking import Fetched, owner_of
@@ -15,8 +19,12 @@ __all__ = [
     "CompressedKVCache",
     "Fetched",
     "act_together",
+    "can_rewind",
     "end_prompt",
     "forget_queries",
+    "is_prefix",
     "owner_of",
     "place_by",
+    "reading",
+    "rewind",
 ]

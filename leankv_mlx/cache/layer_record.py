@@ -70,7 +70,7 @@ def read(
     kv, keep_fetched = record.get("kv"), record.get("keep_fetched")
     if not isinstance(kv, str) or len(kv) > _MAX_SPEC or not isinstance(keep_fetched, bool):
         raise DamagedError(LAYERS)
-    config = CompressionConfig.parse(kv)
+    config = CompressionConfig.parse(kv, stored=True)
     if not equalized and "equalize=on" not in kv:
         config = replace(config, equalize=False)
     state: list[Any] = [replace(config, backend=backend).spec(), keep_fetched]

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from leankv_mlx.cache import reading
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.documents.cache import DocumentCache, Key, kv_name, model_identity
 from leankv_mlx.mlx_lm.attachment import make_caches
@@ -96,9 +97,10 @@ def prefill(model: nn.Module, tokens: Sequence[int], caches: list[Any], progress
     """Read tokens into caches, a chunk at a time."""
     done, total = 0, len(tokens)
     progress(done, total)
-    while done < total:
-        chunk = mx.array(list(tokens[done : done + PREFILL_CHUNK]))
-        model(chunk[None], cache=caches)
-        mx.eval([cache.state for cache in caches])
-        done += chunk.size
-        progress(done, total)
+    with reading(caches):
+        while done < total:
+            chunk = mx.array(list(tokens[done : done + PREFILL_CHUNK]))
+            model(chunk[None], cache=caches)
+            mx.eval([cache.state for cache in caches])
+            done += chunk.size
+            progress(done, total)

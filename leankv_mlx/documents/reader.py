@@ -18,8 +18,9 @@ from leankv_mlx.documents.readers import document_head
 from leankv_mlx.errors import ContextLengthError
 from leankv_mlx.mlx_lm import prompts
 from leankv_mlx.mlx_lm.attachment import Attachment, attach
+from leankv_mlx.mlx_lm.context import context_length
 from leankv_mlx.mlx_lm.footprint import Footprint, spare_memory
-from leankv_mlx.mlx_lm.loading import LoadedModel, context_length, load
+from leankv_mlx.mlx_lm.loading import LoadedModel, load
 from leankv_mlx.mlx_lm.usage import Usage, measure
 
 _UNKNOWN_CONTEXT = 1 << 20

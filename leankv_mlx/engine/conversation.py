@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx import nn
 
+from leankv_mlx.cache import can_rewind, is_prefix
 from leankv_mlx.engine.requests import Turn
 from leankv_mlx.mlx_lm import prompts
 from leankv_mlx.mlx_lm.attachment import make_caches
@@ -58,7 +59,11 @@ class Conversation:
 
         At least one token of the prompt is left to read.
         """
-        self._cut(prompts.shared(self.tokens, prompt[:-1]))
+        shared = prompts.shared(self.tokens, prompt)
+        keep = min(shared, len(prompt) - 1)
+        if keep < len(self.tokens) and not is_prefix(self.caches, shared):
+            keep = 0  # what a policy kept of another prompt does not answer this one
+        self._cut(keep)
         return len(self.tokens)
 
     def settle(self, prompt: Sequence[int], reply: Sequence[int]) -> None:
@@ -88,7 +93,8 @@ class Conversation:
         surplus = len(self.tokens) - keep
         if surplus <= 0:
             return
-        if keep == 0 or not all(cache.is_trimmable() for cache in self.caches):
+        # A policy may have looked at what goes now, but that was no other prompt.
+        if keep == 0 or not can_rewind(self.caches):
             self.forget_cache()
             return
         for cache in self.caches:

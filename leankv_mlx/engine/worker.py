@@ -29,8 +29,9 @@ from leankv_mlx.engine.requests import Forget, Load, Read, Recode, Reply, Reques
 from leankv_mlx.engine.telemetry import Room, bytes_per_token, snapshot
 from leankv_mlx.errors import ContextLengthError, ModelError, UsageError
 from leankv_mlx.mlx_lm.attachment import Attachment, attach, make_caches
+from leankv_mlx.mlx_lm.context import context_length
 from leankv_mlx.mlx_lm.footprint import spare_memory, weight_bytes
-from leankv_mlx.mlx_lm.loading import LoadedModel, check_context, context_length, load
+from leankv_mlx.mlx_lm.loading import LoadedModel, check_context, load
 from leankv_mlx.mlx_lm.loading import resolve_model as resolve
 from leankv_mlx.mlx_lm.usage import measure
 
@@ -331,7 +332,7 @@ class Worker:
 
 
 def _parse(kv: str) -> CompressionConfig | None:
-    return None if kv == "none" else CompressionConfig.parse(kv)
+    return None if kv == "none" else CompressionConfig.parse(kv, stored=True)  # read before
 
 
 def _stop_type() -> type[Exception]:

@@ -39,6 +39,7 @@ from leankv_mlx.mlx_lm.loading import (
     load_from,
     resolve_model,
 )
+from leankv_mlx.mlx_lm.loops import telling
 from leankv_mlx.mlx_lm.patches import printing, replaced
 from leankv_mlx.mlx_lm.precision import compute_in_float32
 from leankv_mlx.mlx_lm.usage import Usage, measure, summary_line
@@ -263,7 +264,7 @@ class Session:
     ) -> Any:
         """mlx-lm's `generate_step`, within the model's context."""
         check_context(self._context, len(prompt), -1)
-        return original(prompt, *args, **options)
+        return telling(original)(prompt, *args, **options)
 
     def stream_generate(
         self, original: Callable[..., Any], *args: Any, prompt_cache: Any, **options: Any

@@ -16,6 +16,7 @@ from mlx import nn
 
 from leankv_mlx import terminal
 from leankv_mlx.errors import ContextLengthError, ModelError
+from leankv_mlx.mlx_lm.context import context_length
 from leankv_mlx.mlx_lm.precision import compute_in_float32
 from leankv_mlx.models.container import has_magic
 from leankv_mlx.models.conversion import ORIGIN
@@ -30,10 +31,6 @@ _WHOLE_BYTES = 16 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 1024, 1024
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_CONTEXT_KEYS = (
-    "max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "n_ctx",
-    "seq_length",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -231,15 +228,6 @@ def _cached(hub_id: str, allowed: list[str]) -> Path | None:
 def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
-
-
-def context_length(config: Mapping[str, Any]) -> int | None:
-    """Tokens that a model was made for; None if its config does not say."""
-    for part in (config, config.get("text_config") or {}):
-        for key in _CONTEXT_KEYS:
-            if isinstance(length := part.get(key), int) and length > 0:
-                return length
-    return None
 
 
 def check_context(config: Mapping[str, Any], prompt_tokens: int, max_tokens: int) -> int:

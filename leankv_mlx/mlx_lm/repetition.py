@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from leankv_mlx.cache import CompressedKVCache, forget_queries, place_by
+from leankv_mlx.cache import CompressedKVCache, forget_queries, place_by, reading
 from leankv_mlx.sparsity import LargestReceived
 
 PART = 512
@@ -45,7 +45,8 @@ def settle_document(
     """
     forget_queries(caches)  # or at=chunk drops tokens of the copies that repeat the document
     if judges_by_repetition(caches):
-        _repeat_and_place(model, caches, tokens, instruction)
+        with reading(caches):  # it need not keep to a budget before it is judged
+            _repeat_and_place(model, caches, tokens, instruction)
 
 
 def _repeat_and_place(
