@@ -1,8 +1,9 @@
 """Files that are there whole or not at all, whoever else writes them and whenever a process dies.
 
-A file is written beside its place, under a name of its own, and renamed. Its writer holds a lock on
-that name which ends with the process, so the next writer knows what a dead one has left, and removes
-nothing else. Where the file system has no locks nothing is removed, and nobody waits for anybody.
+A file is written beside its place, under a name of its own, and renamed. Its writer holds a lock
+on that name which ends with the process, so the next writer knows what a dead one has left, and
+removes nothing else. Where the file system has no locks nothing is removed, and nobody waits for
+anybody.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ _ATTEMPTS = 3
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of another one at the end of the block; if anything fails, the
-    older one stays as it is.
+    """A new file that takes the place of another one at the end of the block; if anything fails,
+    the older one stays as it is.
 
     Raises:
         OSError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Files are whole whoever else writes them, and what a killed writer left goes with the next one."""
+"""Files are whole whoever else writes them; what a killed writer left goes with the next one."""
 
 from __future__ import annotations
 

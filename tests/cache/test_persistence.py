@@ -565,7 +565,7 @@ def test_a_header_is_as_long_as_it_can_be_read(tmp_path: Path) -> None:
 
 
 def test_fuzz_structured_with_a_right_digest(fuzz: Fuzz) -> None:
-    """Any tensor with any other values: refused with one line, or a cache that can be worked with."""
+    """Any tensor with any other values is refused with one line, or makes a cache of numbers."""
     names = [name for name in fuzz.header if name != "__metadata__"]
     accepted = 0
     for _ in range(400):
@@ -581,7 +581,7 @@ def test_fuzz_structured_with_a_right_digest(fuzz: Fuzz) -> None:
         try:
             caches = load_prompt_cache(fuzz.path).caches
         except CacheFileError as error:
-            assert "\n" not in str(error)
+            fuzz.messages.add(str(error))
             continue
         accepted += 1
         layer = int(name.split(".")[0])
@@ -589,6 +589,7 @@ def test_fuzz_structured_with_a_right_digest(fuzz: Fuzz) -> None:
             keys, values_ = caches[layer].keys_and_values()
             assert mx.isfinite(keys).all().item() and mx.isfinite(values_).all().item()
     assert 50 < accepted < 400
+    assert all("\n" not in message for message in fuzz.messages)
 
 
 # What was written is read, however little it is.
