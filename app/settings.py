@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from leankv_mlx.atomic import put_aside, read_text, write_text
+from leankv_mlx.atomic import is_lasting, put_aside, read_text, write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +48,12 @@ def load(path: Path) -> tuple[Settings, str]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         what = "cannot be read" if isinstance(error, OSError) else "is damaged"
         said = f"The settings file {what} ({_why(error)})"
-    try:
-        said = f"{said}; it is now {put_aside(path)}"
-    except OSError:
-        said = f"{said}: {path}"
-    return Settings(), f"{said}. The default settings are in use."
+        lasting = is_lasting(error)
+    where = str(path)
+    if lasting:
+        with suppress(OSError):
+            where = f"it is now {put_aside(path)}"
+    return Settings(), f"{said}; {where}. The default settings are in use."
 
 
 def from_dict(found: Any) -> Settings:

@@ -24,6 +24,7 @@ from typing import BinaryIO
 _MAX_TEXT = 1 << 24
 """Characters of a small file."""
 _ATTEMPTS = 3
+_LASTING = (errno.EINVAL, errno.EFBIG, errno.EACCES, errno.EPERM)
 
 
 @contextmanager
@@ -93,6 +94,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def is_lasting(error: Exception) -> bool:
+    """Whether a file that could not be read or understood will be no better the next time."""
+    return not isinstance(error, OSError) or error.errno in _LASTING
 
 
 def free_name(path: Path) -> Path:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from leankv_mlx.atomic import locked, put_aside, read_text, write_text
+from leankv_mlx.atomic import is_lasting, locked, put_aside, read_text, write_text
 from leankv_mlx.errors import ConfigError, UsageError
 from leankv_mlx.folders import folder
 from leankv_mlx.resources import models_toml
@@ -38,10 +39,11 @@ def put_damaged_aside() -> str:
     try:
         _read(own)
     except ConfigError as error:
-        try:
-            return f"{error.args[0].partition('; ')[0]}; it is now {put_aside(own)}."
-        except OSError:
-            return str(error)
+        cause = error.__cause__
+        if isinstance(cause, Exception) and is_lasting(cause):
+            with suppress(OSError):
+                return f"{str(error).rpartition('; ')[0]}; it is now {put_aside(own)}."
+        return str(error)
     return ""
 
 

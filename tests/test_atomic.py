@@ -207,3 +207,19 @@ def test_profiles_of_any_text_are_read_again(own: Path) -> None:
     assert rows["a b"]["kv"] == "k3v3"
     assert rows["mine"]["about"] == 'fast 🚀 "quoted" \x7f\x01 caf?'
     assert {"a b", "mine"} < set(profiles())
+
+
+def test_a_file_that_cannot_be_read_just_now_stays(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many open files, or a network that is gone, say nothing about the file."""
+    save_profile(own, "mine", "k4v4", "")
+
+    def fail(path: Path) -> str:
+        raise OSError(24, "Too many open files")
+
+    from leankv_mlx import profiles as module
+
+    monkeypatch.setattr(module, "read_text", fail)
+    assert "Too many open files" in put_damaged_aside()
+    assert own.exists()

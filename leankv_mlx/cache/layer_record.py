@@ -155,9 +155,10 @@ class _Content:
         _expect(blocks, (int(owned.sum()), format.words), (mx.uint32,))
         check_finite(blocks[:, -TILE:].view(mx.float16))  # the scales, see codec/packing.py
         width = int(owned.max())
-        # A head has a column for each block of the longest one. In a layer that was written these
-        # take less than the blocks; many heads beside a long one would take any amount.
-        if 4 * heads * width > blocks.nbytes + _SPARE:
+        # A head has a column for each block of the longest one, and other arrays one for each slot.
+        # Beside the blocks of a layer that was written that is little, however much longer one head
+        # is than the others; with heads of which no model has so many it would take any amount.
+        if 4 * heads * width > blocks.nbytes // 4 + _SPARE:
             raise DamagedError(_COUNTS)
         here = np.arange(width) < owned[:, None]
         ids = np.zeros((heads, width), np.int32)

@@ -193,6 +193,26 @@ def test_the_chat_starts_with_damaged_files_and_says_so(seed: int, home: Paths) 
     drive(script, home.database.parent.parent)
 
 
+def test_a_damaged_database_goes_on_with_what_can_be_read(home: Paths) -> None:
+    """All chats gone although only a page was damaged; and nobody said where the old file is."""
+    data = bytearray(written(home)[home.database])
+    data[-4096:] = bytes(4096)
+    home.database.write_bytes(data)
+
+    async def script(d: Driver) -> None:
+        await d.shows("is damaged")
+        await d.pilot.click("#yes")
+        await d.shows("what could be read is in the new one: messages 2")
+        await d.loaded()
+        await d.said("hello", "Hi there.")
+
+    drive(script, home.database.parent.parent)
+    store = Store(home.database)
+    found = texts(store)
+    assert 200 < len(found) < 242 and "hello" in found
+    store.close()
+
+
 # What damage at random does not find
 
 
