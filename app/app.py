@@ -6,7 +6,6 @@ import gc
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from textual.app import App, SystemCommand
@@ -25,7 +24,7 @@ from leankv_app.screens.chat import ChatScreen
 from leankv_app.store import Store, StoreError
 from leankv_mlx.engine.record import Recorder
 from leankv_mlx.engine.requests import Emit, Load
-from leankv_mlx.errors import ConfigError
+from leankv_mlx.profiles import put_damaged_aside
 
 if TYPE_CHECKING:
     from leankv_app.settings import Settings
@@ -66,7 +65,8 @@ class ChatApp(App[None]):
         self.options = options
         self.paths = paths
         self.last_words: list[str] = []
-        self.settings, self._settings_problem = configuration.load(paths.settings)
+        self.settings, problem = configuration.load(paths.settings)
+        self._problems = {"Settings": problem, "Profiles": put_damaged_aside()}
         self.link = EngineLink()
         emit: Emit = self.link
         self._recorder: Recorder | None = None
@@ -90,7 +90,8 @@ class ChatApp(App[None]):
     def _saved_kv(self) -> str:
         try:
             return full_kv(self.settings.kv, stored=True)
-        except ConfigError:
+        except ValueError as error:  # ConfigError, or a number too long to be one
+            self._problems["Compression"] = f"{error} Until it is set anew leankv is in use."
             return "leankv"
 
     def _open_store(self) -> Store:
@@ -113,8 +114,9 @@ class ChatApp(App[None]):
         self.engine.start()
         self.load(self.options.model or self.settings.model, self.chat.kv)
         self.chat_screen.begin(self.options)
-        if self._settings_problem:
-            self.chat_screen.say_error("Settings", self._settings_problem)
+        for title, problem in self._problems.items():
+            if problem:
+                self.chat_screen.say_error(title, problem)
         if self._store_problem:
             self.chat_screen.store_failed(self._store_problem)
 
@@ -129,18 +131,17 @@ class ChatApp(App[None]):
         self.chat_screen.store_failed(text)
 
     def set_aside(self) -> bool:
-        """Move a damaged database away and begin a new one with what is on the screen."""
-        stamp = time.strftime("%Y%m%d-%H%M%S")
+        """Put a damaged database aside and go on with a new one: what can be read of the old one,
+        and what is on the screen."""
+        from leankv_app.store.recovery import begin_anew
+
         try:
-            for suffix in ("", "-wal", "-shm"):
-                file = Path(f"{self.paths.database}{suffix}")
-                if file.exists():
-                    file.rename(f"{self.paths.database}.broken-{stamp}{suffix}")
-            store = Store(self.paths.database)
-            self.chat.move_to(store)
+            recovered = begin_anew(self.paths.database)
+            self.chat.move_to(Store(self.paths.database))
         except (OSError, StoreError) as error:
             self.chat_screen.say_error("Chats", str(error))
             return False
+        self.run_worker(self.chat_screen.note(recovered.line))
         return True
 
     def change_settings(self, changed: Settings) -> None:

@@ -9,7 +9,7 @@ from leankv_app.options import Options
 from leankv_app.paths import Paths
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.engine.requests import Emit, EngineLike
-from leankv_mlx.errors import DocumentError, UsageError
+from leankv_mlx.errors import ConfigError, DocumentError, UsageError
 from leankv_mlx.profiles import profiles
 
 if TYPE_CHECKING:
@@ -33,7 +33,10 @@ def full_kv(text: str, stored: bool = False) -> str:
 
 def kv_choices() -> list[str]:
     """What the picker and the completion offer."""
-    return [*profiles(), "none"]
+    try:
+        return [*profiles(), "none"]
+    except ConfigError:  # the user's file is damaged, which is said where one of them is used
+        return ["none"]
 
 
 def check(options: Options) -> None:

@@ -288,7 +288,7 @@ class ChatScreen(Screen[None]):
             if not yes or not self.chat_app.set_aside():
                 self.notify(NOT_SAVED, severity="warning", timeout=10)
 
-        question = f"{text}\n\nSet the file aside and begin a new one? {NOT_SAVED}"
+        question = f"{text}\n\nPut it aside and begin a new one with what it has? {NOT_SAVED}"
         self.app.push_screen(ConfirmDialog("Chats are not saved", question, "Set aside"), done)
 
     async def note(self, text: str, error: bool = False) -> None:

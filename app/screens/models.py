@@ -92,7 +92,8 @@ def rows_for(memory: int) -> list[tuple[Choice, Content, bool]]:
     rows = []
     for entry in sorted(catalogue(), key=_place):
         planned = {row.profile: row for row in plan(entry, memory).rows}
-        best, fp16 = planned[entry.kv].tokens, planned["fp16"].tokens
+        fp16 = planned["fp16"].tokens
+        best = planned[entry.kv].tokens if entry.kv in planned else fp16
         here = "here" if not entry.repo or entry.repo in cached else "download"
         cached.discard(entry.repo)
         fits = best >= 1024

@@ -65,9 +65,11 @@ class Opener:
 
     def find(self, prefix: Sequence[int], name: str) -> list[Any] | None:
         """The caches of a prefix that was kept; None if it has to be read."""
-        if self.store is None:
+        if self.store is None or not self.store.path(key := self._key(prefix)).exists():
             return None
-        return self.store.load(self._key(prefix), name, make_caches(self.loaded.model))
+        fresh = make_caches(self.loaded.model)
+        self.loaded.model(mx.array([[1]]), cache=fresh)  # never computed: it tells their shapes
+        return self.store.load(key, name, fresh)
 
     def keep(self, prefix: Sequence[int], name: str, caches: list[Any]) -> None:
         """Call it when a prefix was read into its caches, before anything follows."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ from leankv_mlx.models.conversion import (
     VERSION,
     convert,
     inexact_line,
+    is_whole,
     remove_unfinished,
 )
 
@@ -49,7 +51,7 @@ def kept(path: Path, note: Note) -> Path:
     place = folder("cache") / "models"
     entry = place / _identity(path)
     converted = entry / _CONVERTED
-    if not (converted / CONFIG).is_file():
+    if not is_whole(converted):
         note(f"{path.name} is read for the first time; what it becomes is kept for the next.")
         with _writing(place):
             _fill(path, converted)
@@ -60,12 +62,13 @@ def kept(path: Path, note: Note) -> Path:
 
 def _fill(path: Path, converted: Path) -> None:
     """Convert, unless another process was faster; without locks it can be so until the end."""
-    if (converted / CONFIG).is_file():
+    if is_whole(converted):
         return
+    shutil.rmtree(converted, ignore_errors=True)  # what is left of one that was damaged
     try:
         convert(path, converted)
     except ModelError:
-        if not (converted / CONFIG).is_file():
+        if not is_whole(converted):
             raise
 
 
@@ -113,5 +116,6 @@ def _writing(place: Path) -> Iterator[None]:
             yield
             return
         for entry in place.iterdir():
-            remove_unfinished(entry)
+            with suppress(OSError):  # a file of somebody else
+                remove_unfinished(entry)
         yield
