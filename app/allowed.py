@@ -28,8 +28,8 @@ def choices(name: str) -> Sequence[str]:
 def allowed(name: str) -> str:
     """What a setting may be, in words."""
     if name in RANGES:
-        low, high = RANGES[name]
-        return f"{low:,g} to {high:,}"
+        return " to ".join(f"{end:g}" if isinstance(end, float) else f"{end:,}"
+                           for end in RANGES[name])  # fmt: skip
     if name == "kv":
         return f"{', '.join(kv_choices())}, or bits such as k4v4"
     return ", ".join(choices(name)) or f"any text, or {_CLEARED[0]} for none"

@@ -12,6 +12,7 @@ from leankv_app.factory import full_kv
 from leankv_app.format import counted, megabytes, sentence
 from leankv_app.sample import QUESTIONS, SAMPLE
 from leankv_app.store import StoreError, export
+from leankv_app.texts import saving
 from leankv_app.typed import path_of, source_of
 from leankv_mlx.documents.readers import STDIN, read_document
 from leankv_mlx.errors import ConfigError, DocumentError
@@ -135,7 +136,7 @@ class Slash:
         if (now := screen.snapshot) is not None:
             lines.append(
                 f"{counted(now.tokens, 'token')} in {megabytes(now.used)} "
-                f"(fp16 {megabytes(now.fp16)}, {now.ratio:.2f}x), "
+                f"(fp16 {megabytes(now.fp16)}; {saving(now)[0]}), "
                 f"allocated {megabytes(now.allocated)}, process peak "
                 f"{megabytes(now.process_peak)}, {counted(now.context_left, 'token')} left"
             )

@@ -352,7 +352,7 @@ class ChatScreen(Screen[None]):
 
     async def _model_loaded(self, event: Loaded) -> None:
         self.progress.end()
-        self.loaded = event
+        self.loaded, self.done = event, None
         gc.freeze()  # modules and the model: they stay
         self.chat.model, self.chat.kv = event.model, event.kv
         self.panel.loaded(event)
