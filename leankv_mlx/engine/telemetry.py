@@ -70,15 +70,15 @@ def snapshot(request: int, caches: Sequence[Any], room: Room, speed: float) -> S
     )
 
 
-def _values_read(caches: Sequence[Any]) -> float:
-    shares = [cache.values_read for cache in caches if isinstance(cache, CompressedKVCache)]
-    return sum(shares) / len(shares) if shares else 1.0
-
-
 def _exact_until(caches: Sequence[Any]) -> int:
     """Tokens that fit before the first block leaves the window of a layer."""
     configs = [cache.config for cache in caches if isinstance(cache, CompressedKVCache)]
     return min((each.sink_tokens + each.window + TILE for each in configs), default=0)
+
+
+def _values_read(caches: Sequence[Any]) -> float:
+    shares = [cache.values_read for cache in caches if isinstance(cache, CompressedKVCache)]
+    return sum(shares) / len(shares) if shares else 1.0
 
 
 def bytes_per_token(model: nn.Module) -> float:
