@@ -86,7 +86,8 @@ class Conversation(Vertical):
     def following(self) -> bool:
         """Whether new text keeps the end in view."""
         area = self.messages
-        return area.max_scroll_y - area.scroll_y <= 1
+        # While little is there, an anchored end is scrolled to a place above the top.
+        return area.max_scroll_y - max(0, area.scroll_y) <= 1
 
     def scrolled(self) -> None:
         """Show the chip away from the end, and let what is far from view sleep."""

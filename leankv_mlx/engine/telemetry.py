@@ -66,7 +66,14 @@ def snapshot(request: int, caches: Sequence[Any], room: Room, speed: float) -> S
         speed,
         tuple(layers),
         _values_read(caches),
+        _exact_until(caches),
     )
+
+
+def _exact_until(caches: Sequence[Any]) -> int:
+    """Tokens that fit before the first block leaves the window of a layer."""
+    configs = [cache.config for cache in caches if isinstance(cache, CompressedKVCache)]
+    return min((each.sink_tokens + each.window + TILE for each in configs), default=0)
 
 
 def _values_read(caches: Sequence[Any]) -> float:
