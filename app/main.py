@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from leankv_mlx.errors import LeanKVError, UsageError
+from leankv_mlx.faults import described
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -108,7 +109,7 @@ def _described(error: Exception) -> tuple[str, int]:
         return str(error), error.exit_code
     if hasattr(error, "format_message"):
         return f"{error.format_message().rstrip('.')}; see leankv-chat --help.", 2
-    return f"{type(error).__name__}: {error} (--debug shows where).", 1
+    return described(error), 1
 
 
 def main() -> None:

@@ -30,7 +30,13 @@ from leankv_mlx.engine.telemetry import Room, bytes_per_token, snapshot
 from leankv_mlx.errors import ContextLengthError, ModelError, UsageError
 from leankv_mlx.mlx_lm.attachment import Attachment, attach, make_caches
 from leankv_mlx.mlx_lm.footprint import spare_memory, weight_bytes
-from leankv_mlx.mlx_lm.loading import LoadedModel, check_context, context_length, load
+from leankv_mlx.mlx_lm.loading import (
+    LoadedModel,
+    check_context,
+    context_length,
+    load,
+    longest_context,
+)
 from leankv_mlx.mlx_lm.loading import resolve_model as resolve
 from leankv_mlx.mlx_lm.usage import measure
 
@@ -148,6 +154,7 @@ class Worker:
 
     def _reply(self, request: Reply) -> None:
         loaded, conversation = self._need()
+        conversation.check_length(request.turns, longest_context(loaded.config))
         prompt = conversation.prompt(request.turns)
         if not prompt:
             raise UsageError("there is nothing to reply to.")
@@ -179,6 +186,7 @@ class Worker:
 
     def _read(self, request: Read) -> None:
         loaded, conversation = self._need()
+        conversation.check_length(request.turns, longest_context(loaded.config))
         prompt = conversation.beginning(request.turns)
         self._room(loaded, conversation, prompt, 1)
         run = _Run(prompt, conversation.reuse([*prompt, -1]))

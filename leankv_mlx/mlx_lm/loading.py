@@ -30,6 +30,7 @@ _WHOLE_BYTES = 16 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 1024, 1024
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_UNKNOWN_CONTEXT = 1 << 20
 _CONTEXT_KEYS = (
     "max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "n_ctx",
     "seq_length",
@@ -235,6 +236,11 @@ def context_length(config: Mapping[str, Any]) -> int | None:
             if isinstance(length := part.get(key), int) and length > 0:
                 return length
     return None
+
+
+def longest_context(config: Mapping[str, Any]) -> int:
+    """Tokens that a model was made for; very many if it does not say."""
+    return context_length(config) or _UNKNOWN_CONTEXT
 
 
 def check_context(config: Mapping[str, Any], prompt_tokens: int, max_tokens: int) -> int:
