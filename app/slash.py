@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import TYPE_CHECKING
 from leankv_app.commands import COMMANDS, SLOW
 from leankv_app.factory import full_kv
 from leankv_app.format import megabytes
+from leankv_app.opening import Openings, OpeningStopped
 from leankv_app.sample import QUESTIONS, SAMPLE
 from leankv_app.settings import checked
 from leankv_app.store import StoreError, export
-from leankv_mlx.documents.readers import STDIN, read_document
-from leankv_mlx.errors import ConfigError, DocumentError
+from leankv_mlx.documents.readers import STDIN
+from leankv_mlx.errors import ConfigError
+from leankv_mlx.faults import described
 
 if TYPE_CHECKING:
     from leankv_app.screens.chat import ChatScreen
@@ -28,6 +29,7 @@ class Slash:
 
     def __init__(self, screen: ChatScreen) -> None:
         self._screen = screen
+        self.openings = Openings()
 
     async def run(self, line: str) -> None:
         """Carry out a line that begins with a slash."""
@@ -81,13 +83,18 @@ class Slash:
         if not rest or rest == STDIN:
             await self._screen.note("Name a file or an address: /file PATH", error=True)
             return False
+        asked_in = self._screen.chat.messages
         try:
-            # In a thread: a page may take its time, and so may a long PDF.
-            document = await asyncio.to_thread(read_document, rest)
-        except DocumentError as error:
-            text = str(error)
+            document = await self.openings.document(rest, self._screen.progress)
+        except OpeningStopped:
+            await self._screen.note("Stopped; the document is not in context.")
+            return False
+        except Exception as error:  # whatever it is, it must not end the chat
+            text = described(error)
             self._screen.say_error("Document", text[:1].upper() + text[1:])
             return False
+        if self._screen.chat.messages is not asked_in:
+            return False  # another chat has begun meanwhile
         for line in document.notes:
             await self._screen.note(line)
         await self._screen.read(document)

@@ -48,8 +48,8 @@ def reply(header: dict[str, Any], raw: bytes) -> bytes:
     """Parse one document.
 
     Args:
-        header: `name`, `media_type`, `encoding` and `charset` as for `parsed`, and `characters`, the longest
-            text that may come out.
+        header: `document`, further arguments of `parsed`, and `characters`, the longest text that
+            may come out.
 
     Returns:
         A message whose `kind` is "text", with the text as its content and `note`; "document" or
@@ -59,9 +59,9 @@ def reply(header: dict[str, Any], raw: bytes) -> bytes:
     from leankv_mlx.errors import DocumentError, UsageError
     from leankv_mlx.faults import one_line
 
-    name = header["name"]
+    name = header["document"]["name"]
     try:
-        text, note = parsed(raw, name, header["media_type"], header["encoding"], header["charset"])
+        text, note = parsed(raw, **header["document"])
         if len(text) > header["characters"]:
             raise DocumentError(
                 f"{name} has a text of {len(text) / 1e6:,.0f} million characters and the limit is "

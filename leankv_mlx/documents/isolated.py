@@ -54,10 +54,12 @@ def isolated_text(
     """
     seconds = _SECONDS + len(raw) // _BYTES_A_SECOND
     header = {
-        "name": name,
-        "media_type": media_type,
-        "encoding": encoding,
-        "charset": charset,
+        "document": {
+            "name": name,
+            "media_type": media_type,
+            "encoding": encoding,
+            "charset": charset,
+        },
         "parent": os.getpid(),
         "seconds": seconds,
         "memory": MAX_MEMORY,

@@ -15,6 +15,7 @@ from pathlib import Path
 from leankv_mlx.documents.isolated import Look, isolated_text, no_look
 from leankv_mlx.documents.urls import SCHEMES, fetch
 from leankv_mlx.errors import DocumentError, UsageError
+from leankv_mlx.folders import expanded
 
 MAX_BYTES = 100 * 10**6
 STDIN = "-"
@@ -67,7 +68,7 @@ def read_document(source: str | Path, encoding: str = "", look: Look = no_look) 
         name, raw, media_type = fetched.name, fetched.data, fetched.media_type
         charset = fetched.charset
     else:
-        path = _path(source)
+        path = expanded(source)
         name, raw = shown(path.name), _from_file(path)
     text, note = isolated_text(raw, name, media_type, encoding, charset, look)
     text = text.strip()
@@ -86,7 +87,7 @@ def check_source(source: str | Path) -> None:
     if source == STDIN:
         raise UsageError("- does not work here; name a file.")
     if not _is_address(source):
-        _checked(_path(source))
+        _checked(expanded(source))
 
 
 def _is_address(source: str | Path) -> bool:
@@ -96,14 +97,6 @@ def _is_address(source: str | Path) -> bool:
 def shown(text: str | Path) -> str:
     """A name that can be written anywhere: names of files need not be UTF-8."""
     return _HALVES.sub("\ufffd", str(text))
-
-
-def _path(source: str | Path) -> Path:
-    path = Path(source)
-    try:
-        return path.expanduser()
-    except RuntimeError:  # there is no such user, so it is the name of a file, as for a shell
-        return path
 
 
 def _checked(path: Path) -> None:
