@@ -130,8 +130,11 @@ def _memory() -> int:
     """Bytes of memory in use: now on Linux, at most so far elsewhere; 0 if it cannot be known."""
     if sys.platform == "linux":
         # Not `ru_maxrss`: there it begins with what the parent had when it made this process.
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        try:
+            with open("/proc/self/statm", "rb") as file:
+                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except OSError:  # the kernel's limit is there anyway
+            return 0
     try:
         import resource
     except ImportError:

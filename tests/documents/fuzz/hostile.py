@@ -325,9 +325,7 @@ def _bomb_of(kind: str) -> Callable[[random.Random], bytes]:
     def made(rng: random.Random) -> bytes:
         members, member = _members(kind), _TEXT_OF[kind]
         at = members[member].rindex(b"</")
-        filling = rng.choice((b" ", b"<a/>", b"<a b='c'>x</a>", b"x")) * rng.choice(
-            (1000, 300_000)
-        )
+        filling = rng.choice((b" ", b"<a/>", b"<a b='c'>x</a>", b"x")) * rng.choice((1000, 300_000))
         members[member] = members[member][:at] + filling + members[member][at:]
         return archived(members)
 
