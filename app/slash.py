@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from typing import TYPE_CHECKING
 
@@ -10,12 +9,14 @@ from leankv_app.allowed import changed, confirmation, listing
 from leankv_app.commands import COMMANDS, SLOW
 from leankv_app.factory import full_kv
 from leankv_app.format import counted, megabytes, sentence
+from leankv_app.opening import Openings, OpeningStopped
 from leankv_app.sample import QUESTIONS, SAMPLE
 from leankv_app.store import StoreError, export
 from leankv_app.texts import saving
 from leankv_app.typed import path_of, source_of
-from leankv_mlx.documents.readers import STDIN, read_document
-from leankv_mlx.errors import ConfigError, DocumentError
+from leankv_mlx.documents.readers import STDIN
+from leankv_mlx.errors import ConfigError
+from leankv_mlx.faults import described
 from leankv_mlx.folders import expanded
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Slash:
 
     def __init__(self, screen: ChatScreen) -> None:
         self._screen = screen
+        self.openings = Openings()
 
     async def run(self, name: str, rest: str) -> None:
         """Carry out a command; what it says comes at the end of the conversation."""
@@ -86,12 +88,17 @@ class Slash:
         if not rest or rest == STDIN:
             await self._screen.note("Name a file or an address: /file PATH", error=True)
             return False
+        asked_in = self._screen.chat.messages
         try:
-            # In a thread: a page may take its time, and so may a long PDF.
-            document = await asyncio.to_thread(read_document, source_of(rest))
-        except DocumentError as error:
-            await self._screen.note(sentence(str(error)), error=True)
+            document = await self.openings.document(source_of(rest), self._screen.progress)
+        except OpeningStopped:
+            await self._screen.note("Stopped; the document is not in context.")
             return False
+        except Exception as error:  # whatever it is, it must not end the chat
+            await self._screen.note(sentence(described(error)), error=True)
+            return False
+        if self._screen.chat.messages is not asked_in:
+            return False  # another chat has begun meanwhile
         for line in document.notes:
             await self._screen.note(line)
         await self._screen.read(document)

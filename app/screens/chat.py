@@ -179,7 +179,7 @@ class ChatScreen(Screen[None]):
 
     def stop(self) -> None:
         """Stop what is running."""
-        self.chat.stop()
+        self.slash.openings.stop() or self.chat.stop()
 
     async def new_chat(self) -> None:
         """Begin another conversation."""

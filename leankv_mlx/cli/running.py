@@ -11,6 +11,7 @@ import typer
 
 from leankv_mlx.blas import bind
 from leankv_mlx.errors import LeanKVError
+from leankv_mlx.faults import described
 from leankv_mlx.terminal import line
 
 
@@ -54,5 +55,5 @@ def _described(error: Exception, name: str) -> tuple[str, int]:
             context = getattr(error, "ctx", None)
             text += f"; see {context.command_path if context else name} --help."
     else:
-        text, code = f"{type(error).__name__}: {error} (--debug shows where).", 1
+        text, code = described(error), 1
     return line(text), code

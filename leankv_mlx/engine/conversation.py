@@ -36,11 +36,23 @@ class Conversation:
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Tokens of the conversation up to where the model has to go on."""
-        text = self.render(turns)
+        known, rest = self._known_part(self.render(turns))
+        return known + self._encode(rest) if rest else known
+
+    def check_length(self, turns: Sequence[Turn], most: int) -> None:
+        """Refuse what is far too long before all of its tokens are made; see `prompts`.
+
+        Raises:
+            ContextLengthError: it has clearly more than `most` tokens.
+        """
+        known, rest = self._known_part(self.render(turns))
+        prompts.check_length(self._tokenizer, rest, most, len(known))
+
+    def _known_part(self, text: str) -> tuple[list[int], str]:
+        """The tokens that a conversation is known to begin with, and the text after them."""
         if self._text and text.startswith(self._text):
-            rest = text[len(self._text) :]
-            return self._known + self._encode(rest) if rest else list(self._known)
-        return self._encode(text)
+            return list(self._known), text[len(self._text) :]
+        return [], text
 
     def beginning(self, turns: Sequence[Turn]) -> list[int]:
         """Tokens that the conversation begins with, whatever is added to its last message."""

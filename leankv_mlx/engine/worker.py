@@ -29,7 +29,7 @@ from leankv_mlx.engine.requests import Forget, Load, Read, Recode, Reply, Reques
 from leankv_mlx.engine.telemetry import Room, bytes_per_token, snapshot
 from leankv_mlx.errors import ContextLengthError, ModelError, UsageError
 from leankv_mlx.mlx_lm.attachment import Attachment, attach, make_caches
-from leankv_mlx.mlx_lm.context import context_length
+from leankv_mlx.mlx_lm.context import context_length, longest_context
 from leankv_mlx.mlx_lm.footprint import spare_memory, weight_bytes
 from leankv_mlx.mlx_lm.loading import LoadedModel, check_context, load
 from leankv_mlx.mlx_lm.loading import resolve_model as resolve
@@ -149,6 +149,7 @@ class Worker:
 
     def _reply(self, request: Reply) -> None:
         loaded, conversation = self._need()
+        conversation.check_length(request.turns, longest_context(loaded.config))
         prompt = conversation.prompt(request.turns)
         if not prompt:
             raise UsageError("there is nothing to reply to.")
@@ -180,6 +181,7 @@ class Worker:
 
     def _read(self, request: Read) -> None:
         loaded, conversation = self._need()
+        conversation.check_length(request.turns, longest_context(loaded.config))
         prompt = conversation.beginning(request.turns)
         self._room(loaded, conversation, prompt, 1)
         run = _Run(prompt, conversation.reuse([*prompt, -1]))

@@ -201,6 +201,8 @@ class Session:
             self.main_model = LoadedModel(*loaded, path)
             self._fingerprint = fingerprint(path)
             self._check_fit(name)
+            if self.document is not None:
+                self.document.check_length(self.main_model)
         return loaded if with_config else loaded[:2]
 
     def sharded_load(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:

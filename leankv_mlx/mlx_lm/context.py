@@ -22,6 +22,8 @@ _STRETCHING = ("linear", "dynamic")
 """Kinds of RoPE scaling whose factor is for the length that the config gives."""
 _STRETCHED = ("gemma3", "gemma3_text")
 """Models whose config gives the length with the factor in it."""
+_UNKNOWN = 1 << 20
+"""Tokens to plan with where a config does not say."""
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
@@ -34,6 +36,11 @@ def context_length(config: Mapping[str, Any]) -> int | None:
             stretched = (_scaled(part, scaling, length) for scaling in _scalings(part, config))
             return max([length, *stretched])
     return None
+
+
+def longest_context(config: Mapping[str, Any]) -> int:
+    """Tokens that a model was made for; very many if it does not say."""
+    return context_length(config) or _UNKNOWN
 
 
 def _scalings(*parts: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
