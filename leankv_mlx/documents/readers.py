@@ -140,9 +140,10 @@ def _limited(raw: bytes, name: str) -> bytes:
 def _text(raw: bytes, name: str, media_type: str, encoding: str) -> tuple[str, str]:
     """The text, and what should be said about it."""
     if b"%PDF-" in raw[:1024]:
-        from leankv_mlx.documents.pdf import pdf_text
+        from leankv_mlx.documents.pdf import is_pdf, pdf_text
 
-        return pdf_text(raw, name)
+        if is_pdf(raw):
+            return pdf_text(raw, name)
     suffix = PurePosixPath(name).suffix.lower()
     if raw.startswith(b"PK\3\4"):
         from leankv_mlx.documents.office import office_kind, office_text
