@@ -68,7 +68,7 @@ def read_document(source: str | Path, encoding: str = "") -> Document:
     else:
         path = Path(source).expanduser()
         name, raw = path.name, _from_file(path)
-    text, note = _text(raw, name, media_type, encoding or charset)
+    text, note = _text(raw, name, media_type, encoding, charset)
     text = text.strip()
     if not text:
         raise DocumentError(f"{name} is empty.")
@@ -137,7 +137,7 @@ def _limited(raw: bytes, name: str) -> bytes:
     return raw
 
 
-def _text(raw: bytes, name: str, media_type: str, encoding: str) -> tuple[str, str]:
+def _text(raw: bytes, name: str, media_type: str, encoding: str, charset: str) -> tuple[str, str]:
     """The text, and what should be said about it."""
     if b"%PDF-" in raw[:1024]:
         from leankv_mlx.documents.pdf import is_pdf, pdf_text
@@ -153,6 +153,6 @@ def _text(raw: bytes, name: str, media_type: str, encoding: str) -> tuple[str, s
             raise DocumentError(f"{name} is an archive; unpack it and name a document.")
         return office_text(raw, name, kind), ""
     if is_html(raw) or suffix in _HTML_NAMES or media_type in _HTML_TYPES:
-        return page_text(raw, name, encoding)
-    text, note = decoded(raw, name, encoding)
+        return page_text(raw, name, encoding, charset)
+    text, note = decoded(raw, name, encoding, (charset,))
     return tidied(text), note
