@@ -6,6 +6,7 @@ What a document is, its content says: names and media types decide only where th
 from __future__ import annotations
 
 import hashlib
+import re
 import stat
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from leankv_mlx.errors import DocumentError, UsageError
 
 MAX_BYTES = 100 * 10**6
 STDIN = "-"
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+(?=:/)|data|mailto):", re.IGNORECASE)
 _HTML_NAMES = (".html", ".htm", ".xhtml")
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 
@@ -96,7 +98,7 @@ def _checked(path: Path) -> None:
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise DocumentError(f"there is no file {path}.") from None
+        raise _missing(path) from None
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     if stat.S_ISDIR(status.st_mode):
@@ -108,6 +110,18 @@ def _checked(path: Path) -> None:
             f"{path} has {status.st_size / 1e6:,.0f} MB and the limit is "
             f"{MAX_BYTES // 10**6} MB; give a part of it."
         )
+
+
+def _missing(path: Path) -> DocumentError:
+    if not (scheme := _SCHEME.match(str(path))):
+        return DocumentError(f"there is no file {path}.")
+    if scheme[1].lower() == "file":
+        return DocumentError(f"{path} is no path; give it without file:.")
+    if scheme[1].lower() in ("http", "https"):
+        return DocumentError(f"{path} is no address; it begins with {scheme[1].lower()}://.")
+    return DocumentError(
+        f"{scheme[1]}: is not read from; give an http or https address, or fetch the file first."
+    )
 
 
 def _from_file(path: Path) -> bytes:
