@@ -6,6 +6,8 @@ import os
 import secrets
 from pathlib import Path
 
+from leankv_mlx.folders import file_name
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file; if anything fails, an older one stays as it is.
@@ -14,7 +16,7 @@ def write_text(path: Path, text: str) -> None:
         OSError: it cannot be written.
     """
     target = path.resolve()  # the file behind a link, not the link
-    scratch = target.parent / f".{target.name[:100]}.{secrets.token_hex(4)}.tmp"
+    scratch = target.parent / file_name(f".{target.name}", f".{secrets.token_hex(4)}.tmp")
     try:
         with scratch.open("x", encoding="utf-8") as file:
             file.write(text)

@@ -26,6 +26,7 @@ import mlx.core as mx
 import numpy as np
 
 from leankv_mlx.errors import CacheFileError, UnsupportedError
+from leankv_mlx.folders import file_name
 
 FORMAT = "leankv-prompt-cache"
 VERSION = 3
@@ -97,7 +98,7 @@ def write(path: str | Path, tensors: Mapping[str, mx.array], metadata: Mapping[s
 
 
 def _replace(target: Path, header: bytes, tensors: Mapping[str, mx.array]) -> None:
-    name = target.parent / f".{target.name[:100]}.{secrets.token_hex(4)}.tmp"
+    name = target.parent / file_name(f".{target.name}", f".{secrets.token_hex(4)}.tmp")
     try:
         with open(name, "xb") as file:
             digest = hashlib.blake2b(header, digest_size=32)
