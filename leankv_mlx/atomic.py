@@ -21,8 +21,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from leankv_mlx.folders import file_name
+
 _MAX_TEXT = 1 << 24
 """Characters of a small file."""
+_RANDOM = "00000000.tmp"
+"""What a name ends with while the file is written, with other digits."""
 _ATTEMPTS = 3
 _LASTING = (errno.EINVAL, errno.EFBIG, errno.EACCES, errno.EPERM)
 
@@ -36,8 +40,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         OSError: it cannot be written.
     """
     target = path.resolve()  # the file behind a link, not the link
-    # Names are limited in bytes.
-    start = f".{target.name.encode(errors='replace')[:100].decode(errors='ignore')}."
+    start = file_name(f".{target.name}", f".{_RANDOM}").removesuffix(_RANDOM)
     remove_dead(_unfinished(target.parent, start))
     file, scratch = _claimed(target.parent, start)
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from leankv_app.format import shortened
 from leankv_app.store.sessions import Message
+from leankv_mlx import folders
 
 _HEADINGS = {"user": "You", "assistant": "Model", "summary": "Summary of what came before"}
 
@@ -38,6 +39,6 @@ def write(path: Path, text: str) -> Path:
     free, number = path, 1
     while free.exists():
         number += 1
-        free = path.with_stem(f"{path.stem}-{number}")
+        free = path.with_name(folders.file_name(path.stem, f"-{number}{path.suffix}"))
     free.write_text(text, encoding="utf-8")
     return free

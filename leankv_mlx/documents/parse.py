@@ -40,9 +40,10 @@ def parsed(
 
 def _text(raw: bytes, name: str, media_type: str, encoding: str, charset: str) -> tuple[str, str]:
     if b"%PDF-" in raw[:1024]:
-        from leankv_mlx.documents.pdf import pdf_text
+        from leankv_mlx.documents.pdf import is_pdf, pdf_text
 
-        return pdf_text(raw, name)
+        if is_pdf(raw):
+            return pdf_text(raw, name)
     suffix = PurePosixPath(name).suffix.lower()
     if raw.startswith(b"PK\3\4"):
         from leankv_mlx.documents.office import office_kind, office_text
@@ -54,8 +55,8 @@ def _text(raw: bytes, name: str, media_type: str, encoding: str, charset: str) -
     from leankv_mlx.documents.html import is_html, page_text
 
     if is_html(raw) or suffix in _HTML_NAMES or media_type in _HTML_TYPES:
-        return page_text(raw, name, encoding or charset)
+        return page_text(raw, name, encoding, charset)
     from leankv_mlx.documents.text import decoded, tidied
 
-    text, note = decoded(raw, name, encoding or charset)
+    text, note = decoded(raw, name, encoding, (charset,))
     return tidied(text), note

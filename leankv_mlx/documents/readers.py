@@ -19,6 +19,7 @@ from leankv_mlx.folders import expanded
 
 MAX_BYTES = 100 * 10**6
 STDIN = "-"
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+(?=:/)|data|mailto):", re.IGNORECASE)
 _HALVES = re.compile("[\ud800-\udfff]")
 """What Python makes of bytes of a file name that are not UTF-8, and no text can be written with."""
 
@@ -103,7 +104,7 @@ def _checked(path: Path) -> None:
     try:
         status = path.stat()
     except FileNotFoundError:
-        raise DocumentError(f"there is no file {shown(path)}.") from None
+        raise _missing(path) from None
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     if stat.S_ISDIR(status.st_mode):
@@ -115,6 +116,19 @@ def _checked(path: Path) -> None:
             f"{shown(path)} has {status.st_size / 1e6:,.0f} MB and the limit is "
             f"{MAX_BYTES // 10**6} MB; give a part of it."
         )
+
+
+def _missing(path: Path) -> DocumentError:
+    name = shown(path)
+    if not (scheme := _SCHEME.match(name)):
+        return DocumentError(f"there is no file {name}.")
+    if scheme[1].lower() == "file":
+        return DocumentError(f"{name} is no path; give it without file:.")
+    if scheme[1].lower() in ("http", "https"):
+        return DocumentError(f"{name} is no address; it begins with {scheme[1].lower()}://.")
+    return DocumentError(
+        f"{scheme[1]}: is not read from; give an http or https address, or fetch the file first."
+    )
 
 
 def _from_file(path: Path) -> bytes:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import datetime
 import io
+from itertools import islice
 from typing import Any
 
 import openpyxl
+
+_MAX_ROWS = 1 << 20
+"""Of a sheet; what gives a row a higher number is damaged."""
 
 
 def workbook_text(raw: bytes) -> str:
@@ -26,7 +30,7 @@ def workbook_text(raw: bytes) -> str:
 def _table(sheet: Any) -> str:
     sheet.reset_dimensions()  # what the file says about its size need not be true
     rows: list[dict[int, str]] = []
-    for row in sheet.iter_rows(values_only=True):
+    for row in islice(sheet.iter_rows(values_only=True), _MAX_ROWS):
         if cells := {i: _cell(value) for i, value in enumerate(row) if value is not None}:
             rows.append(cells)
     columns = sorted(set().union(*rows))

@@ -303,7 +303,7 @@ def _nested_in(kind: str, tag: str) -> Callable[[random.Random], bytes]:
     def made(rng: random.Random) -> bytes:
         members, member = _members(kind), _TEXT_OF[kind]
         text = members[member].decode()
-        at, depth = text.rindex("</", 0, text.rindex("</")), rng.choice((300, 30_000))
+        at, depth = text.rindex("</", 0, text.rindex("</")), rng.choice((300, 3000, 3000, 30_000))
         many = f"<{tag}>" * depth + f"</{tag}>" * rng.choice((0, depth))
         members[member] = f"{text[:at]}{many}{text[at:]}".encode()
         return archived(members)
@@ -325,7 +325,9 @@ def _bomb_of(kind: str) -> Callable[[random.Random], bytes]:
     def made(rng: random.Random) -> bytes:
         members, member = _members(kind), _TEXT_OF[kind]
         at = members[member].rindex(b"</")
-        filling = rng.choice((b" ", b"<a/>", b"<a b='c'>x</a>", b"x")) * rng.choice((1000, 300_000))
+        filling = rng.choice((b" ", b"<a/>", b"<a b='c'>x</a>", b"x")) * rng.choice(
+            (1000, 20_000, 20_000, 300_000)
+        )
         members[member] = members[member][:at] + filling + members[member][at:]
         return archived(members)
 
