@@ -8,6 +8,7 @@ from leankv_mlx.cache.compressed import (
     place_by,
 )
 from leankv_mlx.cache.memory import CacheMemory
+from leankv_mlx.cache.parts import one_update
 from leankv_mlx.cache.tracking import Fetched, owner_of
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "act_together",
     "end_prompt",
     "forget_queries",
+    "one_update",
     "owner_of",
     "place_by",
 ]
