@@ -26,6 +26,8 @@ from leankv_mlx.engine.requests import Emit, Load
 from leankv_mlx.errors import ConfigError
 
 if TYPE_CHECKING:
+    from textual.notifications import SeverityLevel
+
     from leankv_app.settings import Settings
 
 QUIT_SECONDS = 2.0
@@ -121,6 +123,18 @@ class ChatApp(App[None]):
     def _lost_store(self, text: str) -> None:
         self.chat_screen.store_failed(text)
 
+    def notify(
+        self,
+        message: str,
+        *,
+        title: str = "",
+        severity: SeverityLevel = "information",
+        timeout: float | None = None,
+        markup: bool = False,
+    ) -> None:
+        """A toast. Never markup: what it says comes from paths, errors and models."""
+        super().notify(message, title=title, severity=severity, timeout=timeout, markup=False)
+
     def set_aside(self) -> bool:
         """Move a damaged database away and begin a new one with what is on the screen."""
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -138,10 +152,12 @@ class ChatApp(App[None]):
 
     def change_settings(self, changed: Settings) -> None:
         """Use and save other settings."""
-        self.settings = changed
+        before, self.settings = self.settings, changed
         self.chat.settings = replace(changed, kv=self.chat.kv, system=self.chat.system)
         if changed.theme in self.available_themes:
             self.theme = changed.theme
+        if changed.panel != before.panel:
+            self.chat_screen.show_panel(changed.panel)
         if problem := configuration.save(self.paths.settings, changed):
             self.notify(problem, severity="error")
 
@@ -211,9 +227,25 @@ class ChatApp(App[None]):
         """Leave; the chat is saved."""
         self.exit()
 
+    def save_picture(self) -> None:
+        """Write the screen to an SVG file."""
+        folder = self.paths.exports
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.notify(f"written to {self.save_screenshot(path=str(folder))}")
+        except OSError as error:
+            self.notify(f"{folder} cannot be written: {error.strerror}", severity="error")
+
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The palette: Textual's own commands and ours."""
-        yield from super().get_system_commands(screen)
+        for command in super().get_system_commands(screen):
+            if command.title != "Screenshot":  # its toast is markup around a path
+                yield command
+        yield SystemCommand(
+            "Screenshot",
+            "Save a picture of the screen",
+            lambda: self.set_timer(0.1, self.save_picture),  # once the palette is gone
+        )
         yield SystemCommand("New chat", "The old one stays saved", self.action_new_chat)
         yield SystemCommand("Sessions", "Open a saved chat", self.action_sessions)
         yield SystemCommand("Models", "Choose and load a model", self.action_models)

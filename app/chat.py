@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from typing import Any
 
+from leankv_app.format import shortened
 from leankv_app.settings import Settings
-from leankv_app.store import Message, SessionInfo, Store, StoreError
+from leankv_app.store import TITLE_LENGTH, Message, SessionInfo, Store, StoreError
 from leankv_mlx.documents.readers import Document, document_head
 from leankv_mlx.engine.events import Done, Failed, Stopped, Text
 from leankv_mlx.engine.requests import EngineLike, Forget, Read, Recode, Reply, Turn
@@ -122,7 +123,7 @@ class Chat:
         if (running := self.running) is not None:
             self.engine.stop(self.request)
             running.status = "stopped"
-            self.running = None
+            self.running, self.request = None, 0
             self._safely(lambda store: store.update(running))
 
     def move_to(self, store: Store) -> None:
@@ -168,6 +169,10 @@ class Chat:
 
     # What the engine says
 
+    def knows(self, request: int) -> bool:
+        """Whether an event is of this conversation, or of none; what was left speaks on a while."""
+        return request in (0, self.request, self.reading)
+
     def text(self, event: Text) -> bool:
         """A piece of the reply; True if it belongs to this conversation."""
         if self.running is None or event.request != self.request:
@@ -184,7 +189,7 @@ class Chat:
 
     def ended(self, event: Done | Stopped | Failed) -> Message | None:
         """The reply that ended with this event, None if it was something else."""
-        if event.request == self.reading:
+        if self.reading and event.request == self.reading:
             self.reading = 0
             if not isinstance(event, Done):
                 self.documents.clear()
@@ -261,7 +266,7 @@ class Chat:
             self.session = store.create(self.model, self.kv, self.system)
 
         self._safely(create)
-        self.title = self.title or " ".join(title.split())[:60]
+        self.title = self.title or shortened(title, TITLE_LENGTH)
 
     def _add(self, message: Message) -> None:
         self.messages.append(message)

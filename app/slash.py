@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from leankv_app.allowed import changed, confirmation, listing
 from leankv_app.commands import COMMANDS, SLOW
 from leankv_app.factory import full_kv
-from leankv_app.format import megabytes
+from leankv_app.format import counted, megabytes, sentence
 from leankv_app.sample import QUESTIONS, SAMPLE
-from leankv_app.settings import checked
 from leankv_app.store import StoreError, export
+from leankv_app.typed import path_of, source_of
 from leankv_mlx.documents.readers import STDIN, read_document
 from leankv_mlx.errors import ConfigError, DocumentError
+from leankv_mlx.folders import expanded
 
 if TYPE_CHECKING:
     from leankv_app.screens.chat import ChatScreen
@@ -29,13 +29,13 @@ class Slash:
     def __init__(self, screen: ChatScreen) -> None:
         self._screen = screen
 
-    async def run(self, line: str) -> None:
-        """Carry out a line that begins with a slash."""
-        name, _, rest = line.partition(" ")
+    async def run(self, name: str, rest: str) -> None:
+        """Carry out a command; what it says comes at the end of the conversation."""
+        self._screen.conversation.latest()
         if name not in COMMANDS:
             await self._screen.note(f"There is no command {name}; /help lists them.", error=True)
             return
-        done = getattr(self, name[1:])(rest.strip())
+        done = getattr(self, name[1:])(rest)
         if name in SLOW:
             self._screen.run_worker(done)
         elif inspect.isawaitable(done):
@@ -50,7 +50,7 @@ class Slash:
     def model(self, rest: str) -> None:
         """The picker, or a model by name."""
         if rest:
-            self._screen.load(rest)
+            self._screen.load(path_of(rest))
         else:
             self._screen.open_models()
 
@@ -64,17 +64,21 @@ class Slash:
             await self._screen.note(f"System prompt: {chat.system or '(none)'}")
 
     async def set(self, rest: str) -> None:
-        """Change one setting."""
+        """Change one setting, or say what there is."""
         name, _, value = rest.partition(" ")
-        app = self._screen.chat_app
+        screen, app = self._screen, self._screen.chat_app
         try:
-            kept = checked(name, value.strip())
-            changed = replace(app.settings, **{name: kept})
+            if not value:
+                await screen.note(listing(app.settings, name))
+                return
+            settings = changed(app.settings, name, value.strip())
         except ValueError as error:
-            await self._screen.note(f"{error}.", error=True)
+            await screen.note(f"{sentence(str(error))}.", error=True)
             return
-        app.change_settings(changed)
-        await self._screen.note(f"{name} is now {kept}.")
+        app.change_settings(settings)
+        if name == "panel":  # keys may have changed what is shown
+            screen.show_panel(settings.panel)
+        await screen.note(confirmation(settings, name))
 
     async def file(self, rest: str) -> bool:
         """Put a document in context; True if it could be read."""
@@ -83,10 +87,9 @@ class Slash:
             return False
         try:
             # In a thread: a page may take its time, and so may a long PDF.
-            document = await asyncio.to_thread(read_document, rest)
+            document = await asyncio.to_thread(read_document, source_of(rest))
         except DocumentError as error:
-            text = str(error)
-            self._screen.say_error("Document", text[:1].upper() + text[1:])
+            await self._screen.note(sentence(str(error)), error=True)
             return False
         for line in document.notes:
             await self._screen.note(line)
@@ -125,20 +128,23 @@ class Slash:
         lines = []
         if (loaded := screen.loaded) is not None:
             lines.append(
-                f"{loaded.name}: {loaded.compressed} of {loaded.layers} layers compressed, "
+                f"{loaded.name}: {loaded.compressed} of {counted(loaded.layers, 'layer')} "
+                f"compressed, "
                 f"weights {megabytes(loaded.weights)}, budget {megabytes(loaded.budget)}"
             )
         if (now := screen.snapshot) is not None:
             lines.append(
-                f"{now.tokens:,} tokens in {megabytes(now.used)} (fp16 {megabytes(now.fp16)}, "
-                f"{now.ratio:.2f}x), allocated {megabytes(now.allocated)}, "
-                f"process peak {megabytes(now.process_peak)}, {now.context_left:,} tokens left"
+                f"{counted(now.tokens, 'token')} in {megabytes(now.used)} "
+                f"(fp16 {megabytes(now.fp16)}, {now.ratio:.2f}x), "
+                f"allocated {megabytes(now.allocated)}, process peak "
+                f"{megabytes(now.process_peak)}, {counted(now.context_left, 'token')} left"
             )
         if (done := screen.done) is not None:
             read = done.prompt_tokens - done.reused
             lines.append(
-                f"last reply: {done.tokens} tokens in {done.decode_seconds:.1f} s; {read} prompt "
-                f"tokens read in {done.prefill_seconds:.1f} s, {done.reused} reused"
+                f"last reply: {counted(done.tokens, 'token')} in {done.decode_seconds:.1f} s; "
+                f"{counted(read, 'prompt token')} read in {done.prefill_seconds:.1f} s, "
+                f"{done.reused:,} reused"
             )
         await screen.note("\n".join(lines) or "Nothing has happened yet.")
 
@@ -178,11 +184,11 @@ class Slash:
             return
         text = export.markdown(chat.title or "Chat", chat.model, chat.kv, chat.messages)
         default = screen.chat_app.paths.exports / export.file_name(chat.title)
-        path = Path(rest).expanduser() if rest else default
+        path = expanded(path_of(rest)) if rest else default
         try:
             await screen.note(f"Written to {export.write(path, text)}")
         except OSError as error:
-            screen.say_error("Export", f"{path} cannot be written: {error.strerror}.")
+            await screen.note(f"{path} cannot be written: {error.strerror}.", error=True)
 
     async def resume(self, rest: str) -> None:
         """The list of sessions, or one by number."""
@@ -205,7 +211,7 @@ class Slash:
         if not rest:
             await self._screen.note("Say the title: /rename TEXT", error=True)
             return
-        self._screen.chat.rename(rest)
+        self._screen.chat.rename(" ".join(rest.split()))
         self._screen.show_title()
 
     def quit(self, rest: str) -> None:

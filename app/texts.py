@@ -2,8 +2,11 @@
 
 from leankv_app.format import megabytes
 from leankv_mlx.engine.catalogue import catalogue
+from leankv_mlx.engine.events import Downloading, Recoded
 
 WELCOME = "Type a question, /file PATH to put a document in context, or F1 for help."
+FAILURES = {"load": "Model", "reply": "No reply", "kv": "Compression"}
+"""Titles of dialogs, by the kind of a `Failed`."""
 NOT_SAVED = "Chats of this run are kept in memory only. Export with Ctrl+E what you want to keep."
 
 
@@ -24,3 +27,21 @@ def only_demo_model() -> str:
             "document and gives its first sentences as a summary. /demo gives it a document.",
         ]
     )
+
+
+def downloading(event: Downloading) -> str:
+    """How far a download is."""
+    of = f" of {megabytes(event.total)}" if event.total else ""
+    return f"downloading {event.model}: {megabytes(event.done)}{of}"
+
+
+def recoded(event: Recoded) -> str:
+    """What another compression means for this conversation."""
+    if event.reread:
+        return (
+            f"{event.kv}: more bits cannot be won back from fewer, so the conversation is "
+            "read again with your next message."
+        )
+    if event.before:
+        return f"{event.kv}: re-encoded, {megabytes(event.before)} -> {megabytes(event.after)}."
+    return f"{event.kv} from now on."

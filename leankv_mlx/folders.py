@@ -28,3 +28,13 @@ def folder(kind: Kind) -> Path:
         "cache": platformdirs.user_cache_dir,
     }[kind]
     return Path(find(NAME, appauthor=False))
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with `~` and `~user` as the home; where there is no such user it is the name of a
+    file, as for a shell, and comes back absolute, so that nobody looks for a home again."""
+    path = Path(path)
+    try:
+        return path.expanduser()
+    except (RuntimeError, ValueError):
+        return path.absolute()

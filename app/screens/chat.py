@@ -11,15 +11,16 @@ from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
 from textual.widgets import Footer, Static
 
+from leankv_app import texts
 from leankv_app.chat import CHECKPOINT_SECONDS, Chat
 from leankv_app.commands import COMMANDS, complete
-from leankv_app.format import megabytes, model_name
+from leankv_app.format import counted, model_name, sentence
 from leankv_app.link import EngineEvents
 from leankv_app.options import Options
 from leankv_app.settings import Settings
 from leankv_app.slash import Slash
 from leankv_app.store import Message, SessionInfo, StoreError
-from leankv_app.texts import NOT_SAVED, WELCOME, only_demo_model
+from leankv_app.typed import command_of
 from leankv_app.widgets.completions import CompletionList
 from leankv_app.widgets.conversation import Conversation
 from leankv_app.widgets.memory_panel import MemoryPanel
@@ -112,7 +113,7 @@ class ChatScreen(Screen[None]):
         if options.resume:
             await self.slash.resume(options.resume)
         else:
-            await self.note(WELCOME)
+            await self.note(texts.WELCOME)
         for file in options.files:
             await self.slash.file(file)
 
@@ -127,8 +128,8 @@ class ChatScreen(Screen[None]):
     # What the user does
 
     async def on_prompt_submitted(self, event: Prompt.Submitted) -> None:
-        if event.text.startswith("/"):
-            await self.slash.run(event.text)
+        if command := command_of(event.text):
+            await self.slash.run(*command)
         elif self.chat.busy:
             self.prompt.text = event.text
             self.notify("a reply is on its way; Esc stops it")
@@ -173,7 +174,8 @@ class ChatScreen(Screen[None]):
         """Put a document in context."""
         self._reading = document.name
         self.chat.attach(document)
-        await self.note(f"{document.name}: {len(document.text):,} characters; ask about it.")
+        length = counted(len(document.text), "character")
+        await self.note(f"{document.name}: {length}; ask about it.")
 
     def stop(self) -> None:
         """Stop what is running."""
@@ -185,7 +187,7 @@ class ChatScreen(Screen[None]):
         self._reply = None
         self.progress.end()
         await self.conversation.show([])
-        await self.note(WELCOME)
+        await self.note(texts.WELCOME)
         self.show_title()
 
     async def resume(self, info: SessionInfo) -> None:
@@ -204,8 +206,12 @@ class ChatScreen(Screen[None]):
 
     def toggle_panel(self) -> None:
         """Show or hide the memory panel."""
-        self.panel.toggle_class("hidden")
-        if self.panel.has_class("hidden") and self.panel.has_focus:
+        self.show_panel(self.panel.has_class("hidden"))
+
+    def show_panel(self, shown: bool) -> None:
+        """Show the memory panel where there is room for it, or hide it."""
+        self.panel.set_class(not shown, "hidden")
+        if not shown and self.panel.has_focus:
             self.prompt.focus()
 
     def focus_panel(self) -> None:
@@ -280,15 +286,15 @@ class ChatScreen(Screen[None]):
         from leankv_app.screens.dialog import ConfirmDialog
 
         if "damaged" not in text or self._asked_aside:
-            self.say_error("Chats are not saved", f"{text}\n\n{NOT_SAVED}")
+            self.say_error("Chats are not saved", f"{text}\n\n{texts.NOT_SAVED}")
             return
         self._asked_aside = True
 
         def done(yes: bool | None) -> None:
             if not yes or not self.chat_app.set_aside():
-                self.notify(NOT_SAVED, severity="warning", timeout=10)
+                self.notify(texts.NOT_SAVED, severity="warning", timeout=10)
 
-        question = f"{text}\n\nSet the file aside and begin a new one? {NOT_SAVED}"
+        question = f"{text}\n\nSet the file aside and begin a new one? {texts.NOT_SAVED}"
         self.app.push_screen(ConfirmDialog("Chats are not saved", question, "Set aside"), done)
 
     async def note(self, text: str, error: bool = False) -> None:
@@ -332,6 +338,8 @@ class ChatScreen(Screen[None]):
                 await self._ended(event)
 
     def _prefill(self, event: Prefill) -> None:
+        if not self.chat.knows(event.request):
+            return
         if event.done >= event.total:
             self.progress.end()
         elif event.request == self.chat.reading:
@@ -340,9 +348,7 @@ class ChatScreen(Screen[None]):
             self.progress.wait("reading the prompt", event.done, event.total)
 
     def _downloading(self, event: Downloading) -> None:
-        of = f" of {megabytes(event.total)}" if event.total else ""
-        text = f"downloading {event.model}: {megabytes(event.done)}{of}"
-        self.progress.wait(text, event.done, event.total or None)
+        self.progress.wait(texts.downloading(event), event.done, event.total or None)
 
     async def _model_loaded(self, event: Loaded) -> None:
         self.progress.end()
@@ -352,26 +358,19 @@ class ChatScreen(Screen[None]):
         self.panel.loaded(event)
         self.query_one(StatusLine).loaded(event, event.kv)
         if not event.model:
-            await self.note(only_demo_model())
+            await self.note(texts.only_demo_model())
         if not event.compressed:
             await self.note(f"{event.name} runs with an uncompressed cache: {event.note}.")
 
     async def _recoded(self, event: Recoded) -> None:
         name = self.loaded.name if self.loaded else "no model"
         self.query_one(StatusLine).model(name, event.kv, event.backend)
-        if event.reread:
-            await self.note(
-                f"{event.kv}: more bits cannot be won back from fewer, so the conversation is "
-                "read again with your next message."
-            )
-        elif event.before:
-            await self.note(
-                f"{event.kv}: re-encoded, {megabytes(event.before)} -> {megabytes(event.after)}."
-            )
-        else:
-            await self.note(f"{event.kv} from now on.")
+        await self.note(texts.recoded(event))
 
     async def _ended(self, event: Done | Stopped | Failed) -> None:
+        if not self.chat.knows(event.request):
+            return
+        document = event.request != 0 and event.request == self.chat.reading
         self.progress.end()
         if isinstance(event, Done) and event.tokens:
             self.done = event
@@ -386,8 +385,9 @@ class ChatScreen(Screen[None]):
         if isinstance(event, Failed):
             if self.loaded is None:
                 self.query_one(StatusLine).no_model()
-            self.say_error(_TITLES[event.kind], event.message[:1].upper() + event.message[1:])
-        elif isinstance(event, Stopped) and ended is None:
+            title = "Document" if document else texts.FAILURES[event.kind]
+            self.say_error(title, sentence(event.message))
+        elif isinstance(event, Stopped) and document:
             await self.note("Stopped; the document is not in context.")
 
     def _mark_unanswered(self) -> None:
@@ -395,6 +395,3 @@ class ChatScreen(Screen[None]):
         views = list(self.conversation.query(UserMessage))
         if views and messages and messages[-1].status == "failed":
             views[-1].mark("failed")
-
-
-_TITLES = {"load": "Model", "reply": "No reply", "kv": "Compression"}

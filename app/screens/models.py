@@ -19,6 +19,7 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from leankv_app.format import megabytes
+from leankv_app.typed import path_of
 
 if TYPE_CHECKING:
     from leankv_mlx.engine.catalogue import CatalogueEntry
@@ -47,7 +48,7 @@ class ModelsScreen(ModalScreen[Choice | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog large") as box:
             box.border_title = f"Models · tokens that fit into {megabytes(self._memory)} of memory"
-            yield OptionList(Option("looking …", disabled=True), id="list")
+            yield OptionList(Option("looking …", disabled=True), id="list", markup=False)
             yield Input(
                 placeholder="or a hub id (owner/name), a folder, or a .gguf file", id="other"
             )
@@ -75,7 +76,7 @@ class ModelsScreen(ModalScreen[Choice | None]):
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         if event.value.strip():
-            self.dismiss(Choice(event.value.strip(), ""))
+            self.dismiss(Choice(path_of(event.value), ""))
 
 
 def memory_size() -> int:

@@ -14,6 +14,7 @@ from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
+from leankv_app.format import counted
 from leankv_app.screens.dialog import ConfirmDialog, TextDialog
 from leankv_app.store import SessionInfo
 
@@ -47,7 +48,7 @@ class SessionsScreen(ModalScreen[SessionInfo | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog large") as box:
             box.border_title = "Sessions"
-            yield OptionList(id="list")
+            yield OptionList(id="list", markup=False)
             yield Static("Enter open · r rename · d delete · Esc close", classes="hint")
 
     def on_mount(self) -> None:
@@ -94,7 +95,8 @@ class SessionsScreen(ModalScreen[SessionInfo | None]):
                 self._delete(info)
                 self._fill()
 
-        text = f"Delete “{info.title}” with {info.messages} messages? This cannot be undone."
+        length = counted(info.messages, "message")
+        text = f"Delete “{info.title}” with {length}? This cannot be undone."
         self.app.push_screen(ConfirmDialog("Delete", text, "Delete"), done)
 
 
@@ -102,5 +104,7 @@ def _line(info: SessionInfo) -> Content:
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.updated))
     busy = " · open in another window" if info.busy else ""
     return Content.assemble(
-        (f"{info.id:>4} ", "dim"), info.title, (f"  {date} · {info.messages} messages{busy}", "dim")
+        (f"{info.id:>4} ", "dim"),
+        info.title,
+        (f"  {date} · {counted(info.messages, 'message')}{busy}", "dim"),
     )

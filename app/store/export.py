@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from leankv_app.format import shortened
 from leankv_app.store.sessions import Message
 
 _HEADINGS = {"user": "You", "assistant": "Model", "summary": "Summary of what came before"}
@@ -23,7 +24,7 @@ def markdown(title: str, model: str, kv: str, messages: Sequence[Message]) -> st
 
 def file_name(title: str) -> str:
     """A name for the file, with the date."""
-    words = re.sub(r"[^\w]+", "-", title.casefold()).strip("-")[:40] or "chat"
+    words = re.sub(r"[^\w]+", "-", shortened(title.casefold(), 40)).strip("-") or "chat"
     return f"{time.strftime('%Y-%m-%d')}-{words}.md"
 
 

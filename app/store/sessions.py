@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from leankv_app.format import shortened
 from leankv_app.store.database import StoreError, connect, described
 
 TITLE_LENGTH = 60
@@ -137,7 +138,7 @@ class Store:
     def add(self, session: int, message: Message) -> None:
         """Append a message; its id is set. The first user's message gives the session a title."""
         now = time.time()
-        title = " ".join((message.shown or message.text).split())[:TITLE_LENGTH]
+        title = shortened(message.shown or message.text, TITLE_LENGTH)
         with self._writing() as db:
             made = db.execute(
                 "INSERT INTO messages (session, role, text, shown, status, pid, created) "

@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx import nn
 
 from leankv_mlx.errors import ContextLengthError, ModelError
+from leankv_mlx.folders import expanded
 from leankv_mlx.mlx_lm.precision import compute_in_float32
 from leankv_mlx.models.container import has_magic
 from leankv_mlx.models.conversion import ORIGIN
@@ -120,7 +121,7 @@ def resolve_model(
     """
     if model is None:
         return _checked(demo_model())
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         return _checked(path)
     if has_magic(path):
