@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from leankv_mlx.errors import LeanKVError, UsageError
+from leankv_mlx.faults import described
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -105,10 +106,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def _described(error: Exception) -> tuple[str, int]:
     if isinstance(error, LeanKVError):
-        return str(error), error.exit_code
+        return described(error), error.exit_code
     if hasattr(error, "format_message"):
         return f"{error.format_message().rstrip('.')}; see leankv-chat --help.", 2
-    return f"{type(error).__name__}: {error} (--debug shows where).", 1
+    return described(error), 1
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
+from leankv_app.border import Guarded
 from leankv_app.format import megabytes
 from leankv_app.typed import path_of
 
@@ -33,7 +34,7 @@ class Choice:
     kv: str
 
 
-class ModelsScreen(ModalScreen[Choice | None]):
+class ModelsScreen(Guarded, ModalScreen[Choice | None]):
     """Gives the model to load."""
 
     BINDINGS: ClassVar[list[BindingType]] = [

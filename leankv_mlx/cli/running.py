@@ -11,6 +11,7 @@ import typer
 
 from leankv_mlx.blas import bind
 from leankv_mlx.errors import LeanKVError
+from leankv_mlx.faults import described
 
 
 def run_command(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
@@ -45,9 +46,9 @@ def run_command(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
 def _described(error: Exception, name: str) -> tuple[str, int]:
     """One line, and the exit code."""
     if isinstance(error, LeanKVError):
-        text, code = str(error), error.exit_code
+        text, code = described(error), error.exit_code
     elif hasattr(error, "format_message"):  # bad usage of our own commands, found by Typer
         text, code = f"{error.format_message().rstrip('.')}; see {name} --help.", 2
     else:
-        text, code = f"{type(error).__name__}: {error} (--debug shows where).", 1
+        text, code = described(error), 1
     return " ".join(text.split()), code

@@ -8,8 +8,8 @@ from pathlib import Path
 APP = Path(__file__).parents[2] / "app"
 ALLOWED = {
     "leankv_mlx", "leankv_mlx.blas", "leankv_mlx.config", "leankv_mlx.documents",
-    "leankv_mlx.engine", "leankv_mlx.errors", "leankv_mlx.folders", "leankv_mlx.profiles",
-    "leankv_mlx.sizes",
+    "leankv_mlx.engine", "leankv_mlx.errors", "leankv_mlx.faults", "leankv_mlx.folders",
+    "leankv_mlx.profiles", "leankv_mlx.sizes",
 }  # fmt: skip
 
 

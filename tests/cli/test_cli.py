@@ -16,6 +16,7 @@ from leankv_mlx.cli import app
 from leankv_mlx.errors import UsageError
 from leankv_mlx.evaluation.demo import demo_document, grade, number_document
 from leankv_mlx.evaluation.tasks import SUMMARY_QUESTION
+from leankv_mlx.faults import log_file
 from leankv_mlx.kernels import resolve_backend
 from leankv_mlx.mlx_lm import load
 from leankv_mlx.resources import demo_model
@@ -121,7 +122,7 @@ def test_unexpected_errors_are_one_line_too(
     monkeypatch.setattr("leankv_mlx.mlx_lm.command.resolve_model", broken)
     assert app.run(["generate"]) == 1
     err = capfd.readouterr().err
-    assert err == "leankv: error: IndexError: first second (--debug shows where).\n"
+    assert err == (f"leankv: error: IndexError: first second (the traceback is in {log_file()})\n")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["doctor", "--help"]])
