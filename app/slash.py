@@ -190,8 +190,9 @@ class Slash:
         path = expanded(path_of(rest)) if rest else default
         try:
             await screen.note(f"Written to {export.write(path, text)}")
-        except OSError as error:
-            await screen.note(f"{path} cannot be written: {error.strerror}.", error=True)
+        except (OSError, ValueError) as error:  # or it is no name of a file at all
+            why = getattr(error, "strerror", None) or error
+            await screen.note(f"{path} cannot be written: {why}.", error=True)
 
     async def resume(self, rest: str) -> None:
         """The list of sessions, or one by number."""

@@ -122,7 +122,7 @@ class ChatScreen(Guarded, Screen[None]):
     # What the user does
 
     async def on_prompt_submitted(self, event: Prompt.Submitted) -> None:
-        if command := command_of(event.text):
+        if command := command_of(sayable(event.text)):
             await self.slash.run(*command)
         elif self.chat.busy:
             self.prompt.text = event.text

@@ -50,7 +50,9 @@ def test_no_slash_command_line_ends_the_chat(
         assert not log_file().exists(), repr(line)
 
     def no_document(source: str) -> readers.Document:
-        raise readers.DocumentError(f"there is no file {source}.")  # readers have tests of their own
+        raise readers.DocumentError(
+            f"there is no file {source}."
+        )  # readers have tests of their own
 
     async def script(d: Driver) -> None:
         monkeypatch.setattr("leankv_app.slash.read_document", no_document)
