@@ -127,6 +127,9 @@ def prefill(
     total = len(tokens)
     progress(0, total)
     for start in range(0, total, PREFILL_CHUNK):
-        chunk = tokens[start : start + PREFILL_CHUNK]
-        read(model, chunk, caches, pace, lambda done, start=start: progress(start + done, total))
+
+        def look(done: int, start: int = start) -> None:
+            progress(start + done, total)
+
+        read(model, tokens[start : start + PREFILL_CHUNK], caches, pace, look)
         mx.clear_cache()
