@@ -8,22 +8,28 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
+from rich.text import Text
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.filter import LineFilter
 from textual.screen import ModalScreen, Screen
+from textual.worker import WorkerFailed
 
 from leankv_app import settings as configuration
 from leankv_app.border import Border
 from leankv_app.chat import Chat
 from leankv_app.factory import MakeEngine, full_kv
+from leankv_app.format import sentence
+from leankv_app.guard import Guarded
 from leankv_app.link import EngineLink
 from leankv_app.options import Options
 from leankv_app.paths import Paths
 from leankv_app.screens.chat import ChatScreen
-from leankv_app.store import Store, StoreError
+from leankv_app.store import SessionInfo, Store, StoreError
+from leankv_mlx.engine.catalogue import in_full
 from leankv_mlx.engine.record import Recorder
-from leankv_mlx.engine.requests import Emit, Load
+from leankv_mlx.engine.requests import Emit
+from leankv_mlx.faults import described
 from leankv_mlx.profiles import put_damaged_aside
 
 if TYPE_CHECKING:
@@ -38,7 +44,7 @@ _OF_CHAT = {
 }  # fmt: skip
 
 
-class ChatApp(App[None]):
+class ChatApp(Guarded, App[None]):
     """leankv-chat."""
 
     TITLE = "leankv-chat"
@@ -81,7 +87,8 @@ class ChatApp(App[None]):
             kv=full_kv(options.kv) if options.kv else self._saved_kv(),
             system=self.settings.system if options.system is None else options.system,
         )
-        self.chat = Chat(self._open_store(), self.engine, session, self._lost_store)
+        store = self._open_store()
+        self.chat = Chat(store, self.engine, session, self._lost_store, options.budget)
         self.chat_screen = ChatScreen(self.chat)
         self._interrupted = 0.0
 
@@ -114,8 +121,10 @@ class ChatApp(App[None]):
         """After the first paint: from here on the engine's thread imports mlx."""
         gc.freeze()  # what lives as long as the app need not be searched for garbage
         self.engine.start()
-        self.load(self.options.model or self.settings.model, self.chat.kv)
-        self.chat_screen.begin(self.options)
+        resumed = self._to_resume()
+        if resumed is None:
+            self.load(self.options.model or self.settings.model, self.chat.kv)
+        self.chat_screen.begin(self.options, resumed)
         for title, problem in self._problems.items():
             if problem:
                 self.chat_screen.say_error(title, problem)
@@ -124,13 +133,45 @@ class ChatApp(App[None]):
 
     def load(self, model: str, kv: str) -> None:
         """Load a model by its name in the list, hub id or path."""
-        from leankv_mlx.engine.catalogue import catalogue
+        self.chat.load(in_full(model), kv)
 
-        known = {entry.name: entry.repo for entry in catalogue()}
-        self.engine.submit(Load(known.get(model, model), kv, self.options.budget))
+    def _to_resume(self) -> SessionInfo | None:
+        """The session that the command line names; what it says beside it goes before what the
+        session had."""
+        options = self.options
+        try:
+            found = self.chat.store.find(options.resume) if options.resume else None
+        except StoreError as error:
+            self.chat_screen.say_error("Chats", str(error))
+            return None
+        if found is None:
+            return None
+        return replace(
+            found,
+            model=found.model if options.model is None else in_full(options.model),
+            kv=full_kv(options.kv) if options.kv else found.kv,
+            system=found.system if options.system is None else options.system,
+        )
 
     def _lost_store(self, text: str) -> None:
         self.chat_screen.store_failed(text)
+
+    async def tell(self, error: BaseException) -> None:
+        """Say an error that came to the border, in one line of the chat."""
+        text = str(error) if isinstance(error, StoreError) else described(error)
+        await self.chat_screen.note(sentence(text), error=True)
+
+    def _handle_exception(self, error: Exception) -> None:
+        """What Textual calls to end the app: a worker that failed does not have to."""
+        if isinstance(error, WorkerFailed):
+            self.call_later(self.tell, error.error)
+        else:
+            super()._handle_exception(error)
+
+    def _fatal_error(self) -> None:
+        """The net behind the border, for what breaks a widget of Textual's own."""
+        assert self._exception is not None
+        self.panic(Text(f"leankv-chat: error: {described(self._exception)}"))
 
     def notify(
         self,

@@ -42,3 +42,9 @@ def shortened(text: str, length: int) -> str:
     if len(words) < length // 2:  # one very long word, or a script that writes no spaces
         words = text[: length - 1]
     return f"{words.rstrip(' ,;:.-')}…"
+
+
+def sayable(text: str) -> str:
+    """A text that can be stored and shown: names of files that are no UTF-8 have characters that
+    stand for a byte."""
+    return text.encode("utf-8", "replace").decode("utf-8")

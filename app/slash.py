@@ -177,8 +177,11 @@ class Slash:
     async def copy(self, rest: str) -> None:
         """Copy the n-th last reply."""
         replies = [m for m in self._screen.chat.messages if m.role == "assistant" and m.text]
-        number = int(rest) if rest.isdigit() and int(rest) else 1
-        if number > len(replies):
+        try:
+            number = int(rest or 1)
+        except ValueError:  # not all that isdigit() takes is a number for int()
+            number = 0
+        if not 1 <= number <= len(replies):
             await self._screen.note("There is no such reply.", error=True)
             return
         self._screen.app.copy_to_clipboard(replies[-number].text)
@@ -195,8 +198,9 @@ class Slash:
         path = expanded(path_of(rest)) if rest else default
         try:
             await screen.note(f"Written to {export.write(path, text)}")
-        except OSError as error:
-            await screen.note(f"{path} cannot be written: {error.strerror}.", error=True)
+        except (OSError, ValueError) as error:  # or it is no name of a file at all
+            why = getattr(error, "strerror", None) or error
+            await screen.note(f"{path} cannot be written: {why}.", error=True)
 
     async def resume(self, rest: str) -> None:
         """The list of sessions, or one by number."""

@@ -1,11 +1,11 @@
 """Sentences of the main screen."""
 
-from leankv_app.format import counted, megabytes
+from leankv_app.format import counted, megabytes, model_name
 from leankv_mlx.engine.catalogue import catalogue
 from leankv_mlx.engine.events import Downloading, Recoded, Snapshot
 
 WELCOME = "Type a question, /file PATH to put a document in context, or F1 for help."
-FAILURES = {"load": "Model", "reply": "No reply", "kv": "Compression"}
+FAILURES = {"load": "Model", "kv": "Compression"}
 """Titles of dialogs, by the kind of a `Failed`."""
 NOT_SAVED = "Chats of this run are kept in memory only. Export with Ctrl+E what you want to keep."
 
@@ -33,6 +33,11 @@ def downloading(event: Downloading) -> str:
     """How far a download is."""
     of = f" of {megabytes(event.total)}" if event.total else ""
     return f"downloading {event.model}: {megabytes(event.done)}{of}"
+
+
+def resumed(model: str, kv: str) -> str:
+    """What a session goes on with."""
+    return f"This chat goes on with what it had: {model_name(model) or 'the demo model'}, {kv}."
 
 
 def recoded(event: Recoded) -> str:

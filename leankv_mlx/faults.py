@@ -27,7 +27,7 @@ def described(error: BaseException) -> str:
     `log_file`, and the line names it.
     """
     if isinstance(error, LeanKVError):
-        return one_line(str(error))
+        return line(str(error))
     said = one_line("".join(traceback.format_exception_only(error)))
     kept = keep("".join(traceback.format_exception(error)))
     return f"{said} (the traceback is in {kept})" if kept else said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from textual.app import ComposeResult
@@ -14,12 +13,13 @@ from textual.widgets import Footer, Static
 from leankv_app import texts
 from leankv_app.chat import CHECKPOINT_SECONDS, Chat
 from leankv_app.commands import COMMANDS, complete
-from leankv_app.format import counted, model_name, sentence
+from leankv_app.format import counted, model_name, sayable, sentence
+from leankv_app.guard import Guarded
 from leankv_app.link import EngineEvents
 from leankv_app.options import Options
 from leankv_app.settings import Settings
 from leankv_app.slash import Slash
-from leankv_app.store import Message, SessionInfo, StoreError
+from leankv_app.store import Message, SessionInfo
 from leankv_app.typed import command_of
 from leankv_app.widgets.completions import CompletionList
 from leankv_app.widgets.conversation import Conversation
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from leankv_app.screens.models import Choice
 
 
-class ChatScreen(Screen[None]):
+class ChatScreen(Guarded, Screen[None]):
     """Shows what the chat and the engine say, and hands on what the user does."""
 
     def __init__(self, chat: Chat) -> None:
@@ -70,7 +70,7 @@ class ChatScreen(Screen[None]):
                 yield Conversation()
                 yield ProgressLine()
                 yield CompletionList()
-                yield Prompt(complete, self._history())
+                yield Prompt(complete, self.chat.recent())
             yield MemoryPanel()
         yield StatusLine()
         yield Footer(show_command_palette=False)
@@ -105,30 +105,24 @@ class ChatScreen(Screen[None]):
         """The line that says what is waited for."""
         return self.query_one(ProgressLine)
 
-    def begin(self, options: Options) -> None:
+    def begin(self, options: Options, resumed: SessionInfo | None) -> None:
         """Resume and read what the command line asks for."""
-        self.run_worker(self._begin(options))
+        self.run_worker(self._begin(options, resumed))
 
-    async def _begin(self, options: Options) -> None:
-        if options.resume:
-            await self.slash.resume(options.resume)
+    async def _begin(self, options: Options, resumed: SessionInfo | None) -> None:
+        if resumed is not None:
+            await self.resume(resumed)
         else:
             await self.note(texts.WELCOME)
+            if options.resume:
+                await self.note(f"There is no session {options.resume}.", error=True)
         for file in options.files:
             await self.slash.file(file)
-
-    def _history(self) -> list[str]:
-        try:
-            sessions = self.chat.store.sessions(limit=5)
-            messages = [m for info in sessions[::-1] for m in self.chat.store.messages(info.id)]
-        except StoreError:
-            return []
-        return [m.text for m in messages if m.role == "user" and not m.shown][-100:]
 
     # What the user does
 
     async def on_prompt_submitted(self, event: Prompt.Submitted) -> None:
-        if command := command_of(event.text):
+        if command := command_of(sayable(event.text)):
             await self.slash.run(*command)
         elif self.chat.busy:
             self.prompt.text = event.text
@@ -179,7 +173,10 @@ class ChatScreen(Screen[None]):
 
     def stop(self) -> None:
         """Stop what is running."""
-        self.slash.openings.stop() or self.chat.stop()
+        if self.slash.openings.stop():
+            return
+        if self.chat.stop():
+            self.progress.wait("stopping …")
 
     async def new_chat(self) -> None:
         """Begin another conversation."""
@@ -192,9 +189,12 @@ class ChatScreen(Screen[None]):
 
     async def resume(self, info: SessionInfo) -> None:
         """Continue a saved conversation."""
-        self.chat.resume(info)
+        changed = self.chat.resume(info)
         self._reply = None
+        self.progress.end()
         await self.conversation.show(self.chat.messages)
+        if changed:
+            await self.note(texts.resumed(self.chat.model, self.chat.kv))
         if info.busy:
             await self.note("This session is also open in another window.", error=True)
         self.show_title()
@@ -225,34 +225,13 @@ class ChatScreen(Screen[None]):
 
     def open_sessions(self) -> None:
         """The list of sessions."""
-        from leankv_app.screens.sessions import SessionsScreen
-
-        store = self.chat.store
-
-        def load() -> Sequence[SessionInfo]:
-            try:
-                return store.sessions()
-            except StoreError as error:
-                self.say_error("Chats", str(error))
-                return []
-
-        def rename(info: SessionInfo, title: str) -> None:
-            if info.id == self.chat.session:
-                self.chat.rename(title)
-                self.show_title()
-            else:
-                store.change(info.id, title=title)
-
-        def delete(info: SessionInfo) -> None:
-            if info.id == self.chat.session:
-                self.run_worker(self.new_chat())
-            store.delete(info.id)
+        from leankv_app.screens.sessions import sessions_of
 
         async def opened(info: SessionInfo | None) -> None:
             if info is not None:
                 await self.resume(info)
 
-        self.app.push_screen(SessionsScreen(load, rename, delete), opened)
+        self.app.push_screen(sessions_of(self), opened)
 
     def open_models(self) -> None:
         """The model picker."""
@@ -279,7 +258,7 @@ class ChatScreen(Screen[None]):
         """An error dialog."""
         from leankv_app.screens.dialog import MessageDialog
 
-        self.app.push_screen(MessageDialog(title, text))
+        self.app.push_screen(MessageDialog(title, sayable(text)))
 
     def store_failed(self, text: str) -> None:
         """Chats cannot be saved: say so, and offer a way out for a damaged database."""
@@ -299,7 +278,7 @@ class ChatScreen(Screen[None]):
 
     async def note(self, text: str, error: bool = False) -> None:
         """A line of the app's own in the conversation."""
-        await self.conversation.add(Notice(text, error))
+        await self.conversation.add(Notice(sayable(text), error))
 
     def show_title(self) -> None:
         """The title of the chat."""
@@ -334,11 +313,13 @@ class ChatScreen(Screen[None]):
                 await self._model_loaded(event)
             case Recoded():
                 await self._recoded(event)
+            case Failed(kind="load" | "kv") | Stopped(stage="load"):
+                await self._unchanged(event)
             case Done() | Stopped() | Failed():
                 await self._ended(event)
 
     def _prefill(self, event: Prefill) -> None:
-        if not self.chat.knows(event.request):
+        if self.chat.stopping or not self.chat.knows(event.request):
             return
         if event.done >= event.total:
             self.progress.end()
@@ -348,13 +329,15 @@ class ChatScreen(Screen[None]):
             self.progress.wait("reading the prompt", event.done, event.total)
 
     def _downloading(self, event: Downloading) -> None:
-        self.progress.wait(texts.downloading(event), event.done, event.total or None)
+        self.chat.fetching = True
+        if not self.chat.stopping:
+            self.progress.wait(texts.downloading(event), event.done, event.total or None)
 
     async def _model_loaded(self, event: Loaded) -> None:
         self.progress.end()
         self.loaded, self.done = event, None
         gc.freeze()  # modules and the model: they stay
-        self.chat.model, self.chat.kv = event.model, event.kv
+        self.chat.answered(event)
         self.panel.loaded(event)
         self.query_one(StatusLine).loaded(event, event.kv)
         if not event.model:
@@ -363,6 +346,7 @@ class ChatScreen(Screen[None]):
             await self.note(f"{event.name} runs with an uncompressed cache: {event.note}.")
 
     async def _recoded(self, event: Recoded) -> None:
+        self.chat.answered(event)
         name = self.loaded.name if self.loaded else "no model"
         self.query_one(StatusLine).model(name, event.kv, event.backend)
         await self.note(texts.recoded(event))
@@ -381,17 +365,20 @@ class ChatScreen(Screen[None]):
                 await view.finish(ended.text, ended.status)
             else:
                 await view.remove()
-                self._mark_unanswered()
+                if self.chat.messages and self.chat.messages[-1].status == "failed":
+                    self.conversation.query(UserMessage).last().mark("failed")
         if isinstance(event, Failed):
-            if self.loaded is None:
-                self.query_one(StatusLine).no_model()
-            title = "Document" if document else texts.FAILURES[event.kind]
-            self.say_error(title, sentence(event.message))
+            self.say_error("Document" if document else "No reply", sentence(event.message))
         elif isinstance(event, Stopped) and document:
             await self.note("Stopped; the document is not in context.")
 
-    def _mark_unanswered(self) -> None:
-        messages = self.chat.messages
-        views = list(self.conversation.query(UserMessage))
-        if views and messages and messages[-1].status == "failed":
-            views[-1].mark("failed")
+    async def _unchanged(self, event: Failed | Stopped) -> None:
+        """A model or a compression is not to be had; what there was stays."""
+        self.progress.end()
+        self.chat.answered(event)
+        if isinstance(event, Failed):
+            self.say_error(texts.FAILURES[event.kind], sentence(event.message))
+        if self.loaded is None:
+            self.query_one(StatusLine).no_model()
+        else:
+            await self.note(f"{self.loaded.name} with {self.chat.kv} answers what comes next.")

@@ -19,6 +19,7 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from leankv_app.format import megabytes
+from leankv_app.guard import Guarded
 from leankv_app.typed import path_of
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Choice:
     kv: str
 
 
-class ModelsScreen(ModalScreen[Choice | None]):
+class ModelsScreen(Guarded, ModalScreen[Choice | None]):
     """Gives the model to load."""
 
     BINDINGS: ClassVar[list[BindingType]] = [

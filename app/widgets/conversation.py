@@ -13,6 +13,7 @@ from textual.message import Message as TextualMessage
 from textual.widget import Widget
 from textual.widgets import Static
 
+from leankv_app.guard import Guarded
 from leankv_app.store import Message
 from leankv_app.widgets.message import ReplyMessage, UserMessage
 from leankv_app.widgets.segment import Segment
@@ -49,7 +50,7 @@ class Messages(VerticalScroll):
             self.parent.scrolled()
 
 
-class Conversation(Vertical):
+class Conversation(Guarded, Vertical):
     """Messages and the chip."""
 
     def compose(self) -> ComposeResult:

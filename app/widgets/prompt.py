@@ -10,10 +10,12 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widgets import TextArea
 
+from leankv_app.guard import Guarded
+
 Complete = Callable[[str], Sequence[str]]
 
 
-class Prompt(TextArea):
+class Prompt(Guarded, TextArea):
     """Enter sends, Shift+Enter or Ctrl+J begins a new line, Up and Down on the first and last
     line go through what was sent before, Tab completes."""
 

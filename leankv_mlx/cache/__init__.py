@@ -12,6 +12,7 @@ from leankv_mlx.cache.lists import (
     rewind,
 )
 from leankv_mlx.cache.memory import CacheMemory
+from leankv_mlx.cache.parts import one_update
 from leankv_mlx.cache.tracking import Fetched, owner_of
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "end_prompt",
     "forget_queries",
     "is_prefix",
+    "one_update",
     "owner_of",
     "place_by",
     "reading",

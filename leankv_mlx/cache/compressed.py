@@ -59,6 +59,7 @@ class CompressedKVCache:
         self._layer: Layer | None = None  # made by the first update, which tells the shape
         self._sparsifier = None if self.config.policy == "keep_all" else Sparsifier(self.config)
         self._calls = _Calls()
+        self._parts: int | None = None  # that have come of an update in parts
         self._unread = -1  # fused calls before a fetch whose arrays do not hold all tokens
         # Weak: a fetch holds the working copy of its layer.
         self._fetched: tuple[weakref.ref[mx.array], weakref.ref[mx.array]] | None = None
@@ -88,7 +89,9 @@ class CompressedKVCache:
         layer = self._checked(keys, values)
         self._fetched = self._held = None  # nothing may hold the pool while it is written
         moves = prefill = keys.shape[2] > MAX_DECODE_TOKENS
-        if self._sparsifier:
+        if self._parts:
+            pass  # the update has begun
+        elif self._sparsifier:
             moves = not self._sparsifier.before_update(layer, keys.shape[2])
         elif not prefill:
             layer.compress()
@@ -101,7 +104,9 @@ class CompressedKVCache:
         rows = view.rows()
         mx.eval(rows)
         fetched = self._track(layer, view, rows)
-        if moves:
+        if self._parts is not None:
+            self._parts += 1
+        elif moves:
             layer.compress()
         mx.eval(layer.state)
         return fetched
@@ -227,6 +232,18 @@ class CompressedKVCache:
         return copy
 
     # What the rest of the project asks for.
+
+    def begin_parts(self) -> None:
+        """Take the next updates, of more than 8 tokens each, as parts of one: nothing is
+        compressed before `end_parts`. See `one_update`."""
+        self._parts = 0
+
+    def end_parts(self) -> None:
+        """The update is complete, or goes no further."""
+        begun, self._parts = self._parts, None
+        if begun and self._layer is not None:
+            self._layer.compress()
+            mx.eval(self._layer.state)
 
     @property
     def backend(self) -> str:

@@ -48,7 +48,7 @@ def run_command(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
 def _described(error: Exception, name: str) -> tuple[str, int]:
     """One line, and the exit code."""
     if isinstance(error, LeanKVError):
-        text, code = str(error), error.exit_code
+        text, code = described(error), error.exit_code
     elif hasattr(error, "format_message"):  # bad usage of our own commands, found by Typer
         text, code = error.format_message().rstrip("."), 2
         if text:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["prefill", "decode"]
+Stage = Literal["load", "prefill", "decode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,8 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Stopped:
-    """A reply was stopped; the cache is consistent and the conversation can go on."""
+    """A reply was stopped; the cache is consistent and the conversation can go on. Or a load
+    (stage "load", request 0): the model before it stays."""
 
     request: int
     stage: Stage

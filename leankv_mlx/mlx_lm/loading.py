@@ -22,6 +22,7 @@ from leankv_mlx.mlx_lm.precision import compute_in_float32
 from leankv_mlx.models.container import has_magic
 from leankv_mlx.models.conversion import ORIGIN
 from leankv_mlx.models.kept import Note, kept
+from leankv_mlx.models.weights import Look, go_on
 from leankv_mlx.resources import demo_model
 
 HUB_TIMEOUT_S = 5.0
@@ -104,7 +105,10 @@ def _be_silent_about_length(tokenizer: Any) -> None:
 
 
 def resolve_model(
-    model: str | Path | None, tqdm_class: type | None = None, note: Note = terminal.note
+    model: str | Path | None,
+    tqdm_class: type | None = None,
+    note: Note = terminal.note,
+    look: Look = go_on,
 ) -> Path:
     """The folder of a model; a hub id is downloaded unless the hub's cache has it, and a GGUF file
     is converted unless our own cache has it.
@@ -112,6 +116,7 @@ def resolve_model(
     Args:
         tqdm_class: shows the progress of a download instead of the hub client's own bar.
         note: told what a user should know about a GGUF file.
+        look: called now and then while one is converted; may raise to stop.
 
     Raises:
         ModelError: there is no such folder or file, it holds no model, or the hub does not give it.
@@ -122,7 +127,7 @@ def resolve_model(
     if path.is_dir():
         return _checked(path)
     if has_magic(path):
-        return kept(path, note)
+        return kept(path, note, look)
     if path.exists():
         raise ModelError(
             f"{model} is a file, but no GGUF file; "

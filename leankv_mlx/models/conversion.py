@@ -21,6 +21,8 @@ from leankv_mlx.models.facts import Facts
 from leankv_mlx.models.tensor_file import has_all
 from leankv_mlx.models.weights import (
     DType,
+    Look,
+    go_on,
     layout,
     quantization,
     quantized_again,
@@ -37,13 +39,14 @@ ORIGIN = "gguf"
 _UNFINISHED = ".unfinished-"
 
 
-def convert(path: Path, folder: Path, dtype: DType | None = None) -> None:
+def convert(path: Path, folder: Path, dtype: DType | None = None, look: Look = go_on) -> None:
     """Write the model of a GGUF file into a folder, which appears whole or not at all.
 
     Args:
         folder: does not exist yet, or is empty.
         dtype: of scales and dense weights; None for what holds the file's numbers exactly, which
             is float32 where they are products.
+        look: called for every piece; may raise to stop.
 
     Raises:
         ModelError: the file is damaged or of a kind that is not read, the folder is there
@@ -57,7 +60,7 @@ def convert(path: Path, folder: Path, dtype: DType | None = None) -> None:
             scratch.mkdir()
             held = hold(scratch)
             try:
-                _write(file, scratch, dtype)
+                _write(file, scratch, dtype, look)
                 os.rename(scratch, folder)
             except BaseException:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -105,7 +108,7 @@ def inexact_line(path: Path, folder: Path) -> str:
     return f"{path.name}: tensors that were quantized again, to 8 bits: {kinds}."
 
 
-def _write(file: BinaryIO, folder: Path, dtype: DType | None) -> None:
+def _write(file: BinaryIO, folder: Path, dtype: DType | None, look: Look) -> None:
     from leankv_mlx.models.vocabulary import end_ids, tokenizer_files
 
     header = read_header(file)
@@ -133,4 +136,4 @@ def _write(file: BinaryIO, folder: Path, dtype: DType | None) -> None:
             out.write(text)
             out.flush()
             os.fsync(out.fileno())
-    write_weights(file, folder / WEIGHTS, model, header.tensors, dtype)
+    write_weights(file, folder / WEIGHTS, model, header.tensors, dtype, look)
