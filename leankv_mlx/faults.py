@@ -26,16 +26,12 @@ def described(error: BaseException) -> str:
     `log_file`, and the line names it.
     """
     if isinstance(error, LeanKVError):
-        return one_line(str(error))
-    line = one_line("".join(traceback.format_exception_only(error)))
+        return " ".join(str(error).split())
+    line = " ".join("".join(traceback.format_exception_only(error)).split())
+    if len(line) > _LONGEST_LINE:
+        line = f"{line[:_LONGEST_LINE]} …"
     kept = keep("".join(traceback.format_exception(error)))
     return f"{line} (the traceback is in {kept})" if kept else line
-
-
-def one_line(text: str) -> str:
-    """A text without line breaks, cut where it is long."""
-    text = " ".join(text.split())
-    return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]} …"
 
 
 def keep(text: str) -> Path | None:
