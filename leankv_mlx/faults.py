@@ -28,15 +28,11 @@ def described(error: BaseException) -> str:
     """
     if isinstance(error, LeanKVError):
         return line(str(error))
-    said = one_line("".join(traceback.format_exception_only(error)))
+    said = line("".join(traceback.format_exception_only(error)))
+    if len(said) > _LONGEST_LINE:
+        said = f"{said[:_LONGEST_LINE]} …"
     kept = keep("".join(traceback.format_exception(error)))
     return f"{said} (the traceback is in {kept})" if kept else said
-
-
-def one_line(text: str) -> str:
-    """A text without line breaks, cut where it is long."""
-    text = line(text)
-    return text if len(text) <= _LONGEST_LINE else f"{text[:_LONGEST_LINE]} …"
 
 
 def keep(text: str) -> Path | None:

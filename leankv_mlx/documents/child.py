@@ -22,6 +22,7 @@ TOO_MUCH_MEMORY = 101
 """Exit code of a process that ended itself because of the memory limit."""
 _LOOK_SECONDS = 0.05
 _LENGTH_BYTES = 8
+_LONGEST_REASON = 300  # characters
 
 
 def message(header: dict[str, Any], content: bytes) -> bytes:
@@ -57,7 +58,6 @@ def reply(header: dict[str, Any], raw: bytes) -> bytes:
     """
     from leankv_mlx.documents.parse import parsed
     from leankv_mlx.errors import DocumentError, UsageError
-    from leankv_mlx.faults import one_line
 
     name = header["document"]["name"]
     try:
@@ -78,7 +78,7 @@ def reply(header: dict[str, Any], raw: bytes) -> bytes:
     except Exception as error:  # whatever a library raises on what nobody has thought of
         import traceback
 
-        text = one_line(f"{type(error).__name__}: {error}")
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
         trace = "".join(traceback.format_exception(error))
         return message({"kind": "failed", "text": text, "traceback": trace}, b"")
 

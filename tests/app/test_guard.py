@@ -49,13 +49,11 @@ def test_no_slash_command_line_ends_the_chat(
         assert d.app.is_running and not d.app._exit, repr(line)
         assert not log_file().exists(), repr(line)
 
-    def no_document(source: str) -> readers.Document:
-        raise readers.DocumentError(
-            f"there is no file {source}."
-        )  # readers have tests of their own
+    def no_document(source: str, look: object) -> readers.Document:  # readers have their own tests
+        raise readers.DocumentError(f"there is no file {source}.")
 
     async def script(d: Driver) -> None:
-        monkeypatch.setattr("leankv_app.slash.read_document", no_document)
+        monkeypatch.setattr("leankv_app.opening.read_document", no_document)
         await d.loaded()
         await d.said("hello", "a reply")
         lines = [f"{name} {odd}" for name in COMMANDS if name not in LEFT_OUT for odd in ODD]
@@ -80,7 +78,9 @@ def test_what_nobody_expected_is_one_line_and_a_log(
         monkeypatch.setattr(d.screen.slash, "stats", lambda rest: broken("a handler"))
         await d.type("/stats")
         await d.shows("RuntimeError: broken by 'a handler' (the traceback is in")
-        monkeypatch.setattr("leankv_app.slash.read_document", lambda path: broken("a worker"))
+        monkeypatch.setattr(
+            "leankv_app.opening.read_document", lambda path, look: broken("a worker")
+        )
         await d.type("/file x.txt")
         await d.shows("RuntimeError: broken by 'a worker'")
         monkeypatch.setattr(d.screen, "open_settings", lambda: broken("an action"))
@@ -93,7 +93,7 @@ def test_what_nobody_expected_is_one_line_and_a_log(
     drive(script, tmp_path)
     log = log_file().read_text()
     assert log.count("Traceback (most recent call last)") >= 3
-    assert "test_border.py" in log
+    assert "test_guard.py" in log
 
 
 def test_what_breaks_a_part_of_the_app_is_one_line_too(
