@@ -6,28 +6,35 @@ import gc
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from rich.text import Text
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.filter import LineFilter
 from textual.screen import ModalScreen, Screen
+from textual.worker import WorkerFailed
 
 from leankv_app import settings as configuration
 from leankv_app.border import Border
 from leankv_app.chat import Chat
 from leankv_app.factory import MakeEngine, full_kv
+from leankv_app.format import sentence
+from leankv_app.guard import Guarded
 from leankv_app.link import EngineLink
 from leankv_app.options import Options
 from leankv_app.paths import Paths
 from leankv_app.screens.chat import ChatScreen
-from leankv_app.store import Store, StoreError
+from leankv_app.store import SessionInfo, Store, StoreError
+from leankv_mlx.engine.catalogue import in_full
 from leankv_mlx.engine.record import Recorder
-from leankv_mlx.engine.requests import Emit, Load
-from leankv_mlx.errors import ConfigError
+from leankv_mlx.engine.requests import Emit
+from leankv_mlx.faults import described
+from leankv_mlx.profiles import put_damaged_aside
 
 if TYPE_CHECKING:
+    from textual.notifications import SeverityLevel
+
     from leankv_app.settings import Settings
 
 QUIT_SECONDS = 2.0
@@ -37,7 +44,7 @@ _OF_CHAT = {
 }  # fmt: skip
 
 
-class ChatApp(App[None]):
+class ChatApp(Guarded, App[None]):
     """leankv-chat."""
 
     TITLE = "leankv-chat"
@@ -66,7 +73,8 @@ class ChatApp(App[None]):
         self.options = options
         self.paths = paths
         self.last_words: list[str] = []
-        self.settings, self._settings_problem = configuration.load(paths.settings)
+        self.settings, problem = configuration.load(paths.settings)
+        self._problems = {"Settings": problem, "Profiles": put_damaged_aside()}
         self.link = EngineLink()
         emit: Emit = self.link
         self._recorder: Recorder | None = None
@@ -79,7 +87,8 @@ class ChatApp(App[None]):
             kv=full_kv(options.kv) if options.kv else self._saved_kv(),
             system=self.settings.system if options.system is None else options.system,
         )
-        self.chat = Chat(self._open_store(), self.engine, session, self._lost_store)
+        store = self._open_store()
+        self.chat = Chat(store, self.engine, session, self._lost_store, options.budget)
         self.chat_screen = ChatScreen(self.chat)
         self._interrupted = 0.0
 
@@ -89,8 +98,9 @@ class ChatApp(App[None]):
 
     def _saved_kv(self) -> str:
         try:
-            return full_kv(self.settings.kv)
-        except ConfigError:
+            return full_kv(self.settings.kv, stored=True)
+        except ValueError as error:  # ConfigError, or a number too long to be one
+            self._problems["Compression"] = f"{error} Until it is set anew leankv is in use."
             return "leankv"
 
     def _open_store(self) -> Store:
@@ -111,44 +121,92 @@ class ChatApp(App[None]):
         """After the first paint: from here on the engine's thread imports mlx."""
         gc.freeze()  # what lives as long as the app need not be searched for garbage
         self.engine.start()
-        self.load(self.options.model or self.settings.model, self.chat.kv)
-        self.chat_screen.begin(self.options)
-        if self._settings_problem:
-            self.chat_screen.say_error("Settings", self._settings_problem)
+        resumed = self._to_resume()
+        if resumed is None:
+            self.load(self.options.model or self.settings.model, self.chat.kv)
+        self.chat_screen.begin(self.options, resumed)
+        for title, problem in self._problems.items():
+            if problem:
+                self.chat_screen.say_error(title, problem)
         if self._store_problem:
             self.chat_screen.store_failed(self._store_problem)
 
     def load(self, model: str, kv: str) -> None:
         """Load a model by its name in the list, hub id or path."""
-        from leankv_mlx.engine.catalogue import catalogue
+        self.chat.load(in_full(model), kv)
 
-        known = {entry.name: entry.repo for entry in catalogue()}
-        self.engine.submit(Load(known.get(model, model), kv, self.options.budget))
+    def _to_resume(self) -> SessionInfo | None:
+        """The session that the command line names; what it says beside it goes before what the
+        session had."""
+        options = self.options
+        try:
+            found = self.chat.store.find(options.resume) if options.resume else None
+        except StoreError as error:
+            self.chat_screen.say_error("Chats", str(error))
+            return None
+        if found is None:
+            return None
+        return replace(
+            found,
+            model=found.model if options.model is None else in_full(options.model),
+            kv=full_kv(options.kv) if options.kv else found.kv,
+            system=found.system if options.system is None else options.system,
+        )
 
     def _lost_store(self, text: str) -> None:
         self.chat_screen.store_failed(text)
 
+    async def tell(self, error: BaseException) -> None:
+        """Say an error that came to the border, in one line of the chat."""
+        text = str(error) if isinstance(error, StoreError) else described(error)
+        await self.chat_screen.note(sentence(text), error=True)
+
+    def _handle_exception(self, error: Exception) -> None:
+        """What Textual calls to end the app: a worker that failed does not have to."""
+        if isinstance(error, WorkerFailed):
+            self.call_later(self.tell, error.error)
+        else:
+            super()._handle_exception(error)
+
+    def _fatal_error(self) -> None:
+        """The net behind the border, for what breaks a widget of Textual's own."""
+        assert self._exception is not None
+        self.panic(Text(f"leankv-chat: error: {described(self._exception)}"))
+
+    def notify(
+        self,
+        message: str,
+        *,
+        title: str = "",
+        severity: SeverityLevel = "information",
+        timeout: float | None = None,
+        markup: bool = False,
+    ) -> None:
+        """A toast. Never markup: what it says comes from paths, errors and models."""
+        super().notify(message, title=title, severity=severity, timeout=timeout, markup=False)
+
     def set_aside(self) -> bool:
-        """Move a damaged database away and begin a new one with what is on the screen."""
-        stamp = time.strftime("%Y%m%d-%H%M%S")
+        """Put a damaged database aside and go on with a new one: what can be read of the old one,
+        and what is on the screen."""
+        from leankv_app.store.recovery import begin_anew
+
         try:
-            for suffix in ("", "-wal", "-shm"):
-                file = Path(f"{self.paths.database}{suffix}")
-                if file.exists():
-                    file.rename(f"{self.paths.database}.broken-{stamp}{suffix}")
-            store = Store(self.paths.database)
-            self.chat.move_to(store)
+            recovered = begin_anew(self.paths.database)
+            self.chat.move_to(Store(self.paths.database))
         except (OSError, StoreError) as error:
             self.chat_screen.say_error("Chats", str(error))
             return False
+        self.run_worker(self.chat_screen.note(recovered.line))
         return True
 
     def change_settings(self, changed: Settings) -> None:
         """Use and save other settings."""
-        self.settings = changed
+        before, self.settings = self.settings, changed
         self.chat.settings = replace(changed, kv=self.chat.kv, system=self.chat.system)
         if changed.theme in self.available_themes:
             self.theme = changed.theme
+        if changed.panel != before.panel:
+            self.chat_screen.show_panel(changed.panel)
         if problem := configuration.save(self.paths.settings, changed):
             self.notify(problem, severity="error")
 
@@ -218,9 +276,25 @@ class ChatApp(App[None]):
         """Leave; the chat is saved."""
         self.exit()
 
+    def save_picture(self) -> None:
+        """Write the screen to an SVG file."""
+        folder = self.paths.exports
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.notify(f"written to {self.save_screenshot(path=str(folder))}")
+        except OSError as error:
+            self.notify(f"{folder} cannot be written: {error.strerror}", severity="error")
+
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The palette: Textual's own commands and ours."""
-        yield from super().get_system_commands(screen)
+        for command in super().get_system_commands(screen):
+            if command.title != "Screenshot":  # its toast is markup around a path
+                yield command
+        yield SystemCommand(
+            "Screenshot",
+            "Save a picture of the screen",
+            lambda: self.set_timer(0.1, self.save_picture),  # once the palette is gone
+        )
         yield SystemCommand("New chat", "The old one stays saved", self.action_new_chat)
         yield SystemCommand("Sessions", "Open a saved chat", self.action_sessions)
         yield SystemCommand("Models", "Choose and load a model", self.action_models)

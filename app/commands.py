@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from leankv_app.allowed import choices
 from leankv_app.factory import kv_choices
 from leankv_app.settings import Settings
 from leankv_mlx.engine.catalogue import catalogue
+from leankv_mlx.folders import expanded
 
 COMMANDS: dict[str, str] = {
     "/help": "keys and commands",
     "/model": "choose a model: /model [NAME, hub id, folder or .gguf file]",
     "/system": "system prompt of this chat: /system TEXT",
-    "/set": "a setting: /set temperature 0.7",
+    "/set": "settings, or one of them: /set temperature 0.7",
     "/file": "put a document in context: /file PATH or address",
     "/summarize": "summarize the document: /summarize [PATH]",
     "/demo": "put a sample document in context, with questions to ask",
@@ -44,8 +45,12 @@ def complete(text: str) -> Sequence[str]:
     elif name == "/model":
         paths = [path for path in paths_like(rest) if path.endswith(("/", ".gguf"))] if rest else []
         options = [*(entry.name for entry in catalogue()), *paths]
-    elif name == "/set" and " " not in rest:
-        options = [f"{field} " for field in Settings.__slots__]
+    elif name == "/set":
+        field, named, _ = rest.partition(" ")
+        if named:
+            options = [f"{field} {value}" for value in choices(field)]
+        else:
+            options = [f"{each} " for each in Settings.__slots__]
     elif name in ("/file", "/summarize"):
         options = paths_like(rest)
     return [f"{name} {option}" for option in options if option.startswith(rest) and option != rest]
@@ -55,13 +60,13 @@ def paths_like(text: str) -> list[str]:
     """Files and folders that a path could go on to, hidden ones only if asked for."""
     folder, slash, start = text.rpartition("/")
     try:
-        root = Path(f"{folder}{slash}" or ".").expanduser()
+        root = expanded(f"{folder}{slash}" or ".")
         entries = sorted(root.iterdir(), key=lambda path: path.name)
         found = [
             f"{folder}{slash}{path.name}{'/' if path.is_dir() else ''}"
             for path in entries
             if path.name.startswith(start) and (start or not path.name.startswith("."))
         ]
-    except (OSError, RuntimeError):
+    except (OSError, ValueError):
         return []
     return found[:50]

@@ -9,7 +9,7 @@ from leankv_app.options import Options
 from leankv_app.paths import Paths
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.engine.requests import Emit, EngineLike
-from leankv_mlx.errors import DocumentError, UsageError
+from leankv_mlx.errors import ConfigError, DocumentError, UsageError
 from leankv_mlx.profiles import profiles
 
 if TYPE_CHECKING:
@@ -18,19 +18,25 @@ if TYPE_CHECKING:
 MakeEngine = Callable[[Emit], EngineLike]
 
 
-def full_kv(text: str) -> str:
+def full_kv(text: str, stored: bool = False) -> str:
     """A `--kv` text from what users write: a profile's name and a bare SPEC are enough.
+
+    Args:
+        stored: the text was kept by an earlier run, see `CompressionConfig.parse`.
 
     Raises:
         ConfigError: it is not understood.
     """
     text = text.strip()
-    return text if text == "none" else CompressionConfig.parse(text).spec()
+    return text if text == "none" else CompressionConfig.parse(text, stored).spec()
 
 
 def kv_choices() -> list[str]:
     """What the picker and the completion offer."""
-    return [*profiles(), "none"]
+    try:
+        return [*profiles(), "none"]
+    except ConfigError:  # the user's file is damaged, which is said where one of them is used
+        return ["none"]
 
 
 def check(options: Options) -> None:

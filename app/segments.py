@@ -12,8 +12,8 @@ SIZE = 800
 """Characters after which the next chance to cut is taken."""
 
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
-_NEW_BLOCK = re.compile(r"(?![\s>|]|[-*+]\s|\d+[.)]\s|<)\S")
-"""A line that cannot continue a list, a quote, a table or HTML."""
+_NEW_BLOCK = re.compile(r"(?![\s>|]|[-*+]\s|\d+[.)]\s)\S")
+"""A line that cannot continue a list, a quote or a table."""
 
 
 def segments(text: str) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from leankv_mlx.atomic import is_lasting, put_aside, read_text, write_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +39,21 @@ RANGES: dict[str, tuple[float, float]] = {
 def load(path: Path) -> tuple[Settings, str]:
     """The settings, and what was wrong with the file ("" if nothing).
 
-    A file that is not understood is set aside as `NAME.broken`, never overwritten.
+    A file that is not understood is put aside, never overwritten.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        return from_dict(json.loads(read_text(path))), ""
     except FileNotFoundError:
         return Settings(), ""
-    except (OSError, UnicodeDecodeError) as error:
-        return Settings(), f"The settings file {path} cannot be read ({_why(error)})."
-    try:
-        return from_dict(json.loads(text)), ""
-    except (ValueError, TypeError) as error:
-        aside = path.with_name(path.name + ".broken")
-        try:
-            path.replace(aside)
-        except OSError:
-            aside = path
-        return Settings(), (
-            f"The settings file is damaged ({error}); it is now {aside}, "
-            "and the default settings are in use."
-        )
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        what = "cannot be read" if isinstance(error, OSError) else "is damaged"
+        said = f"The settings file {what} ({_why(error)})"
+        lasting = is_lasting(error)
+    where = str(path)
+    if lasting:
+        with suppress(OSError):
+            where = f"it is now {put_aside(path)}"
+    return Settings(), f"{said}; {where}. The default settings are in use."
 
 
 def from_dict(found: Any) -> Settings:
@@ -91,8 +88,10 @@ def checked(name: str, value: Any) -> Any:
         return value == "on"
     try:
         value = kind(value) if isinstance(value, str) or kind is float else value
-    except ValueError:
-        raise ValueError(f"{name} is not a number: {value}") from None
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{name} is not a number: {str(value)[:20]}") from None
+    if isinstance(value, str):
+        value.encode()  # a lone half of a pair is no text: UnicodeEncodeError is a ValueError
     if type(value) is not kind:
         raise ValueError(f"{name} has the wrong type")
     low, high = RANGES.get(name, (None, None))
@@ -103,15 +102,13 @@ def checked(name: str, value: Any) -> Any:
 
 def save(path: Path, settings: Settings) -> str:
     """Write the file in one step; returns what went wrong, "" if nothing."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
-        scratch.replace(path)
+        write_text(path, json.dumps(asdict(settings), indent=2) + "\n")
     except OSError as error:
         return f"The settings could not be saved in {path} ({_why(error)})."
     return ""
 
 
 def _why(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:100]

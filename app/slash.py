@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from leankv_app.allowed import changed, confirmation, listing
 from leankv_app.commands import COMMANDS, SLOW
 from leankv_app.factory import full_kv
-from leankv_app.format import megabytes
+from leankv_app.format import counted, megabytes, sentence
+from leankv_app.opening import Openings, OpeningStopped
 from leankv_app.sample import QUESTIONS, SAMPLE
-from leankv_app.settings import checked
 from leankv_app.store import StoreError, export
-from leankv_mlx.documents.readers import STDIN, read_document
-from leankv_mlx.errors import ConfigError, DocumentError
+from leankv_app.texts import saving
+from leankv_app.typed import path_of, source_of
+from leankv_mlx.documents.readers import STDIN
+from leankv_mlx.errors import ConfigError
+from leankv_mlx.faults import described
+from leankv_mlx.folders import expanded
 
 if TYPE_CHECKING:
     from leankv_app.screens.chat import ChatScreen
@@ -28,14 +30,15 @@ class Slash:
 
     def __init__(self, screen: ChatScreen) -> None:
         self._screen = screen
+        self.openings = Openings()
 
-    async def run(self, line: str) -> None:
-        """Carry out a line that begins with a slash."""
-        name, _, rest = line.partition(" ")
+    async def run(self, name: str, rest: str) -> None:
+        """Carry out a command; what it says comes at the end of the conversation."""
+        self._screen.conversation.latest()
         if name not in COMMANDS:
             await self._screen.note(f"There is no command {name}; /help lists them.", error=True)
             return
-        done = getattr(self, name[1:])(rest.strip())
+        done = getattr(self, name[1:])(rest)
         if name in SLOW:
             self._screen.run_worker(done)
         elif inspect.isawaitable(done):
@@ -50,7 +53,7 @@ class Slash:
     def model(self, rest: str) -> None:
         """The picker, or a model by name."""
         if rest:
-            self._screen.load(rest)
+            self._screen.load(path_of(rest))
         else:
             self._screen.open_models()
 
@@ -64,30 +67,38 @@ class Slash:
             await self._screen.note(f"System prompt: {chat.system or '(none)'}")
 
     async def set(self, rest: str) -> None:
-        """Change one setting."""
+        """Change one setting, or say what there is."""
         name, _, value = rest.partition(" ")
-        app = self._screen.chat_app
+        screen, app = self._screen, self._screen.chat_app
         try:
-            kept = checked(name, value.strip())
-            changed = replace(app.settings, **{name: kept})
+            if not value:
+                await screen.note(listing(app.settings, name))
+                return
+            settings = changed(app.settings, name, value.strip())
         except ValueError as error:
-            await self._screen.note(f"{error}.", error=True)
+            await screen.note(f"{sentence(str(error))}.", error=True)
             return
-        app.change_settings(changed)
-        await self._screen.note(f"{name} is now {kept}.")
+        app.change_settings(settings)
+        if name == "panel":  # keys may have changed what is shown
+            screen.show_panel(settings.panel)
+        await screen.note(confirmation(settings, name))
 
     async def file(self, rest: str) -> bool:
         """Put a document in context; True if it could be read."""
         if not rest or rest == STDIN:
             await self._screen.note("Name a file or an address: /file PATH", error=True)
             return False
+        asked_in = self._screen.chat.messages
         try:
-            # In a thread: a page may take its time, and so may a long PDF.
-            document = await asyncio.to_thread(read_document, rest)
-        except DocumentError as error:
-            text = str(error)
-            self._screen.say_error("Document", text[:1].upper() + text[1:])
+            document = await self.openings.document(source_of(rest), self._screen.progress)
+        except OpeningStopped:
+            await self._screen.note("Stopped; the document is not in context.")
             return False
+        except Exception as error:  # whatever it is, it must not end the chat
+            await self._screen.note(sentence(described(error)), error=True)
+            return False
+        if self._screen.chat.messages is not asked_in:
+            return False  # another chat has begun meanwhile
         for line in document.notes:
             await self._screen.note(line)
         await self._screen.read(document)
@@ -125,20 +136,23 @@ class Slash:
         lines = []
         if (loaded := screen.loaded) is not None:
             lines.append(
-                f"{loaded.name}: {loaded.compressed} of {loaded.layers} layers compressed, "
+                f"{loaded.name}: {loaded.compressed} of {counted(loaded.layers, 'layer')} "
+                f"compressed, "
                 f"weights {megabytes(loaded.weights)}, budget {megabytes(loaded.budget)}"
             )
         if (now := screen.snapshot) is not None:
             lines.append(
-                f"{now.tokens:,} tokens in {megabytes(now.used)} (fp16 {megabytes(now.fp16)}, "
-                f"{now.ratio:.2f}x), allocated {megabytes(now.allocated)}, "
-                f"process peak {megabytes(now.process_peak)}, {now.context_left:,} tokens left"
+                f"{counted(now.tokens, 'token')} in {megabytes(now.used)} "
+                f"(fp16 {megabytes(now.fp16)}; {saving(now)[0]}), "
+                f"allocated {megabytes(now.allocated)}, process peak "
+                f"{megabytes(now.process_peak)}, {counted(now.context_left, 'token')} left"
             )
         if (done := screen.done) is not None:
             read = done.prompt_tokens - done.reused
             lines.append(
-                f"last reply: {done.tokens} tokens in {done.decode_seconds:.1f} s; {read} prompt "
-                f"tokens read in {done.prefill_seconds:.1f} s, {done.reused} reused"
+                f"last reply: {counted(done.tokens, 'token')} in {done.decode_seconds:.1f} s; "
+                f"{counted(read, 'prompt token')} read in {done.prefill_seconds:.1f} s, "
+                f"{done.reused:,} reused"
             )
         await screen.note("\n".join(lines) or "Nothing has happened yet.")
 
@@ -163,8 +177,11 @@ class Slash:
     async def copy(self, rest: str) -> None:
         """Copy the n-th last reply."""
         replies = [m for m in self._screen.chat.messages if m.role == "assistant" and m.text]
-        number = int(rest) if rest.isdigit() and int(rest) else 1
-        if number > len(replies):
+        try:
+            number = int(rest or 1)
+        except ValueError:  # not all that isdigit() takes is a number for int()
+            number = 0
+        if not 1 <= number <= len(replies):
             await self._screen.note("There is no such reply.", error=True)
             return
         self._screen.app.copy_to_clipboard(replies[-number].text)
@@ -178,11 +195,12 @@ class Slash:
             return
         text = export.markdown(chat.title or "Chat", chat.model, chat.kv, chat.messages)
         default = screen.chat_app.paths.exports / export.file_name(chat.title)
-        path = Path(rest).expanduser() if rest else default
+        path = expanded(path_of(rest)) if rest else default
         try:
             await screen.note(f"Written to {export.write(path, text)}")
-        except OSError as error:
-            screen.say_error("Export", f"{path} cannot be written: {error.strerror}.")
+        except (OSError, ValueError) as error:  # or it is no name of a file at all
+            why = getattr(error, "strerror", None) or error
+            await screen.note(f"{path} cannot be written: {why}.", error=True)
 
     async def resume(self, rest: str) -> None:
         """The list of sessions, or one by number."""
@@ -205,7 +223,7 @@ class Slash:
         if not rest:
             await self._screen.note("Say the title: /rename TEXT", error=True)
             return
-        self._screen.chat.rename(rest)
+        self._screen.chat.rename(" ".join(rest.split()))
         self._screen.show_title()
 
     def quit(self, rest: str) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from leankv_mlx.errors import ConfigError
+from leankv_mlx.errors import ConfigError, UsageError
 from leankv_mlx.profiles import profiles
+from leankv_mlx.sizes import parse_bytes
 
 Rounding = Literal["search", "rms", "optimal"]
 BackendName = Literal["auto", "metal", "cuda", "cpu", "reference"]
@@ -25,8 +26,6 @@ Bits = tuple[int, int]
 """Of keys and of values."""
 
 _BITS_RE = re.compile(r"k(\d+)v(\d+)")
-_SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_SIZE_RE = re.compile(r"(\d+)([KMG]?)")
 _STEP_DOWN = {8: 4, 4: 3, 3: 2, 2: 2}, {8: 4, 4: 2, 3: 2, 2: 2}
 """Bits of keys and of values in the low tier, from those of the high one: k8v4 -> k4v2 as in the
 LeanKV paper, k4v4 -> k3v2."""
@@ -56,7 +55,8 @@ class CompressionConfig:
         alpha_high: policy=threshold: above alpha_high / N a token stays in the high tier.
         alpha_low: and above alpha_low / N in the low one.
         ratio: policy=budget: bytes of an uncompressed fp16 cache over those that may stay.
-        budget: policy=budget: bytes of all compressed layers together; 0 for no such limit.
+        budget: policy=budget: bytes of all compressed layers together, for whatever is generated,
+            and for a prompt that nobody tells the length of; 0 for no such limit.
         high: policy=budget: share of the bytes for the high tier, if there is a low one.
         scope: policy=budget: whether the heads of a layer or of the model share its bytes.
         at: when tokens are dropped: once the "prompt" is in, or also after each "chunk" of it.
@@ -131,7 +131,7 @@ class CompressionConfig:
         if not 0 <= self.high <= 1:
             raise ConfigError(f"high={self.high:g} is out of range; use 0 to 1.")
         if self.budget < 0:
-            raise ConfigError(f"budget={self.budget} is out of range; use bytes, for example 64M.")
+            raise ConfigError(f"budget={self.budget} is out of range; use bytes, for example 64MB.")
         if not 0 <= self.skip < 1:
             raise ConfigError(f"skip={self.skip:g} is no attention weight; use 0, or 0.001.")
         if not 1 <= self.pooling <= 255 or self.pooling % 2 == 0:
@@ -167,15 +167,19 @@ class CompressionConfig:
         return replace(self, k_bits=k_bits, v_bits=v_bits, layer_bits=())
 
     @classmethod
-    def parse(cls, text: str) -> "CompressionConfig":
+    def parse(cls, text: str, stored: bool = False) -> "CompressionConfig":
         """Read the value of `--kv`: `leankv`, or settings with commas between; `leankv:` may stand
         in front of them.
 
         A setting is `kNvM` (bits), `name=value`, or the name of a profile in models.toml;
         later settings win.
 
+        Args:
+            stored: the text comes from a file. Then a setting that does nothing beside the others
+                is passed over; somebody who gives it now is told.
+
         Raises:
-            ConfigError: the text is not understood.
+            ConfigError: the text is not understood, or one of its settings does nothing.
         """
         head, colon, rest = text.strip().partition(":")
         if head != "leankv" and not colon and head:
@@ -185,7 +189,10 @@ class CompressionConfig:
                 f"unknown KV setting '{text}'; use leankv, a profile, or leankv:SPEC such as "
                 "leankv:k4v3."
             )
-        return cls(**_fields(rest))
+        config = cls(**_fields(rest))
+        if not stored:
+            _check_idle(config, rest)
+        return config
 
     def spec(self) -> str:
         """The text form that `parse` reads back to an equal config."""
@@ -233,6 +240,24 @@ def _fields(settings: str, inside: tuple[str, ...] = ()) -> dict[str, Any]:
     return found
 
 
+def _check_idle(config: CompressionConfig, settings: str) -> None:
+    """Whether all that was given does something; what a profile says need not.
+
+    Raises:
+        ConfigError: a setting does nothing.
+    """
+    for item in (part.strip() for part in settings.split(",")):
+        name, equals, _ = (part.strip() for part in item.partition("="))
+        policies, low = _NEEDS.get(name, ((), False)) if equals else ((), False)
+        if policies and config.policy not in policies:
+            use = " or ".join(f"policy={policy}" for policy in policies)
+            raise ConfigError(
+                f"{item} does nothing with policy={config.policy}; use {use}, or drop it."
+            )
+        if low and len(config.tiers) == 1:
+            raise ConfigError(f"{item} does nothing without a low tier; add low=k3v2, or drop it.")
+
+
 def _profile(name: str) -> str:
     named = profiles()
     if name not in named:
@@ -264,10 +289,10 @@ def _number(name: str, value: str) -> float:
 
 
 def _size(name: str, value: str) -> int:
-    match = _SIZE_RE.fullmatch(value)
-    if match is None:
-        raise ConfigError(f"{name}={value} is not a size; use bytes, or 64M or 2G.")
-    return int(match[1]) * _SIZES[match[2]]
+    try:
+        return parse_bytes(value)
+    except UsageError as error:
+        raise ConfigError(f"{name}={value}: {error}") from None
 
 
 def _groups(name: str, value: str) -> int | tuple[int, ...]:
@@ -318,6 +343,24 @@ _READERS: dict[str, Callable[[str, str], Any]] = {
     "layer_bits": _layers,
     "backend": _word,
 }
+
+
+_JUDGED: tuple[PolicyName, ...] = ("budget", "threshold")
+_DROPPING: tuple[PolicyName, ...] = (*_JUDGED, "streaming")
+
+_NEEDS: dict[str, tuple[tuple[PolicyName, ...], bool]] = {
+    "low": (_JUDGED, False),
+    "alpha_high": (("threshold",), False),
+    "alpha_low": (("threshold",), False),
+    "ratio": (("budget",), False),
+    "budget": (("budget",), False),
+    "high": (("budget",), True),
+    "scope": (("budget",), False),
+    "at": (_DROPPING, False),
+    "scores": (_DROPPING, False),
+    "pooling": (_JUDGED, False),
+}
+"""The policies that read a setting, and whether it needs a low tier."""
 
 
 def _stepped(bits: int | tuple[int, ...], down: dict[int, int]) -> int | tuple[int, ...]:

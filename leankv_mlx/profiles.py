@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from leankv_mlx.atomic import write_text
+from leankv_mlx.atomic import is_lasting, locked, put_aside, read_text, write_text
 from leankv_mlx.errors import ConfigError, UsageError
 from leankv_mlx.folders import folder
 from leankv_mlx.resources import models_toml
 
-_NAME = re.compile(r"[A-Za-z][\w-]*")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 def user_profiles() -> Path:
@@ -27,11 +28,23 @@ def profiles() -> dict[str, str]:
     Raises:
         ConfigError: the user's file is not what `leankv calibrate` writes.
     """
-    found = {name: row["kv"] for name, row in _read(models_toml()).items()}
+    rows = _read(models_toml()) | _read(user_profiles())
+    return {name: row["kv"] for name, row in rows.items()}
+
+
+def put_damaged_aside() -> str:
+    """Rename the user's file if it is damaged, so that a program can go on; one line that says so,
+    "" if nothing is wrong with it."""
     own = user_profiles()
-    if own.exists():
-        found |= {name: row["kv"] for name, row in _read(own).items()}
-    return found
+    try:
+        _read(own)
+    except ConfigError as error:
+        cause = error.__cause__
+        if isinstance(cause, Exception) and is_lasting(cause):
+            with suppress(OSError):
+                return f"{str(error).rpartition('; ')[0]}; it is now {put_aside(own)}."
+        return str(error)
+    return ""
 
 
 def check_name(name: str) -> None:
@@ -53,31 +66,46 @@ def save_profile(path: Path, name: str, kv: str, about: str) -> None:
         ConfigError: the file holds something else.
         UsageError: it cannot be written.
     """
-    rows = _read(path) if path.exists() else {}
-    rows[name] = {"kv": kv, "about": about}
-    # A string of JSON is a string of TOML, once DEL is escaped.
-    text = "\n".join(
-        f"[profiles.{name}]\nkv = {json.dumps(row['kv'])}\nabout = {json.dumps(row['about'])}\n"
-        for name, row in rows.items()
-    ).replace("\x7f", "\\u007f")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+        with locked(path.parent):  # another process may be adding one
+            rows = _read(path)
+            rows[name] = {"kv": kv, "about": about}
+            write_text(path, _written(rows))
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}.") from error
 
 
+def _written(rows: dict[str, dict[str, str]]) -> str:
+    """The text of a file. A string of JSON is a string of TOML, once DEL is escaped and nothing
+    else is: an escaped emoji would be two halves."""
+    return "\n".join(
+        f"[profiles.{name if _NAME.fullmatch(name) else _quoted(name)}]\n"
+        f"kv = {_quoted(row['kv'])}\nabout = {_quoted(row['about'])}\n"
+        for name, row in rows.items()
+    )
+
+
+def _quoted(text: str) -> str:
+    whole = text.encode(errors="replace").decode()  # a path may have bytes that are no text
+    return json.dumps(whole, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _read(path: Path) -> dict[str, dict[str, str]]:
+    """The rows of a file; none if it is not there."""
     try:
-        document: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        document: dict[str, Any] = tomllib.loads(read_text(path))
         rows = document.get("profiles", {})
         return {
             name: {"kv": _text(row["kv"]), "about": _text(row.get("about", ""))}
             for name, row in rows.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:100]
         raise ConfigError(
-            f"{path} is not a file of profiles ({error}); mend or move it."
+            f"{path} is not a file of profiles ({reason}); mend or move it."
         ) from error
 
 

@@ -19,6 +19,7 @@ void stay_on(int i);
 // then takes the processor from its caller, and a loop is as slow as on one thread.
 class Elsewhere {
  public:
+  void reserve(size_t threads) { threads_.reserve(threads); }
   void add(std::thread& thread) { threads_.push_back(thread.native_handle()); }
   void move();  // before the threads are woken
 

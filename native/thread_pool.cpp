@@ -9,6 +9,8 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
 
 #include "processors.h"
@@ -23,11 +25,19 @@ constexpr std::chrono::microseconds kAwake{50};
 class Pool {
  public:
   // `awake`: whether there is a processor for each thread, so that waiting awake takes it from none.
-  Pool(int threads, bool awake) : awake_(awake) {
-    for (int i = 1; i < threads; ++i) {
-      std::thread worker([this] { work(); });
-      elsewhere_.add(worker);
-      worker.detach();  // it holds nothing but this object, which lives as long as the process
+  explicit Pool(bool awake) : awake_(awake) {}
+
+  // Not part of the constructor: those that were made wait in this object, so it must stay if one cannot be.
+  void start(int workers) {
+    elsewhere_.reserve(workers);
+    try {
+      for (int i = 0; i < workers; ++i) {
+        std::thread worker([this] { work(); });
+        elsewhere_.add(worker);
+        worker.detach();  // it holds nothing but this object, which lives as long as the process
+      }
+    } catch (const std::system_error&) {  // no more threads for this user, or no memory for a stack
+    } catch (const std::bad_alloc&) {
     }
   }
 
@@ -99,7 +109,7 @@ class Pool {
   std::atomic<long> round_{0};
 };
 
-// What the pool has.
+// What the pool has, or would have if all its workers could be made.
 int all_threads() {
   static const int count = [] {
     const char* text = std::getenv("LEANKV_THREADS");
@@ -128,7 +138,9 @@ Pool& pool() {
         });
     (void)registered;
     const int threads = all_threads();
-    instance.store(new Pool(threads, threads <= processors()), std::memory_order_release);
+    Pool* made = new Pool(threads <= processors());
+    made->start(threads - 1);
+    instance.store(made, std::memory_order_release);
   }
   return *instance.load(std::memory_order_relaxed);
 }

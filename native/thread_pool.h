@@ -5,6 +5,7 @@
 // worker has already begun, awake at first too. Nobody waits awake unless there is a processor for each
 // thread, and then workers are kept off the caller's. So a loop costs little even if no worker wakes up
 // in time.
+// A worker that cannot be made (no memory for its stack, no more threads for this user) is done without.
 // While one thread runs a loop, loops of other threads (of a second MLX stream) run on their own
 // thread alone: never more threads than the pool has.
 #pragma once

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from textual.app import ComposeResult
@@ -11,15 +10,17 @@ from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
 from textual.widgets import Footer, Static
 
+from leankv_app import texts
 from leankv_app.chat import CHECKPOINT_SECONDS, Chat
 from leankv_app.commands import COMMANDS, complete
-from leankv_app.format import megabytes, model_name
+from leankv_app.format import counted, model_name, sayable, sentence
+from leankv_app.guard import Guarded
 from leankv_app.link import EngineEvents
 from leankv_app.options import Options
 from leankv_app.settings import Settings
 from leankv_app.slash import Slash
-from leankv_app.store import Message, SessionInfo, StoreError
-from leankv_app.texts import NOT_SAVED, WELCOME, only_demo_model
+from leankv_app.store import Message, SessionInfo
+from leankv_app.typed import command_of
 from leankv_app.widgets.completions import CompletionList
 from leankv_app.widgets.conversation import Conversation
 from leankv_app.widgets.memory_panel import MemoryPanel
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from leankv_app.screens.models import Choice
 
 
-class ChatScreen(Screen[None]):
+class ChatScreen(Guarded, Screen[None]):
     """Shows what the chat and the engine say, and hands on what the user does."""
 
     def __init__(self, chat: Chat) -> None:
@@ -69,7 +70,7 @@ class ChatScreen(Screen[None]):
                 yield Conversation()
                 yield ProgressLine()
                 yield CompletionList()
-                yield Prompt(complete, self._history())
+                yield Prompt(complete, self.chat.recent())
             yield MemoryPanel()
         yield StatusLine()
         yield Footer(show_command_palette=False)
@@ -104,31 +105,25 @@ class ChatScreen(Screen[None]):
         """The line that says what is waited for."""
         return self.query_one(ProgressLine)
 
-    def begin(self, options: Options) -> None:
+    def begin(self, options: Options, resumed: SessionInfo | None) -> None:
         """Resume and read what the command line asks for."""
-        self.run_worker(self._begin(options))
+        self.run_worker(self._begin(options, resumed))
 
-    async def _begin(self, options: Options) -> None:
-        if options.resume:
-            await self.slash.resume(options.resume)
+    async def _begin(self, options: Options, resumed: SessionInfo | None) -> None:
+        if resumed is not None:
+            await self.resume(resumed)
         else:
-            await self.note(WELCOME)
+            await self.note(texts.WELCOME)
+            if options.resume:
+                await self.note(f"There is no session {options.resume}.", error=True)
         for file in options.files:
             await self.slash.file(file)
-
-    def _history(self) -> list[str]:
-        try:
-            sessions = self.chat.store.sessions(limit=5)
-            messages = [m for info in sessions[::-1] for m in self.chat.store.messages(info.id)]
-        except StoreError:
-            return []
-        return [m.text for m in messages if m.role == "user" and not m.shown][-100:]
 
     # What the user does
 
     async def on_prompt_submitted(self, event: Prompt.Submitted) -> None:
-        if event.text.startswith("/"):
-            await self.slash.run(event.text)
+        if command := command_of(sayable(event.text)):
+            await self.slash.run(*command)
         elif self.chat.busy:
             self.prompt.text = event.text
             self.notify("a reply is on its way; Esc stops it")
@@ -173,11 +168,15 @@ class ChatScreen(Screen[None]):
         """Put a document in context."""
         self._reading = document.name
         self.chat.attach(document)
-        await self.note(f"{document.name}: {len(document.text):,} characters; ask about it.")
+        length = counted(len(document.text), "character")
+        await self.note(f"{document.name}: {length}; ask about it.")
 
     def stop(self) -> None:
         """Stop what is running."""
-        self.chat.stop()
+        if self.slash.openings.stop():
+            return
+        if self.chat.stop():
+            self.progress.wait("stopping …")
 
     async def new_chat(self) -> None:
         """Begin another conversation."""
@@ -185,14 +184,17 @@ class ChatScreen(Screen[None]):
         self._reply = None
         self.progress.end()
         await self.conversation.show([])
-        await self.note(WELCOME)
+        await self.note(texts.WELCOME)
         self.show_title()
 
     async def resume(self, info: SessionInfo) -> None:
         """Continue a saved conversation."""
-        self.chat.resume(info)
+        changed = self.chat.resume(info)
         self._reply = None
+        self.progress.end()
         await self.conversation.show(self.chat.messages)
+        if changed:
+            await self.note(texts.resumed(self.chat.model, self.chat.kv))
         if info.busy:
             await self.note("This session is also open in another window.", error=True)
         self.show_title()
@@ -204,8 +206,12 @@ class ChatScreen(Screen[None]):
 
     def toggle_panel(self) -> None:
         """Show or hide the memory panel."""
-        self.panel.toggle_class("hidden")
-        if self.panel.has_class("hidden") and self.panel.has_focus:
+        self.show_panel(self.panel.has_class("hidden"))
+
+    def show_panel(self, shown: bool) -> None:
+        """Show the memory panel where there is room for it, or hide it."""
+        self.panel.set_class(not shown, "hidden")
+        if not shown and self.panel.has_focus:
             self.prompt.focus()
 
     def focus_panel(self) -> None:
@@ -219,34 +225,13 @@ class ChatScreen(Screen[None]):
 
     def open_sessions(self) -> None:
         """The list of sessions."""
-        from leankv_app.screens.sessions import SessionsScreen
-
-        store = self.chat.store
-
-        def load() -> Sequence[SessionInfo]:
-            try:
-                return store.sessions()
-            except StoreError as error:
-                self.say_error("Chats", str(error))
-                return []
-
-        def rename(info: SessionInfo, title: str) -> None:
-            if info.id == self.chat.session:
-                self.chat.rename(title)
-                self.show_title()
-            else:
-                store.change(info.id, title=title)
-
-        def delete(info: SessionInfo) -> None:
-            if info.id == self.chat.session:
-                self.run_worker(self.new_chat())
-            store.delete(info.id)
+        from leankv_app.screens.sessions import sessions_of
 
         async def opened(info: SessionInfo | None) -> None:
             if info is not None:
                 await self.resume(info)
 
-        self.app.push_screen(SessionsScreen(load, rename, delete), opened)
+        self.app.push_screen(sessions_of(self), opened)
 
     def open_models(self) -> None:
         """The model picker."""
@@ -273,27 +258,27 @@ class ChatScreen(Screen[None]):
         """An error dialog."""
         from leankv_app.screens.dialog import MessageDialog
 
-        self.app.push_screen(MessageDialog(title, text))
+        self.app.push_screen(MessageDialog(title, sayable(text)))
 
     def store_failed(self, text: str) -> None:
         """Chats cannot be saved: say so, and offer a way out for a damaged database."""
         from leankv_app.screens.dialog import ConfirmDialog
 
         if "damaged" not in text or self._asked_aside:
-            self.say_error("Chats are not saved", f"{text}\n\n{NOT_SAVED}")
+            self.say_error("Chats are not saved", f"{text}\n\n{texts.NOT_SAVED}")
             return
         self._asked_aside = True
 
         def done(yes: bool | None) -> None:
             if not yes or not self.chat_app.set_aside():
-                self.notify(NOT_SAVED, severity="warning", timeout=10)
+                self.notify(texts.NOT_SAVED, severity="warning", timeout=10)
 
-        question = f"{text}\n\nSet the file aside and begin a new one? {NOT_SAVED}"
+        question = f"{text}\n\nPut it aside and begin a new one with what it has? {texts.NOT_SAVED}"
         self.app.push_screen(ConfirmDialog("Chats are not saved", question, "Set aside"), done)
 
     async def note(self, text: str, error: bool = False) -> None:
         """A line of the app's own in the conversation."""
-        await self.conversation.add(Notice(text, error))
+        await self.conversation.add(Notice(sayable(text), error))
 
     def show_title(self) -> None:
         """The title of the chat."""
@@ -328,10 +313,14 @@ class ChatScreen(Screen[None]):
                 await self._model_loaded(event)
             case Recoded():
                 await self._recoded(event)
+            case Failed(kind="load" | "kv") | Stopped(stage="load"):
+                await self._unchanged(event)
             case Done() | Stopped() | Failed():
                 await self._ended(event)
 
     def _prefill(self, event: Prefill) -> None:
+        if self.chat.stopping or not self.chat.knows(event.request):
+            return
         if event.done >= event.total:
             self.progress.end()
         elif event.request == self.chat.reading:
@@ -340,38 +329,32 @@ class ChatScreen(Screen[None]):
             self.progress.wait("reading the prompt", event.done, event.total)
 
     def _downloading(self, event: Downloading) -> None:
-        of = f" of {megabytes(event.total)}" if event.total else ""
-        text = f"downloading {event.model}: {megabytes(event.done)}{of}"
-        self.progress.wait(text, event.done, event.total or None)
+        self.chat.fetching = True
+        if not self.chat.stopping:
+            self.progress.wait(texts.downloading(event), event.done, event.total or None)
 
     async def _model_loaded(self, event: Loaded) -> None:
         self.progress.end()
-        self.loaded = event
+        self.loaded, self.done = event, None
         gc.freeze()  # modules and the model: they stay
-        self.chat.model, self.chat.kv = event.model, event.kv
+        self.chat.answered(event)
         self.panel.loaded(event)
         self.query_one(StatusLine).loaded(event, event.kv)
         if not event.model:
-            await self.note(only_demo_model())
+            await self.note(texts.only_demo_model())
         if not event.compressed:
             await self.note(f"{event.name} runs with an uncompressed cache: {event.note}.")
 
     async def _recoded(self, event: Recoded) -> None:
+        self.chat.answered(event)
         name = self.loaded.name if self.loaded else "no model"
         self.query_one(StatusLine).model(name, event.kv, event.backend)
-        if event.reread:
-            await self.note(
-                f"{event.kv}: more bits cannot be won back from fewer, so the conversation is "
-                "read again with your next message."
-            )
-        elif event.before:
-            await self.note(
-                f"{event.kv}: re-encoded, {megabytes(event.before)} -> {megabytes(event.after)}."
-            )
-        else:
-            await self.note(f"{event.kv} from now on.")
+        await self.note(texts.recoded(event))
 
     async def _ended(self, event: Done | Stopped | Failed) -> None:
+        if not self.chat.knows(event.request):
+            return
+        document = event.request != 0 and event.request == self.chat.reading
         self.progress.end()
         if isinstance(event, Done) and event.tokens:
             self.done = event
@@ -382,19 +365,20 @@ class ChatScreen(Screen[None]):
                 await view.finish(ended.text, ended.status)
             else:
                 await view.remove()
-                self._mark_unanswered()
+                if self.chat.messages and self.chat.messages[-1].status == "failed":
+                    self.conversation.query(UserMessage).last().mark("failed")
         if isinstance(event, Failed):
-            if self.loaded is None:
-                self.query_one(StatusLine).no_model()
-            self.say_error(_TITLES[event.kind], event.message[:1].upper() + event.message[1:])
-        elif isinstance(event, Stopped) and ended is None:
+            self.say_error("Document" if document else "No reply", sentence(event.message))
+        elif isinstance(event, Stopped) and document:
             await self.note("Stopped; the document is not in context.")
 
-    def _mark_unanswered(self) -> None:
-        messages = self.chat.messages
-        views = list(self.conversation.query(UserMessage))
-        if views and messages and messages[-1].status == "failed":
-            views[-1].mark("failed")
-
-
-_TITLES = {"load": "Model", "reply": "No reply", "kv": "Compression"}
+    async def _unchanged(self, event: Failed | Stopped) -> None:
+        """A model or a compression is not to be had; what there was stays."""
+        self.progress.end()
+        self.chat.answered(event)
+        if isinstance(event, Failed):
+            self.say_error(texts.FAILURES[event.kind], sentence(event.message))
+        if self.loaded is None:
+            self.query_one(StatusLine).no_model()
+        else:
+            await self.note(f"{self.loaded.name} with {self.chat.kv} answers what comes next.")

@@ -19,6 +19,8 @@ from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
 from leankv_app.format import megabytes
+from leankv_app.guard import Guarded
+from leankv_app.typed import path_of
 
 if TYPE_CHECKING:
     from leankv_mlx.engine.catalogue import CatalogueEntry
@@ -32,7 +34,7 @@ class Choice:
     kv: str
 
 
-class ModelsScreen(ModalScreen[Choice | None]):
+class ModelsScreen(Guarded, ModalScreen[Choice | None]):
     """Gives the model to load."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -47,7 +49,7 @@ class ModelsScreen(ModalScreen[Choice | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog large") as box:
             box.border_title = f"Models · tokens that fit into {megabytes(self._memory)} of memory"
-            yield OptionList(Option("looking …", disabled=True), id="list")
+            yield OptionList(Option("looking …", disabled=True), id="list", markup=False)
             yield Input(
                 placeholder="or a hub id (owner/name), a folder, or a .gguf file", id="other"
             )
@@ -75,7 +77,7 @@ class ModelsScreen(ModalScreen[Choice | None]):
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         if event.value.strip():
-            self.dismiss(Choice(event.value.strip(), ""))
+            self.dismiss(Choice(path_of(event.value), ""))
 
 
 def memory_size() -> int:
@@ -92,7 +94,8 @@ def rows_for(memory: int) -> list[tuple[Choice, Content, bool]]:
     rows = []
     for entry in sorted(catalogue(), key=_place):
         planned = {row.profile: row for row in plan(entry, memory).rows}
-        best, fp16 = planned[entry.kv].tokens, planned["fp16"].tokens
+        fp16 = planned["fp16"].tokens
+        best = planned[entry.kv].tokens if entry.kv in planned else fp16
         here = "here" if not entry.repo or entry.repo in cached else "download"
         cached.discard(entry.repo)
         fits = best >= 1024

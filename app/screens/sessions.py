@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
@@ -14,11 +14,16 @@ from textual.screen import ModalScreen
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
 
+from leankv_app.format import counted
+from leankv_app.guard import Guarded
 from leankv_app.screens.dialog import ConfirmDialog, TextDialog
-from leankv_app.store import SessionInfo
+from leankv_app.store import SessionInfo, StoreError
+
+if TYPE_CHECKING:
+    from leankv_app.screens.chat import ChatScreen
 
 
-class SessionsScreen(ModalScreen[SessionInfo | None]):
+class SessionsScreen(Guarded, ModalScreen[SessionInfo | None]):
     """Gives the session to open.
 
     Args:
@@ -47,7 +52,7 @@ class SessionsScreen(ModalScreen[SessionInfo | None]):
     def compose(self) -> ComposeResult:
         with Vertical(classes="dialog large") as box:
             box.border_title = "Sessions"
-            yield OptionList(id="list")
+            yield OptionList(id="list", markup=False)
             yield Static("Enter open · r rename · d delete · Esc close", classes="hint")
 
     def on_mount(self) -> None:
@@ -94,13 +99,46 @@ class SessionsScreen(ModalScreen[SessionInfo | None]):
                 self._delete(info)
                 self._fill()
 
-        text = f"Delete “{info.title}” with {info.messages} messages? This cannot be undone."
+        length = counted(info.messages, "message")
+        text = f"Delete “{info.title}” with {length}? This cannot be undone."
         self.app.push_screen(ConfirmDialog("Delete", text, "Delete"), done)
+
+
+def sessions_of(screen: ChatScreen) -> SessionsScreen:
+    """The sessions of a chat's store; what cannot be read or changed is said."""
+    chat, store = screen.chat, screen.chat.store
+
+    def safely(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except StoreError as error:
+            screen.say_error("Chats", str(error))
+
+    def load() -> Sequence[SessionInfo]:
+        found: list[SessionInfo] = []
+        safely(lambda: found.extend(store.sessions()))
+        return found
+
+    def rename(info: SessionInfo, title: str) -> None:
+        if info.id == chat.session:
+            chat.rename(title)
+            screen.show_title()
+        else:
+            safely(lambda: store.change(info.id, title=title))
+
+    def delete(info: SessionInfo) -> None:
+        if info.id == chat.session:
+            screen.run_worker(screen.new_chat())
+        safely(lambda: store.delete(info.id))
+
+    return SessionsScreen(load, rename, delete)
 
 
 def _line(info: SessionInfo) -> Content:
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.updated))
     busy = " · open in another window" if info.busy else ""
     return Content.assemble(
-        (f"{info.id:>4} ", "dim"), info.title, (f"  {date} · {info.messages} messages{busy}", "dim")
+        (f"{info.id:>4} ", "dim"),
+        info.title,
+        (f"  {date} · {counted(info.messages, 'message')}{busy}", "dim"),
     )

@@ -12,6 +12,7 @@ from textual.screen import ModalScreen
 from textual.widgets import Button, Input, Label, Select, Static, Switch
 
 from leankv_app.factory import full_kv
+from leankv_app.guard import Guarded
 from leankv_app.settings import Settings, checked
 from leankv_mlx.errors import ConfigError
 
@@ -27,7 +28,7 @@ _ABOUT = {
 }
 
 
-class SettingsScreen(ModalScreen[Settings | None]):
+class SettingsScreen(Guarded, ModalScreen[Settings | None]):
     """Gives the changed settings."""
 
     AUTO_FOCUS = "Input"

@@ -1,6 +1,6 @@
 """Chats in SQLite: never lost, whatever happens to the process or the disk."""
 
 from leankv_app.store.database import StoreError
-from leankv_app.store.sessions import Message, SessionInfo, Store
+from leankv_app.store.sessions import TITLE_LENGTH, Message, SessionInfo, Store
 
-__all__ = ["Message", "SessionInfo", "Store", "StoreError"]
+__all__ = ["TITLE_LENGTH", "Message", "SessionInfo", "Store", "StoreError"]

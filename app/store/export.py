@@ -7,7 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from leankv_app.format import shortened
 from leankv_app.store.sessions import Message
+from leankv_mlx import folders
 
 _HEADINGS = {"user": "You", "assistant": "Model", "summary": "Summary of what came before"}
 
@@ -23,7 +25,7 @@ def markdown(title: str, model: str, kv: str, messages: Sequence[Message]) -> st
 
 def file_name(title: str) -> str:
     """A name for the file, with the date."""
-    words = re.sub(r"[^\w]+", "-", title.casefold()).strip("-")[:40] or "chat"
+    words = re.sub(r"[^\w]+", "-", shortened(title.casefold(), 40)).strip("-") or "chat"
     return f"{time.strftime('%Y-%m-%d')}-{words}.md"
 
 
@@ -37,6 +39,6 @@ def write(path: Path, text: str) -> Path:
     free, number = path, 1
     while free.exists():
         number += 1
-        free = path.with_stem(f"{path.stem}-{number}")
+        free = path.with_name(folders.file_name(path.stem, f"-{number}{path.suffix}"))
     free.write_text(text, encoding="utf-8")
     return free

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from leankv_app.store.database import StoreError, connect, described
+from leankv_app.format import shortened
+from leankv_app.store.database import StoreError, connect, described, number, text
 
 TITLE_LENGTH = 60
 
@@ -62,15 +63,11 @@ class Store:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._connection = connect(path)
-        with self._writing() as db:
-            # Replies of processes that died while they ran.
-            for row in db.execute("SELECT DISTINCT pid FROM messages WHERE status = 'running'"):
-                if not _alive(row["pid"]):
-                    db.execute(
-                        "UPDATE messages SET status = 'interrupted' "
-                        "WHERE status = 'running' AND pid = ?",
-                        (row["pid"],),
-                    )
+        try:
+            self._interrupt_the_dead()
+        except StoreError:
+            self._connection.close()
+            raise
 
     @property
     def saved(self) -> bool:
@@ -124,20 +121,31 @@ class Store:
         with self._writing() as db:
             db.execute("DELETE FROM sessions WHERE id = ?", (session,))
 
+    def _interrupt_the_dead(self) -> None:
+        """Mark replies of processes that died while they ran."""
+        with self._writing() as db:
+            for row in db.execute("SELECT DISTINCT pid FROM messages WHERE status = 'running'"):
+                if not _alive(row["pid"]):
+                    db.execute(
+                        "UPDATE messages SET status = 'interrupted' "
+                        "WHERE status = 'running' AND pid IS ?",
+                        (row["pid"],),
+                    )
+
     # Messages
 
     def messages(self, session: int) -> list[Message]:
         """Messages in order."""
         rows = self._rows("SELECT * FROM messages WHERE session = ? ORDER BY id", (session,))
         return [
-            Message(row["role"], row["text"], row["shown"], row["status"], row["id"])
+            Message(row["role"], text(row["text"]), text(row["shown"]), row["status"], row["id"])
             for row in rows
         ]
 
     def add(self, session: int, message: Message) -> None:
         """Append a message; its id is set. The first user's message gives the session a title."""
         now = time.time()
-        title = " ".join((message.shown or message.text).split())[:TITLE_LENGTH]
+        title = shortened(message.shown or message.text, TITLE_LENGTH)
         with self._writing() as db:
             made = db.execute(
                 "INSERT INTO messages (session, role, text, shown, status, pid, created) "
@@ -197,18 +205,18 @@ def _info(row: sqlite3.Row) -> SessionInfo:
     busy = bool(pid) and pid != os.getpid() and _alive(pid)
     return SessionInfo(
         row["id"],
-        row["title"] or "(no title)",
-        row["model"],
-        row["kv"],
-        row["system"],
-        row["updated"],
+        text(row["title"]) or "(no title)",
+        text(row["model"]),
+        text(row["kv"]),
+        text(row["system"]),
+        number(row["updated"]),
         row["messages"],
         busy,
     )
 
 
-def _alive(pid: int) -> bool:
-    if pid <= 0:
+def _alive(pid: Any) -> bool:
+    if type(pid) is not int or not 0 < pid < 2**31:
         return False
     try:
         os.kill(pid, 0)

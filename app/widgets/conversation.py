@@ -13,6 +13,7 @@ from textual.message import Message as TextualMessage
 from textual.widget import Widget
 from textual.widgets import Static
 
+from leankv_app.guard import Guarded
 from leankv_app.store import Message
 from leankv_app.widgets.message import ReplyMessage, UserMessage
 from leankv_app.widgets.segment import Segment
@@ -49,7 +50,7 @@ class Messages(VerticalScroll):
             self.parent.scrolled()
 
 
-class Conversation(Vertical):
+class Conversation(Guarded, Vertical):
     """Messages and the chip."""
 
     def compose(self) -> ComposeResult:
@@ -86,7 +87,8 @@ class Conversation(Vertical):
     def following(self) -> bool:
         """Whether new text keeps the end in view."""
         area = self.messages
-        return area.max_scroll_y - area.scroll_y <= 1
+        # While little is there, an anchored end is scrolled to a place above the top.
+        return area.max_scroll_y - max(0, area.scroll_y) <= 1
 
     def scrolled(self) -> None:
         """Show the chip away from the end, and let what is far from view sleep."""

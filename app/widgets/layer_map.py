@@ -71,7 +71,7 @@ class LayerMap(Static):
 
     def _gauges(self) -> Content:
         gradient = self._gradient()
-        width = max(4, self.size.width - 10)
+        width = max(4, self.size.width - 9)
         step = -(-len(self._layers) // (2 * MAX_ROWS))
         lines = []
         for first in range(0, len(self._layers), step):

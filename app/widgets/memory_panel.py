@@ -11,6 +11,7 @@ from textual.content import Content
 from textual.widgets import Sparkline, Static
 
 from leankv_app.format import megabytes
+from leankv_app.texts import saving
 from leankv_app.widgets.layer_map import LayerMap
 from leankv_mlx.engine.events import Loaded, Snapshot
 
@@ -32,7 +33,7 @@ class MemoryPanel(VerticalScroll):
         self._snapshot: Snapshot | None = None
         self._loaded: Loaded | None = None
         self._history: list[float] = []
-        self._fastest = 0.0
+        self._speed = 0.0  # of the last reply, once it is over too
 
     def compose(self) -> ComposeResult:
         yield Static("-", id="ratio", markup=False)
@@ -50,11 +51,12 @@ class MemoryPanel(VerticalScroll):
         """Another model is ready."""
         self._loaded = event
         self._history.clear()
+        self._speed = 0.0
 
     def memory(self, snapshot: Snapshot) -> None:
         """The cache now."""
         self._snapshot = snapshot
-        self._fastest = snapshot.speed or self._fastest
+        self._speed = snapshot.speed or self._speed
         self._history = [*self._history, float(snapshot.used)][-HISTORY:]
         if self.is_mounted:
             self._show()
@@ -81,30 +83,39 @@ class MemoryPanel(VerticalScroll):
         snapshot = self._snapshot
         if snapshot is None:
             return
-        self.query_one("#ratio", Static).update(f"{snapshot.ratio:.2f}x smaller")
-        self.query_one("#bars", Static).update(self._bars(snapshot))
+        text, saves = saving(snapshot)
+        ratio = self.query_one("#ratio", Static)
+        ratio.update(text)
+        ratio.set_class(saves, "saves")
+        self.query_one("#bars", Static).update(self._bars(snapshot, saves))
         rows = [("tokens", f"{snapshot.tokens:,}"), ("context left", f"{snapshot.context_left:,}")]
-        rows.append(("tokens/s", f"{self._fastest:.1f}" if self._fastest else "-"))
+        rows.append(("tokens/s", f"{self._speed:.1f}" if self._speed else "-"))
         if snapshot.values_read < 1:
             rows.append(("values read", f"{snapshot.values_read:.0%}"))
         if self.detail:
             rows += self._parts(snapshot)
-        width = max(20, self.content_size.width)
+        width = max(20, self._width)
         lines = [
             Content.assemble((name, "dim"), value.rjust(max(1, width - len(name))))
             for name, value in rows
         ]
         self.query_one("#numbers", Static).update(Content("\n").join(lines))
-        self.query_one("#history", Sparkline).data = self._history
+        # From 0 on: alone, the first value would fill its whole height.
+        self.query_one("#history", Sparkline).data = [0.0, *self._history]
         self.query_one(LayerMap).show(snapshot.layers)
 
-    def _bars(self, snapshot: Snapshot) -> Content:
-        width = max(8, self.content_size.width - 18)
+    @property
+    def _width(self) -> int:
+        """Columns of a line, beside the scrollbar."""
+        return self.scrollable_content_region.width
+
+    def _bars(self, snapshot: Snapshot, saves: bool) -> Content:
+        width = max(8, self._width - 16)
         most = max(snapshot.fp16, snapshot.used, 1)
         lines = []
         for name, size, style in (
             ("fp16", snapshot.fp16, "$error"),
-            ("now", snapshot.used, "$success"),
+            ("now", snapshot.used, "$success" if saves else "$primary"),
         ):
             full = round(size / most * width)
             bar = ("━" * full, style), ("─" * (width - full), "dim")

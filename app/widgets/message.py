@@ -60,6 +60,9 @@ class ReplyMessage(Vertical):
     def on_mount(self) -> None:
         _show_mark(self, self._status)
 
+    async def on_unmount(self) -> None:
+        await self._stop()
+
     async def write(self, text: str) -> None:
         """Append a piece."""
         parts = segments(self._parts[-1] + text)

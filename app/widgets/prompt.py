@@ -10,10 +10,12 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widgets import TextArea
 
+from leankv_app.guard import Guarded
+
 Complete = Callable[[str], Sequence[str]]
 
 
-class Prompt(TextArea):
+class Prompt(Guarded, TextArea):
     """Enter sends, Shift+Enter or Ctrl+J begins a new line, Up and Down on the first and last
     line go through what was sent before, Tab completes."""
 
@@ -63,7 +65,10 @@ class Prompt(TextArea):
 
     def on_text_area_changed(self) -> None:
         self._chosen = 0
-        self._offer(self._complete(self.text) if self.text.startswith("/") else ())
+        # What came from the history is complete, and Up and Down go on through it.
+        recalled = self._at < len(self._history) and self.text == self._history[self._at]
+        offers = self.text.startswith("/") and not recalled
+        self._offer(self._complete(self.text) if offers else ())
 
     async def _on_key(self, event: events.Key) -> None:
         action = {

@@ -10,6 +10,8 @@ from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.widgets import Markdown
 
+from leankv_app.markdown import parser
+
 
 class Segment(Vertical):
     """Shows `text` as Markdown.
@@ -25,7 +27,7 @@ class Segment(Vertical):
         self.asleep = False
 
     def compose(self) -> ComposeResult:
-        yield Markdown(self.text, open_links=False)
+        yield self._view()
 
     @property
     def markdown(self) -> Markdown:
@@ -51,4 +53,7 @@ class Segment(Vertical):
         if self.asleep:
             self.asleep = False
             self.styles.height = "auto"
-            self.mount(Markdown(self.text, open_links=False))
+            self.mount(self._view())
+
+    def _view(self) -> Markdown:
+        return Markdown(self.text, parser_factory=parser, open_links=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from textual.widgets import Static
 
 from leankv_app.format import megabytes
+from leankv_app.texts import saving
 from leankv_mlx.engine.events import Loaded, Snapshot
 
 
@@ -33,9 +34,11 @@ class StatusLine(Static):
     def memory(self, snapshot: Snapshot) -> None:
         """The cache now."""
         speed = f" · {snapshot.speed:.0f} tok/s" if snapshot.speed else ""
+        text, saves = saving(snapshot)
+        worth = text.partition(";")[0]  # the panel has room for the rest
+        of = f" (fp16 {megabytes(snapshot.fp16)})" if saves else ""
         self._memory = (
-            f"{snapshot.ratio:.2f}x smaller · {megabytes(snapshot.used)} "
-            f"(fp16 {megabytes(snapshot.fp16)}){speed} · {snapshot.context_left:,} left"
+            f"{worth} · {megabytes(snapshot.used)}{of}{speed} · {snapshot.context_left:,} left"
         )
         self._show()
 

@@ -28,7 +28,8 @@ from leankv_mlx.evaluation.arms import Arm, Size, parse_arms, prefill, settle
 from leankv_mlx.evaluation.fidelity import Corpus, corpus, read_text, run_fidelity
 from leankv_mlx.evaluation.metrics import Fidelity, TokenScores, summarize
 from leankv_mlx.mlx_lm.attachment import make_caches
-from leankv_mlx.mlx_lm.loading import LoadedModel, check_context, context_length, load
+from leankv_mlx.mlx_lm.context import context_length
+from leankv_mlx.mlx_lm.loading import LoadedModel, check_context, load
 from leankv_mlx.mlx_lm.usage import measure
 
 OURS = "leankv"

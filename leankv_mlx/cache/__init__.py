@@ -1,13 +1,18 @@
 """The compressed KV cache behind mlx-lm's cache protocol."""
 
-from leankv_mlx.cache.compressed import (
-    CompressedKVCache,
+from leankv_mlx.cache.compressed import CompressedKVCache
+from leankv_mlx.cache.lists import (
     act_together,
+    can_rewind,
     end_prompt,
     forget_queries,
+    is_prefix,
     place_by,
+    reading,
+    rewind,
 )
 from leankv_mlx.cache.memory import CacheMemory
+from leankv_mlx.cache.parts import one_update
 from leankv_mlx.cache.tracking import Fetched, owner_of
 
 __all__ = [
@@ -15,8 +20,13 @@ __all__ = [
     "CompressedKVCache",
     "Fetched",
     "act_together",
+    "can_rewind",
     "end_prompt",
     "forget_queries",
+    "is_prefix",
+    "one_update",
     "owner_of",
     "place_by",
+    "reading",
+    "rewind",
 ]

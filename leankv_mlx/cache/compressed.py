@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +14,7 @@ from leankv_mlx.attention import View, attend_codes, attend_rows
 from leankv_mlx.cache.layer import Layer, Shape
 from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.sparsifier import Sparsifier
-from leankv_mlx.cache.tracking import track
+from leankv_mlx.cache.tracking import Withheld, track
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import DroppedTokensError, ShapeError, UnsupportedError
 from leankv_mlx.kernels import MAX_DECODE_TOKENS, Backend, Mask, Rows, resolve_backend
@@ -60,6 +59,7 @@ class CompressedKVCache:
         self._layer: Layer | None = None  # made by the first update, which tells the shape
         self._sparsifier = None if self.config.policy == "keep_all" else Sparsifier(self.config)
         self._calls = _Calls()
+        self._parts: int | None = None  # that have come of an update in parts
         self._unread = -1  # fused calls before a fetch whose arrays do not hold all tokens
         # Weak: a fetch holds the working copy of its layer.
         self._fetched: tuple[weakref.ref[mx.array], weakref.ref[mx.array]] | None = None
@@ -76,20 +76,23 @@ class CompressedKVCache:
 
         Returns:
             Keys and values of all tokens, [1, H, N, head_dim]. Attention that is given these very
-            objects (see `owner_of`) reads the cache instead.
+            objects (see `owner_of`) reads the cache instead. Once a policy has dropped tokens
+            nothing else can: they are then `Withheld`.
 
         Raises:
             UnsupportedError: a batch above 1.
-            DroppedTokensError: the model reads the arrays themselves although a policy has dropped
-                tokens.
+            DroppedTokensError: nothing attended to the tokens of the call before, although a policy
+                has dropped some.
             ShapeError: the arrays do not fit each other or earlier ones.
-            ConfigError: policy=budget with less than what is never dropped.
+            ConfigError: policy=budget with bytes that cannot be kept to.
         """
         layer = self._checked(keys, values)
         self._fetched = self._held = None  # nothing may hold the pool while it is written
-        prefill = keys.shape[2] > MAX_DECODE_TOKENS
-        if self._sparsifier:
-            self._sparsifier.before_update(layer, keys.shape[2])
+        moves = prefill = keys.shape[2] > MAX_DECODE_TOKENS
+        if self._parts:
+            pass  # the update has begun
+        elif self._sparsifier:
+            moves = not self._sparsifier.before_update(layer, keys.shape[2])
         elif not prefill:
             layer.compress()
         layer.append(keys[0], values[0])
@@ -101,7 +104,10 @@ class CompressedKVCache:
         rows = view.rows()
         mx.eval(rows)
         fetched = self._track(layer, view, rows)
-        layer.compress()
+        if self._parts is not None:
+            self._parts += 1
+        elif moves:
+            layer.compress()
         mx.eval(layer.state)
         return fetched
 
@@ -138,12 +144,33 @@ class CompressedKVCache:
         return mask if window_size is None else mask & (rows < columns + window_size)
 
     def is_trimmable(self) -> bool:
-        """True: any number of tokens can be removed from the end."""
-        return True
+        """Whether any number of tokens can be removed from the end, and the rest serve another
+        prompt that begins with them: until a policy has dropped tokens, by what stood behind."""
+        return self._layer is None or self._layer.placed == 0
+
+    def is_prefix(self, tokens: int) -> bool:
+        """Whether the first `tokens` tokens are what they would be if no others had come.
+
+        After a policy has dropped some they are that only with all those that it looked at.
+        """
+        return self._layer is None or tokens >= self._layer.placed
+
+    def rewind(self, n: int) -> int:
+        """Remove the last n of the tokens that are being generated, rejected drafts; returns how
+        many were removed.
+
+        Raises:
+            DroppedTokensError: they reach further back than the window, and a policy has dropped
+                tokens there.
+        """
+        if not self.is_trimmable() and self._layer and n > self._layer.recent:
+            raise DroppedTokensError(f"takes back {n} tokens")
+        return self.trim(n)
 
     def trim(self, n: int) -> int:
         """Remove the last n tokens (all, if there are fewer); returns how many were removed.
 
+        What a policy has dropped stays dropped: ask `is_prefix` before another prompt goes on.
         Below the window the block that is cut is decoded, and its surviving slots become the
         window; where a policy has dropped tokens they stay codes, and the window is empty. When no
         body is left the centers are forgotten and fitted anew.
@@ -182,7 +209,8 @@ class CompressedKVCache:
     @state.setter
     def state(self, value: list[Any]) -> None:
         spec, keep_fetched, *rest = value
-        CompressedKVCache.__init__(self, spec, keep_fetched)
+        config = CompressionConfig.parse(spec, stored=True)
+        CompressedKVCache.__init__(self, config, keep_fetched)
         if rest:
             self._begin(Layer.restored(rest, self.config, self._backend))
 
@@ -204,6 +232,18 @@ class CompressedKVCache:
         return copy
 
     # What the rest of the project asks for.
+
+    def begin_parts(self) -> None:
+        """Take the next updates, of more than 8 tokens each, as parts of one: nothing is
+        compressed before `end_parts`. See `one_update`."""
+        self._parts = 0
+
+    def end_parts(self) -> None:
+        """The update is complete, or goes no further."""
+        begun, self._parts = self._parts, None
+        if begun and self._layer is not None:
+            self._layer.compress()
+            mx.eval(self._layer.state)
 
     @property
     def backend(self) -> str:
@@ -227,6 +267,17 @@ class CompressedKVCache:
     def fp16_nbytes(self) -> int:
         """Bytes that the same tokens take in an uncompressed fp16 cache."""
         return self._layer.fp16_nbytes if self._layer else 0
+
+    @property
+    def sparsifier(self) -> Sparsifier | None:
+        """What drops its tokens, for all layers of a model; None for policy=keep_all."""
+        return self._sparsifier
+
+    def act_with(self, sparsifier: Sparsifier) -> None:
+        """Let the policy of other layers decide for this one, too."""
+        self._sparsifier = sparsifier
+        if self._layer:
+            sparsifier.join(self._layer)
 
     @property
     def layer(self) -> Layer | None:
@@ -281,6 +332,7 @@ class CompressedKVCache:
     def _track(self, layer: Layer, view: View, rows: Rows | None) -> tuple[mx.array, mx.array]:
         """Lazy arrays of all tokens; `rows` is their working copy if this is a prefill."""
         calls, equalizer = self._calls, layer.equalizer  # the closure must not hold the cache
+        sparsifier = self._sparsifier
         observations, collector, end = layer.observations, layer.collector, layer.offset
 
         def attend(
@@ -305,11 +357,11 @@ class CompressedKVCache:
                 observations.add(queries[0], lse, end, scale, sink_logits)
             if view.centers is None and layer.offset == end:
                 layer.see(queries, view.exact)
+            if sparsifier and rows is not None:
+                sparsifier.after_attention(layer)
             return out
 
-        keys, values = view.unrotated(rows) if rows else view.fetched()
-        if equalizer:
-            keys = equalizer.undo(keys[0])[None]
+        keys, values = _withheld(layer, view) if layer.ragged else _decoded(layer, view, rows)
         track(keys, values, attend)
         self._fetched = weakref.ref(keys), weakref.ref(values)
         if self.keep_fetched:
@@ -317,57 +369,17 @@ class CompressedKVCache:
         return keys, values
 
 
-def act_together(caches: Iterable[Any]) -> None:
-    """Let the policies of the caches of one model see all its layers at once.
-
-    Args:
-        caches: a new or restored cache list, in the model's order; entries that are not ours, or
-            keep all tokens, are left alone.
-    """
-    ours = [c for c in _flat(caches) if isinstance(c, CompressedKVCache) and c._sparsifier]
-    if not ours:
-        return
-    sparsifier = Sparsifier(ours[0].config)
-    for cache in ours:
-        cache._sparsifier = sparsifier
-        if cache._layer:
-            sparsifier.join(cache._layer)
+def _decoded(layer: Layer, view: View, rows: Rows | None) -> tuple[mx.array, mx.array]:
+    """All tokens as the model made them, lazy [1, H, N, head_dim]."""
+    keys, values = view.unrotated(rows) if rows else view.fetched()
+    if layer.equalizer:
+        keys = layer.equalizer.undo(keys[0])[None]
+    return keys, values
 
 
-def end_prompt(caches: Iterable[Any]) -> None:
-    """Say that the whole prompt is in, where it cannot be seen from the updates (the second update
-    in a row of the same size, up to 8 tokens, says so by itself)."""
-    for sparsifier in _sparsifiers(caches):
-        sparsifier.end_prompt()
-
-
-def forget_queries(caches: Iterable[Any]) -> None:
-    """Let stored tokens be judged by what comes next alone, as if they came from a file."""
-    for sparsifier in _sparsifiers(caches):
-        sparsifier.forget_queries()
-
-
-def place_by(caches: Iterable[Any], scores: Sequence[mx.array]) -> None:
-    """Let the policy place all stored tokens by given scores.
-
-    Args:
-        caches: a cache list.
-        scores: significance of each layer that has stored tokens and a policy, float32 [H, S].
-    """
-    for sparsifier in _sparsifiers(caches):
-        sparsifier.place_by([np.array(score) for score in scores])
-
-
-def _sparsifiers(caches: Iterable[Any]) -> list[Sparsifier]:
-    """Each once."""
-    ours = (c for c in _flat(caches) if isinstance(c, CompressedKVCache))
-    return list({id(c._sparsifier): c._sparsifier for c in ours if c._sparsifier}.values())
-
-
-def _flat(caches: Iterable[Any]) -> Iterable[Any]:
-    for cache in caches:
-        children = getattr(cache, "caches", None)  # mlx-lm's CacheList
-        if children is None:
-            yield cache
-        else:
-            yield from _flat(children)
+def _withheld(layer: Layer, view: View) -> tuple[mx.array, mx.array]:
+    """What stands for them once heads have lost some."""
+    tokens = int(view.exact.k.shape[1]) + sum(body.slots for body in view.bodies)
+    shape, dims = layer.shape, (layer.shape.k_dim, layer.shape.v_dim)
+    keys, values = (Withheld((1, shape.heads, tokens, dim), layer.dtype) for dim in dims)
+    return cast(mx.array, keys), cast(mx.array, values)

@@ -6,7 +6,7 @@
 
 The digest is BLAKE2b-256 of the whole file with its own digits as zeros. Any safetensors reader
 opens the file; this one trusts nothing in it: all sizes are checked against the file's before
-anything is allocated.
+anything is allocated, and the digest before any array is made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
+from leankv_mlx.atomic import replacing
 from leankv_mlx.errors import CacheFileError, UnsupportedError
 
 FORMAT = "leankv-prompt-cache"
@@ -35,8 +35,9 @@ BEFORE_EQUALIZE = ("2",)
 _MAGIC = f'{{"__metadata__":{{"format":"{FORMAT}","digest":"'.encode()
 _DIGEST_AT = 8 + len(_MAGIC)
 _ZEROS = b"0" * 64
-_MAX_HEADER = 1 << 24
+_MAX_HEADER = 1 << 22  # JSON takes up to 30 times its bytes in memory
 _MAX_ELEMENTS = 1 << 40
+_MAX_DIMENSION = 2**31 - 1  # of an MLX array
 
 # name in the header -> (dtype, NumPy's dtype of the same bytes)
 _DTYPES: dict[str, tuple[mx.Dtype, Any]] = {
@@ -84,51 +85,28 @@ def write(path: str | Path, tensors: Mapping[str, mx.array], metadata: Mapping[s
 
     Raises:
         CacheFileError: the folder is missing or cannot be written, or the disk is full.
-        UnsupportedError: a tensor has a dtype that the format does not know.
+        UnsupportedError: a tensor has a dtype that the format does not know, or the metadata is
+            too long.
     """
-    target = Path(path).resolve()  # the file behind a link, not the link
     header = _header(tensors, metadata)
     try:
-        _replace(target, header, tensors)
+        _replace(Path(path), header, tensors)
     except OSError as error:
         raise CacheFileError(
             f"cannot write {path}: {error.strerror or error}; name another file or make room."
         ) from error
 
 
-def _replace(target: Path, header: bytes, tensors: Mapping[str, mx.array]) -> None:
-    name = target.parent / f".{target.name[:100]}.{secrets.token_hex(4)}.tmp"
-    try:
-        with open(name, "xb") as file:
-            digest = hashlib.blake2b(header, digest_size=32)
-            file.write(header)
-            for array in tensors.values():
-                data = _data(array)
-                digest.update(data)
-                file.write(data)
-            file.seek(_DIGEST_AT)
-            file.write(digest.hexdigest().encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, target)
-    except BaseException:
-        name.unlink(missing_ok=True)
-        raise
-    _sync_folder(target.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name last; not every file system can."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+def _replace(path: Path, header: bytes, tensors: Mapping[str, mx.array]) -> None:
+    with replacing(path) as file:
+        digest = hashlib.blake2b(header, digest_size=32)
+        file.write(header)
+        for array in tensors.values():
+            data = _data(array)
+            digest.update(data)
+            file.write(data)
+        file.seek(_DIGEST_AT)
+        file.write(digest.hexdigest().encode())
 
 
 def _header(tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> bytes:
@@ -145,6 +123,11 @@ def _header(tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> byt
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _MAX_HEADER:
+        raise UnsupportedError(
+            f"a prompt cache file cannot hold {len(text):,} bytes of layers and metadata; "
+            f"at most {_MAX_HEADER:,} fit."
+        )
     return len(text).to_bytes(8, "little") + text
 
 
@@ -174,16 +157,18 @@ def read(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         own = header[len(_MAGIC) : len(_MAGIC) + 64]
         digest = hashlib.blake2b(length, digest_size=32)
         digest.update(_MAGIC + _ZEROS + header[len(_MAGIC) + 64 :])
-        tensors = {}
+        pieces = []
         for row in rows:
             data = file.read(row.end - row.begin)
             if len(data) != row.end - row.begin:
                 raise DamagedError("it is cut off")
             digest.update(data)
-            tensors[row.name] = _array(data, row)
+            pieces.append(data)
     if digest.hexdigest().encode() != own:
         raise DamagedError("its digest does not fit its content")
-    return tensors, metadata
+    pieces.reverse()
+    # Each piece goes as its array comes, so the content is never held twice.
+    return {row.name: _array(pieces.pop(), row) for row in rows}, metadata
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -263,7 +248,8 @@ def _row(item: tuple[str, Any]) -> _Tensor:
         raise DamagedError("it has a tensor with an impossible shape")
     nbytes = math.prod(shape) * np.dtype(_DTYPES[dtype][1]).itemsize
     # Dimensions beside a zero count too: they cost no bytes, but make arrays that nothing can use.
-    if math.prod(filter(None, shape)) >= _MAX_ELEMENTS or span[1] - span[0] != nbytes:
+    large = math.prod(filter(None, shape)) >= _MAX_ELEMENTS
+    if large or max(shape, default=0) > _MAX_DIMENSION or span[1] - span[0] != nbytes:
         raise DamagedError("it has a tensor with an impossible shape")
     return _Tensor(name, dtype, tuple(shape), *span)
 

@@ -47,6 +47,9 @@ class Layer:
         equalizer: applied to all keys here once there is a body, if that is configured.
         observations: the last queries, if a policy needs them.
         collector: if set, it is told of the attention of every prefill call.
+        placed: tokens that had come when stored ones were last dropped or demoted; 0 if none ever
+            were. What stands in front was chosen by what stands there, so it is a beginning of
+            those tokens only.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Layer:
         self.equalizer: Equalizer | None = None
         self.observations = None if config.policy == "keep_all" else Observations()
         self.collector: LargestReceived | None = None
+        self.placed = 0
         self._seen: list[tuple[mx.array, int]] = []
         self._fitted = False
         self.rotations: Rotations = (
@@ -87,10 +91,15 @@ class Layer:
         return self.body is not None and self.body.ragged
 
     @property
+    def recent(self) -> int:
+        """Tokens in the window: the last ones, exact."""
+        return int(self.exact.k.shape[1]) - self.sinks
+
+    @property
     def leaving(self) -> tuple[int, int]:
         """Exact rows start..stop that are the next to leave the window; none where they agree."""
         sinks = self.sinks
-        blocks = (self.exact.k.shape[1] - sinks - self._config.window) // TILE
+        blocks = (self.recent - self._config.window) // TILE
         return sinks, sinks + max(0, blocks) * TILE
 
     def append(self, keys: mx.array, values: mx.array) -> None:
@@ -147,7 +156,7 @@ class Layer:
         self.offset -= n
         if self.observations:
             self.observations.trim(self.offset)
-        if n <= self.exact.k.shape[1] - self.sinks:
+        if n <= self.recent:
             self.exact = Rows(*(_owned(x[:, : x.shape[1] - n]) for x in self.exact))
             return
         sinks = min(self.sinks, self.offset)
@@ -171,7 +180,7 @@ class Layer:
                 keys = self.equalizer.undo(self.rotations[0].undo(exact.k))
                 exact = Rows(self.rotations[0].apply(keys), exact.v)
             self.body = self.equalizer = None
-            self._fitted = False
+            self._fitted, self.placed = False, 0
         self.exact = exact
 
     def view(self) -> View:
@@ -192,6 +201,7 @@ class Layer:
         dtypes = self.exact.k.dtype, self.exact.v.dtype
         other = Layer(self.shape, self._config, self._backend, dtypes)
         other.offset, other.exact = self.offset, self.exact  # arrays are replaced, never changed
+        other.placed = self.placed
         other.dtype, other.equalizer = self.dtype, self.equalizer
         other._fitted, other._seen = self._fitted, list(self._seen)
         other.body = self.body.copy() if self.body else None
@@ -208,7 +218,7 @@ class Layer:
     @property
     def exact_positions(self) -> NDArray[np.int32]:
         """Positions of the exact rows, int32 [E]."""
-        window = np.arange(self.offset - (self.exact.k.shape[1] - self.sinks), self.offset)
+        window = np.arange(self.offset - self.recent, self.offset)
         return np.concatenate([np.arange(self.sinks), window]).astype(np.int32)
 
     def judge(self) -> tuple[mx.array, mx.array]:
@@ -249,6 +259,12 @@ class Layer:
         return self._most_exact_nbytes + self.memory().centers + self._queries_nbytes
 
     @property
+    def least_nbytes(self) -> int:
+        """The same, once the prompt is in and queries come a few at a time."""
+        queries = self.observations.usual_nbytes if self.observations else 0
+        return self._most_exact_nbytes + self.memory().centers + queries
+
+    @property
     def growth_nbytes(self) -> int:
         """Bytes by which the observed queries may still grow."""
         return self.observations.most_nbytes - self._queries_nbytes if self.observations else 0
@@ -272,9 +288,14 @@ class Layer:
         )
 
     @property
+    def row_nbytes(self) -> int:
+        """Bytes of an exact token."""
+        return sum(x.shape[0] * x.shape[2] * x.dtype.size for x in self.exact)
+
+    @property
     def _most_exact_nbytes(self) -> int:
-        row = sum(x.shape[0] * x.shape[2] * x.dtype.size for x in self.exact)
-        return row * (self._config.sink_tokens + self._config.window + TILE)
+        rows = self._config.sink_tokens + self._config.window + TILE
+        return self.row_nbytes * rows
 
     @property
     def _queries_nbytes(self) -> int:
@@ -303,6 +324,7 @@ class Layer:
             layer.equalizer = Equalizer(*scales) if scales else None
             layer.body = layer._new_body(Centers(mu_k, mu_v))
             layer.body.restore(tiers)
+            layer.placed = offset if layer.ragged else 0  # a file does not say when
         return layer
 
     def _new_body(self, centers: Centers) -> CompressedBody:

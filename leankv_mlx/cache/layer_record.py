@@ -11,6 +11,7 @@ import numpy as np
 
 from leankv_mlx.cache.compressed import CompressedKVCache
 from leankv_mlx.cache.container import DamagedError
+from leankv_mlx.codec.equalize import LARGEST
 from leankv_mlx.codec.format import TILE, Format, padded
 from leankv_mlx.config import BackendName, CompressionConfig
 
@@ -18,7 +19,13 @@ LAYERS = "its layers are damaged"
 _COUNTS = "its numbers of tokens contradict each other"
 _FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 _POSITIONS = (mx.uint8, mx.uint16, mx.uint32)
-_NUMBERS = {"offset": 1 << 24, "heads": 1 << 14, "k_dim": 1 << 14, "v_dim": 1 << 14}
+_NUMBERS = {
+    "offset": (0, 1 << 24),  # 0: it was trimmed to nothing
+    "heads": (1, 1 << 14),
+    "k_dim": (1, 1 << 14),
+    "v_dim": (1, 1 << 14),
+}
+_SPARE = 1 << 20  # bytes that the tables of a layer may take whatever its blocks take
 _MAX_SPEC = 1000
 
 Tensors = dict[str, mx.array]
@@ -70,16 +77,26 @@ def read(
     kv, keep_fetched = record.get("kv"), record.get("keep_fetched")
     if not isinstance(kv, str) or len(kv) > _MAX_SPEC or not isinstance(keep_fetched, bool):
         raise DamagedError(LAYERS)
-    config = CompressionConfig.parse(kv)
+    config = CompressionConfig.parse(kv, stored=True)
     if not equalized and "equalize=on" not in kv:
         config = replace(config, equalize=False)
     state: list[Any] = [replace(config, backend=backend).spec(), keep_fetched]
     if len(record) > 2:
-        numbers = [_number(record, field) for field in _NUMBERS]
-        if len(record) != 2 + len(numbers) or not all(numbers):
+        if len(record) != 2 + len(_NUMBERS):
             raise DamagedError(LAYERS)
+        numbers = [_number(record, field) for field in _NUMBERS]
         state += [*numbers, *_Content(config, numbers, name, tensors).arrays()]
     return CompressedKVCache.from_state(state)
+
+
+def check_finite(array: mx.array) -> None:
+    """Whether floats are numbers.
+
+    Raises:
+        DamagedError: one is infinite or not a number.
+    """
+    if not mx.isfinite(array).all().item():
+        raise DamagedError("it has values that are no numbers")
 
 
 class _Content:
@@ -105,7 +122,7 @@ class _Content:
             if self._offset != exact:
                 raise DamagedError(_COUNTS)
             return [k, v]
-        if not self._config.sink_tokens <= exact <= self._offset:
+        if not self._config.sink_tokens <= exact <= self._offset or not self._offset:
             raise DamagedError(_COUNTS)
         mu_k, mu_v = self._take("mu_k"), self._take("mu_v")
         _expect(mu_k, (heads, k_pad), (mx.float32,))
@@ -121,6 +138,9 @@ class _Content:
         if self._config.equalize:
             scales = self._take("key_scales")
             _expect(scales, (heads, self._k_dim), (mx.float32,))
+            divisors = np.array(scales)
+            if divisors.min() < np.float32(1 / LARGEST) or divisors.max() > np.float32(LARGEST):
+                raise DamagedError("its channels are scaled beyond what is ever written")
             arrays.append(scales)
         return arrays
 
@@ -133,7 +153,13 @@ class _Content:
             raise DamagedError(_COUNTS)
         owned = -(-slots // TILE)
         _expect(blocks, (int(owned.sum()), format.words), (mx.uint32,))
+        check_finite(blocks[:, -TILE:].view(mx.float16))  # the scales, see codec/packing.py
         width = int(owned.max())
+        # A head has a column for each block of the longest one, and other arrays one for each slot.
+        # Beside the blocks of a layer that was written that is little, however much longer one head
+        # is than the others; with heads of which no model has so many it would take any amount.
+        if 4 * heads * width > blocks.nbytes // 4 + _SPARE:
+            raise DamagedError(_COUNTS)
         here = np.arange(width) < owned[:, None]
         ids = np.zeros((heads, width), np.int32)
         ids[here] = np.arange(int(owned.sum()))
@@ -174,11 +200,16 @@ class _Content:
 
 
 def _number(record: dict[str, Any], name: str) -> int:
-    """A whole number from 1 to what `_NUMBERS` allows, else 0."""
-    value = record.get(name)
-    return value if type(value) is int and 0 < value <= _NUMBERS[name] else 0
+    """A whole number within what `_NUMBERS` allows."""
+    value, (low, high) = record.get(name), _NUMBERS[name]
+    if type(value) is not int or not low <= value <= high:
+        raise DamagedError(LAYERS)
+    return value
 
 
 def _expect(array: mx.array, shape: tuple[int, ...], dtypes: tuple[mx.Dtype, ...]) -> None:
+    """Of floats also that each is a number: one that is none makes every answer nonsense."""
     if array.shape != shape or array.dtype not in dtypes:
         raise DamagedError("it has a tensor of the wrong shape or dtype")
+    if mx.issubdtype(array.dtype, mx.floating):
+        check_finite(array)

@@ -16,9 +16,10 @@ from typing import Any
 import mlx.core as mx
 
 from leankv_mlx.cache import container, layer_record
-from leankv_mlx.cache.compressed import CompressedKVCache, act_together
+from leankv_mlx.cache.compressed import CompressedKVCache
 from leankv_mlx.cache.container import DamagedError
 from leankv_mlx.cache.layer_record import LAYERS, Tensors, portable
+from leankv_mlx.cache.lists import act_together
 from leankv_mlx.config import BackendName, CompressionConfig
 from leankv_mlx.errors import CacheFileError, ConfigError, UnsupportedError
 

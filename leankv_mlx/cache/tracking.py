@@ -10,9 +10,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import mlx.core as mx
 
+from leankv_mlx.errors import DroppedTokensError
 from leankv_mlx.kernels import Mask
 
 AttendFn = Callable[[mx.array, float, Mask, "mx.array | None"], mx.array]
@@ -56,3 +58,33 @@ def owner_of(keys: mx.array, values: mx.array) -> Fetched | None:
     if fetched is None or fetched.keys() is not keys or fetched.values() is not values:
         return None
     return fetched
+
+
+def _refuse(*_: object, **__: object) -> NoReturn:
+    raise DroppedTokensError("reads keys and values itself")
+
+
+class Withheld:
+    """Stands for keys or values whose heads have lost tokens.
+
+    As an array they would have gaps that only the attention behind `owner_of` knows of. So there
+    is none: whoever uses this as one gets a DroppedTokensError, or a TypeError from functions of
+    MLX that take nothing but its own arrays.
+
+    Attributes:
+        shape: [1, H, N, head_dim]; N of the head that kept most.
+        dtype: of the model's keys and values.
+        ndim: 4.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: mx.Dtype) -> None:
+        self.shape, self.dtype, self.ndim = shape, dtype, len(shape)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # Python asks what an object can do
+            raise AttributeError(name)
+        _refuse()
+
+    __array__ = __mlx_array__ = __getitem__ = __setitem__ = __iter__ = __len__ = _refuse
+    __add__ = __sub__ = __mul__ = __truediv__ = __matmul__ = __pow__ = __neg__ = _refuse
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rmatmul__ = __rpow__ = _refuse

@@ -78,9 +78,12 @@ def remove(
     """Remove kept documents."""
     if bool(keys) == everything:
         raise UsageError("name the keys of leankv cache list, or --all.")
+    from leankv_mlx.documents.cache import is_ours
+
     cache = _cache()
     known = [entry.key for entry in cache.entries()]
-    chosen = known if everything else [_found(key, known) for key in keys or ()]
+    named = [_found(key, known) for key in keys or ()]
+    chosen = [key for key in known if is_ours(key)] if everything else named
     freed = cache.remove(chosen)
     say(f"removed {len(set(chosen))}, {freed / 1e6:.1f} MB")
 

@@ -58,7 +58,13 @@ def calibrate(
 ) -> None:
     """Find the smallest cache of a model that stays within limits; keep it as a profile."""
     from leankv_mlx.config import CompressionConfig
-    from leankv_mlx.evaluation.calibration import Limits, allocate, candidates, sweep
+    from leankv_mlx.evaluation.calibration import (
+        Limits,
+        allocate,
+        candidates,
+        measured,
+        sweep,
+    )
     from leankv_mlx.evaluation.lab import Lab, Settings, machine
     from leankv_mlx.mlx_lm.attachment import attach
     from leankv_mlx.profiles import check_name, save_profile, user_profiles
@@ -83,7 +89,13 @@ def calibrate(
             progress.advance,
         )  # fmt: skip
     show(_tables(allocation, found), machine(), to_stderr=as_json)
-    best = max((c for c in found if c.within), key=lambda c: c.size.ratio, default=None)
+    told = measured(found)
+    if not told:
+        raise _NothingWithinLimits(
+            f"no candidate dropped a token at --context {context}: nothing was measured of what "
+            "they lose; use a longer --context, 4096 or more."
+        )
+    best = max((c for c in told if c.within), key=lambda c: c.size.ratio, default=None)
     if best is None:
         raise _NothingWithinLimits(
             f"no candidate stays within --kld {kld:g} and --points {points:g}; raise them, or "

@@ -11,6 +11,7 @@ import typer
 
 from leankv_mlx.blas import bind
 from leankv_mlx.errors import LeanKVError
+from leankv_mlx.faults import described
 from leankv_mlx.terminal import line
 
 
@@ -47,12 +48,12 @@ def run_command(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
 def _described(error: Exception, name: str) -> tuple[str, int]:
     """One line, and the exit code."""
     if isinstance(error, LeanKVError):
-        text, code = str(error), error.exit_code
+        text, code = described(error), error.exit_code
     elif hasattr(error, "format_message"):  # bad usage of our own commands, found by Typer
         text, code = error.format_message().rstrip("."), 2
         if text:
             context = getattr(error, "ctx", None)
             text += f"; see {context.command_path if context else name} --help."
     else:
-        text, code = f"{type(error).__name__}: {error} (--debug shows where).", 1
+        text, code = described(error), 1
     return line(text), code

@@ -23,7 +23,8 @@ import mlx.core as mx
 LIMIT = 3.0
 """Without queries, larger channels are brought down to so many times the median; the others stay
 as they are, because evening out all of them raises the divergence of models without outliers."""
-_LARGEST = 1e4
+LARGEST = 1e4
+"""Divisors lie between 1 / LARGEST and LARGEST."""
 _MEAN = 0.2
 """Share of a pair's squared mean that counts as spread, for the tokens to come."""
 _LEAST = 1e-3  # of the mean size of a head's channels: smaller ones count as so large
@@ -52,11 +53,11 @@ class Equalizer:
             size = mx.sqrt(variance)
             median = mx.sort(size, axis=-1)[:, size.shape[-1] // 2 :][:, :1]
             relative = mx.where(median > 0, size / (LIMIT * median), 1.0)
-            return cls(mx.clip(relative, 1.0, _LARGEST))
+            return cls(mx.clip(relative, 1.0, LARGEST))
         spread = _of_pairs(variance + _MEAN * keys.mean(axis=1).square())
         ratio = 0.25 * (_log_floored(spread) - _log_floored(_of_pairs(query_squares)))
         scales = mx.exp(ratio - ratio.mean(axis=-1, keepdims=True))
-        return cls(mx.clip(scales, 1 / _LARGEST, _LARGEST))
+        return cls(mx.clip(scales, 1 / LARGEST, LARGEST))
 
     def apply(self, keys: mx.array) -> mx.array:
         """keys: [H, T, head_dim], the dtype kept."""

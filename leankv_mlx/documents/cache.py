@@ -12,16 +12,19 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
+
+import mlx.core as mx
 
 from leankv_mlx import __version__
 from leankv_mlx.cache import CompressedKVCache, container
 from leankv_mlx.config import CompressionConfig
-from leankv_mlx.errors import CacheFileError, UnsupportedError, UsageError
+from leankv_mlx.errors import BackendUnavailableError, CacheFileError, UnsupportedError, UsageError
 from leankv_mlx.folders import folder
 from leankv_mlx.mlx_lm.cache_files import load_prompt_cache, save_prompt_cache
 from leankv_mlx.mlx_lm.loading import fingerprint
@@ -33,6 +36,7 @@ DEFAULT_LIMIT = 10 * 10**9
 _SUFFIX = ".safetensors"
 _LOCK = ".lock"
 _KEY = "leankv_document_key"
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 
 Note = Callable[[str], None]
 """Receives one line that the user should see."""
@@ -107,6 +111,11 @@ def cache_limit() -> int:
         raise UsageError(f"{LIMIT_VARIABLE}: {error}") from error
 
 
+def is_ours(key: str) -> bool:
+    """Whether an entry has such a name as is given here; others are the user's own files."""
+    return _DIGEST.fullmatch(key) is not None
+
+
 class DocumentCache:
     """A folder of entries, the least recently used of which make room for new ones.
 
@@ -133,7 +142,8 @@ class DocumentCache:
 
         Args:
             name: what to call the document in a note.
-            fresh: the caches that the model makes now; those of the file have to be such.
+            fresh: the caches that the model makes now; those of the file have to be such, and of
+                the same shape where these have one.
         """
         path = self.path(key)
         if not self.limit or not path.exists():
@@ -142,8 +152,12 @@ class DocumentCache:
         backend = compressed[0].config.backend if compressed else "auto"
         try:
             found = load_prompt_cache(path, backend)
+        except BackendUnavailableError:
+            raise
         except CacheFileError as error:
             reason = str(error.__cause__ or error)
+        except Exception as error:  # a file that was kept must never stand in the way
+            reason = f"{type(error).__name__}: {error}"
         else:
             reason = _misfit(found.metadata, found.caches, key, fresh)
             if not reason:
@@ -151,7 +165,8 @@ class DocumentCache:
                     os.utime(path)
                 return found.caches
         if path.exists():  # another process may have removed it meanwhile
-            self._note(f"the kept copy of {name} is not used and made anew: {reason}.")
+            line = " ".join(reason.split())[:200].rstrip(".")
+            self._note(f"the kept copy of {name} is not used and made anew: {line}.")
             with suppress(OSError):
                 path.unlink()
         return None
@@ -230,7 +245,7 @@ class DocumentCache:
                 status = file.stat()
             except OSError:
                 continue
-            if file != path:
+            if file != path and is_ours(file.stem):
                 kept.append((status.st_mtime, status.st_size, file))
         total = sum(nbytes for _, nbytes, _ in kept)
         for _, nbytes, file in sorted(kept):
@@ -238,7 +253,7 @@ class DocumentCache:
                 break
             with suppress(OSError):
                 file.unlink()
-            total -= nbytes
+                total -= nbytes
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -247,8 +262,9 @@ class DocumentCache:
         with (self.place / _LOCK).open("a") as lock:
             if _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 for file in self.place.glob(f".*{_SUFFIX}.*.tmp"):
-                    with suppress(OSError):
-                        file.unlink()
+                    if is_ours(file.name[1:33]):
+                        with suppress(OSError):
+                            file.unlink()
             _locked(lock, fcntl.LOCK_SH)
             yield
 
@@ -286,6 +302,9 @@ def _misfit(metadata: dict[str, str], caches: Sequence[Any], key: Key, fresh: Se
         return "it belongs to another document, model or setting"
     if [_kind(cache) for cache in caches] != [_kind(cache) for cache in fresh]:
         return "its layers are not those of the model"
+    for cache, made in zip(caches, fresh, strict=True):
+        if _shape(made) not in (None, _shape(cache)):
+            return "its layers have other shapes than those of the model"
     lengths = {measure([cache]).tokens for cache in caches} - {0}
     if lengths not in ({len(key.prefix)}, set()):  # recurrent states do not count tokens
         return "it holds another number of tokens"
@@ -295,3 +314,13 @@ def _misfit(metadata: dict[str, str], caches: Sequence[Any], key: Key, fresh: Se
 def _kind(cache: Any) -> tuple[str, str]:
     config = cache.config if isinstance(cache, CompressedKVCache) else None
     return type(cache).__name__, kv_name(config)
+
+
+def _shape(cache: Any) -> tuple[int, ...] | None:
+    """KV heads, channels of keys and of values; None if that is not known."""
+    if isinstance(cache, CompressedKVCache):
+        return None if cache.layer is None else astuple(cache.layer.shape)
+    keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
+    if isinstance(keys, mx.array) and isinstance(values, mx.array):
+        return keys.shape[1], keys.shape[3], values.shape[3]
+    return None

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from leankv_mlx import __version__
-from leankv_mlx.atomic import write_text
+from leankv_mlx.atomic import locked, read_text, remove_dead, write_text
 from leankv_mlx.folders import folder
 
 _KEPT_SECONDS = 30 * 86400.0
+_OURS = re.compile(r"[0-9a-f]{32}\.json")
+_UNFINISHED = re.compile(rf"\.{_OURS.pattern}\.[0-9a-f]{{8}}\.tmp")  # see atomic.py
 
 
 class Partials:
@@ -41,8 +44,10 @@ class Partials:
         self._texts[_name(prompt, max_tokens)] = text
         with suppress(OSError):
             self.place.mkdir(parents=True, exist_ok=True, mode=0o700)
-            content = json.dumps(self._texts)
-            write_text(self.path, json.dumps({"digest": _digest(content), "texts": content}))
+            with locked(self.place):  # another process may summarize the same document
+                self._texts = _read(self.path) | self._texts
+                content = json.dumps(self._texts)
+                write_text(self.path, json.dumps({"digest": _digest(content), "texts": content}))
 
     @property
     def kept(self) -> int:
@@ -50,25 +55,30 @@ class Partials:
         return len(_read(self.path))
 
     def done(self) -> None:
-        """Remove them, and those that nobody came back for in a month."""
+        """Remove them, those that nobody came back for in a month, and what dead writers left."""
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
+            remove_dead(path for path in self.place.iterdir() if _UNFINISHED.fullmatch(path.name))
             for path in self.place.iterdir():
-                if time.time() - path.stat().st_mtime > _KEPT_SECONDS:
+                if _OURS.fullmatch(path.name) and _age(path) > _KEPT_SECONDS:
                     path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> dict[str, str]:
     """The texts of a file; none if it is missing or not exactly what was written."""
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
+        whole = json.loads(read_text(path))
         content = whole["texts"]
         if whole["digest"] != _digest(content):
             return {}
         texts: dict[str, str] = json.loads(content)
+        return texts if all(isinstance(text, str) for text in texts.values()) else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
-    return texts
+
+
+def _age(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
 
 
 def _name(prompt: Sequence[int], max_tokens: int) -> str:

@@ -32,7 +32,7 @@ class Plan:
     """What will be done with one document.
 
     Attributes:
-        tokens: of the document with its instruction.
+        tokens: of the document with its instruction; an estimate if they do not fit.
         max_tokens: of the summary.
         kv_bytes: in use at the end of one pass over the whole.
         uncompressed_bytes: the same with the model's own caches.
@@ -63,7 +63,7 @@ def plan(reader: Reader, text: str, length: Length, wanted: Wanted, max_tokens: 
         ContextLengthError: one pass is wanted and does not fit, or not even a small piece fits.
     """
     most = max_tokens or REPLY_TOKENS[length]
-    tokens = len(reader.prompt(document_head(text) + INSTRUCTIONS[length]))
+    tokens = reader.prompt_tokens(document_head(text) + INSTRUCTIONS[length])
     longest = reader.longest
     single = tokens + most <= longest
     if wanted == "single" and not single:

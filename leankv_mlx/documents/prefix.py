@@ -19,10 +19,12 @@ from leankv_mlx.documents.cache import DocumentCache, Key, kv_name, model_identi
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel
 from leankv_mlx.mlx_lm.precision import weights_dtype
+from leankv_mlx.mlx_lm.reading import Pace, read
 from leankv_mlx.mlx_lm.repetition import settle_document
 
 PREFILL_CHUNK = 512
-"""Prompt tokens between two chances to stop."""
+"""Prompt tokens that are compressed together. It is the same everywhere, because what a cache holds
+depends on it."""
 
 Progress = Callable[[int, int], None]
 """Called with the tokens read so far and their number; may raise to stop."""
@@ -64,13 +66,27 @@ class Opener:
 
     def find(self, prefix: Sequence[int], name: str) -> list[Any] | None:
         """The caches of a prefix that was kept; None if it has to be read."""
-        if self.store is None:
+        if self.store is None or not self.store.path(key := self._key(prefix)).exists():
             return None
-        return self.store.load(self._key(prefix), name, make_caches(self.loaded.model))
+        fresh = make_caches(self.loaded.model)
+        self.loaded.model(mx.array([[1]]), cache=fresh)  # never computed: it tells their shapes
+        return self.store.load(key, name, fresh)
 
-    def keep(self, prefix: Sequence[int], name: str, caches: list[Any]) -> None:
-        """Call it when a prefix was read into its caches, before anything follows."""
-        settle(self.loaded.model, prefix, caches)
+    def keep(
+        self,
+        prefix: Sequence[int],
+        name: str,
+        caches: list[Any],
+        pace: Pace | None = None,
+        look: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Call it when a prefix was read into its caches, before anything follows.
+
+        Args:
+            look: called at this pace while the prefix is judged; may raise to stop, and then
+                nothing is kept.
+        """
+        settle(self.loaded.model, prefix, caches, pace, look)
         if self.store is not None:
             self.store.save(self._key(prefix), name, self.loaded.path.name, caches)
 
@@ -84,21 +100,38 @@ class Opener:
         return f"{model_identity(self.loaded.path)}{precision}"
 
 
-def settle(model: nn.Module, prefix: Sequence[int], caches: list[Any]) -> None:
+def settle(
+    model: nn.Module,
+    prefix: Sequence[int],
+    caches: list[Any],
+    pace: Pace | None = None,
+    look: Callable[[], None] = lambda: None,
+) -> None:
     """The document is read, and no question is known yet: whatever is done to its caches as a
     whole is done here, so that a file and the caches in memory stay the same."""
-    settle_document(model, caches, prefix)
+    settle_document(model, caches, prefix, pace=pace, look=look)
     mx.eval([cache.state for cache in caches])
     mx.clear_cache()  # buffers of the prefill
 
 
-def prefill(model: nn.Module, tokens: Sequence[int], caches: list[Any], progress: Progress) -> None:
-    """Read tokens into caches, a chunk at a time."""
-    done, total = 0, len(tokens)
-    progress(done, total)
-    while done < total:
-        chunk = mx.array(list(tokens[done : done + PREFILL_CHUNK]))
-        model(chunk[None], cache=caches)
-        mx.eval([cache.state for cache in caches])
-        done += chunk.size
-        progress(done, total)
+def prefill(
+    model: nn.Module,
+    tokens: Sequence[int],
+    caches: list[Any],
+    progress: Progress,
+    pace: Pace | None = None,
+) -> None:
+    """Read tokens into caches, a chunk at a time.
+
+    Args:
+        pace: how often progress is told within a chunk; None tells it once a chunk.
+    """
+    total = len(tokens)
+    progress(0, total)
+    for start in range(0, total, PREFILL_CHUNK):
+
+        def look(done: int, start: int = start) -> None:
+            progress(start + done, total)
+
+        read(model, tokens[start : start + PREFILL_CHUNK], caches, pace, look)
+        mx.clear_cache()

@@ -18,12 +18,10 @@ from leankv_mlx.documents.readers import document_head
 from leankv_mlx.errors import ContextLengthError
 from leankv_mlx.mlx_lm import prompts
 from leankv_mlx.mlx_lm.attachment import Attachment, attach
+from leankv_mlx.mlx_lm.context import longest_context
 from leankv_mlx.mlx_lm.footprint import Footprint, spare_memory
-from leankv_mlx.mlx_lm.loading import LoadedModel, context_length, load
+from leankv_mlx.mlx_lm.loading import LoadedModel, load
 from leankv_mlx.mlx_lm.usage import Usage, measure
-
-_UNKNOWN_CONTEXT = 1 << 20
-"""Tokens to plan with if a model does not say how many it was made for."""
 
 
 @dataclass
@@ -82,7 +80,7 @@ class Reader:
         self.attachment: Attachment | None = attach(loaded.model, config) if config else None
         self.footprint = Footprint.of(loaded.model, self.attachment)
         self.budget = budget or spare_memory(loaded.model)
-        self.context = context_length(loaded.config) or _UNKNOWN_CONTEXT
+        self.context = longest_context(loaded.config)
         self._opener = Opener(loaded, config, store)
 
     def __enter__(self) -> Reader:
@@ -112,10 +110,21 @@ class Reader:
 
     def count(self, text: str) -> int:
         """Tokens of a text by itself."""
-        return len(prompts.encode(self.loaded.tokenizer, text))
+        return prompts.count(self.loaded.tokenizer, text)
 
-    def check(self, tokens: int, max_tokens: int) -> int:
+    def prompt_tokens(self, text: str) -> int:
+        """Tokens of a message; an estimate if they are more than fit."""
+        about = self._estimate(text)
+        return len(self.prompt(text)) if about is None else about
+
+    def _estimate(self, text: str) -> int | None:
+        return prompts.estimate(self.loaded.tokenizer, text, self.longest)
+
+    def check(self, tokens: int, max_tokens: int, about: str = "") -> int:
         """How long a reply to a prompt may be, at most `max_tokens`.
+
+        Args:
+            about: "about " if `tokens` is an estimate.
 
         Raises:
             ContextLengthError: there is no room for a reply.
@@ -125,7 +134,7 @@ class Reader:
             return min(room, max_tokens)
         if tokens >= self.context:
             raise ContextLengthError(
-                f"the document has {tokens} tokens and the model's context {self.context}; "
+                f"the document has {about}{tokens} tokens and the model's context {self.context}; "
                 "summarize it with leankv-summarize, or use a model with a longer context."
             )
         raise ContextLengthError(
@@ -152,6 +161,8 @@ class Reader:
         """
         head = document_head(document)
         start = time.perf_counter()
+        if (about := self._estimate(head)) is not None:
+            self.check(about, max_tokens, "about ")  # raises, before the tokens take the memory
         prompt = self.prompt(head + question)
         limit = self.check(len(prompt), max_tokens)
         prefix = prompts.beginning(self.prompt, head)

@@ -145,7 +145,7 @@ def _reduced(
             texts.append(_partial(reader, piece, found.max_tokens, partials, listener))
         listener.part(len(pieces), len(pieces))
         shorter = "\n\n".join(texts)
-        tokens = len(reader.prompt(document_head(shorter) + question))
+        tokens = reader.prompt_tokens(document_head(shorter) + question)
         if tokens + found.max_tokens <= found.longest:
             return shorter
         if reader.count(shorter) >= reader.count(text):

@@ -78,6 +78,11 @@ def find(name: str) -> CatalogueEntry:
     raise UsageError(f"no model '{name}' in the list; leankv models shows the names.")
 
 
+def in_full(name: str) -> str:
+    """The hub id of a name in the list; anything else as it is."""
+    return next((entry.repo for entry in catalogue() if entry.name == name), name)
+
+
 def _demo() -> CatalogueEntry:
     folder = demo_model()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ from typing import Any
 
 from mlx import nn
 
+from leankv_mlx.cache import can_rewind, is_prefix
 from leankv_mlx.engine.requests import Turn
 from leankv_mlx.mlx_lm import prompts
 from leankv_mlx.mlx_lm.attachment import make_caches
@@ -35,11 +36,23 @@ class Conversation:
 
     def prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Tokens of the conversation up to where the model has to go on."""
-        text = self.render(turns)
+        known, rest = self._known_part(self.render(turns))
+        return known + self._encode(rest) if rest else known
+
+    def check_length(self, turns: Sequence[Turn], most: int) -> None:
+        """Refuse what is far too long before all of its tokens are made; see `prompts`.
+
+        Raises:
+            ContextLengthError: it has clearly more than `most` tokens.
+        """
+        known, rest = self._known_part(self.render(turns))
+        prompts.check_length(self._tokenizer, rest, most, len(known))
+
+    def _known_part(self, text: str) -> tuple[list[int], str]:
+        """The tokens that a conversation is known to begin with, and the text after them."""
         if self._text and text.startswith(self._text):
-            rest = text[len(self._text) :]
-            return self._known + self._encode(rest) if rest else list(self._known)
-        return self._encode(text)
+            return list(self._known), text[len(self._text) :]
+        return [], text
 
     def beginning(self, turns: Sequence[Turn]) -> list[int]:
         """Tokens that the conversation begins with, whatever is added to its last message."""
@@ -58,7 +71,11 @@ class Conversation:
 
         At least one token of the prompt is left to read.
         """
-        self._cut(prompts.shared(self.tokens, prompt[:-1]))
+        shared = prompts.shared(self.tokens, prompt)
+        keep = min(shared, len(prompt) - 1)
+        if keep < len(self.tokens) and not is_prefix(self.caches, shared):
+            keep = 0  # what a policy kept of another prompt does not answer this one
+        self._cut(keep)
         return len(self.tokens)
 
     def settle(self, prompt: Sequence[int], reply: Sequence[int]) -> None:
@@ -88,7 +105,8 @@ class Conversation:
         surplus = len(self.tokens) - keep
         if surplus <= 0:
             return
-        if keep == 0 or not all(cache.is_trimmable() for cache in self.caches):
+        # A policy may have looked at what goes now, but that was no other prompt.
+        if keep == 0 or not can_rewind(self.caches):
             self.forget_cache()
             return
         for cache in self.caches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Stage = Literal["prefill", "decode"]
+Stage = Literal["load", "prefill", "decode"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,8 @@ class Snapshot:
         speed: tokens of the reply per second, 0 outside of a reply.
         layers: bytes per entry of the cache list.
         values_read: share of the stored values that the last token read; below 1 with skip= only.
+        exact_until: tokens up to which the compressed caches keep every token as it is; 0 if no
+            cache is compressed.
     """
 
     request: int
@@ -121,6 +123,7 @@ class Snapshot:
     speed: float
     layers: tuple[LayerUse, ...] = ()
     values_read: float = 1.0
+    exact_until: int = 0
 
     @property
     def used(self) -> int:
@@ -153,7 +156,8 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Stopped:
-    """A reply was stopped; the cache is consistent and the conversation can go on."""
+    """A reply was stopped; the cache is consistent and the conversation can go on. Or a load
+    (stage "load", request 0): the model before it stays."""
 
     request: int
     stage: Stage

@@ -53,7 +53,10 @@ def plan(entry: CatalogueEntry, memory: int, reserve: int = RESERVE) -> Plan:
     budget = memory - entry.weights - reserve
     settings: list[tuple[str, str, CompressionConfig | None]] = [("fp16", "none", None)]
     for name, spec in profiles().items():
-        config = CompressionConfig.parse(f"leankv:{spec}")
+        try:
+            config = CompressionConfig.parse(f"leankv:{spec}", stored=True)
+        except ValueError:  # one of the user's own; it is said when it is used
+            continue
         if len(config.layer_bits) not in (0, entry.full_layers):
             continue  # calibrated for another model
         settings.append((name, config.spec(), config))

@@ -7,17 +7,18 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from contextlib import suppress
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, get_args, get_origin, get_type_hints
 
 from leankv_mlx.engine.events import (
     EVENTS,
     Done,
     Event,
     Failed,
-    LayerUse,
     Loaded,
+    Noted,
     Prefill,
     Snapshot,
     Stage,
@@ -28,6 +29,7 @@ from leankv_mlx.engine.requests import Emit, Load, Read, Reply, Request
 from leankv_mlx.errors import UsageError
 
 _BY_NAME = {kind.__name__: kind for kind in EVENTS}
+_MOST = 2**63
 _OF_REPLY = (Prefill, Text, Snapshot, Done, Stopped, Failed)
 
 
@@ -42,19 +44,25 @@ class Recorder:
         self._emit = emit
         self._start = time.monotonic()
         try:
-            self._file: IO[str] = path.open("w", encoding="utf-8")
+            self._file: IO[str] = path.open("w", encoding="utf-8", errors="replace")
         except OSError as error:
             raise UsageError(f"cannot write the recording {path}: {error.strerror}.") from error
 
     def __call__(self, event: Event) -> None:
-        if not self._file.closed:
+        self._emit(event)
+        if self._file.closed:
+            return
+        try:
             self._file.write(dumped(event, time.monotonic() - self._start) + "\n")
             self._file.flush()
-        self._emit(event)
+        except OSError as error:  # the reply goes on without
+            self.close()
+            self._emit(Noted(f"the recording ends here: {error.strerror}."))
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):  # what did not fit the disk is tried once more, and is then gone
+            self._file.close()
 
 
 def dumped(event: Event, seconds: float) -> str:
@@ -70,22 +78,50 @@ def read(path: Path) -> list[tuple[float, Event]]:
         UsageError: the file is not a recording.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, for which a reply may hold further ends of lines.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the recording {path}: {error}.") from error
+        reason = getattr(error, "strerror", None) or "it is not a text in UTF-8"
+        raise UsageError(f"cannot read the recording {path}: {reason}.") from error
     return [_event(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _event(path: Path, number: int, line: str) -> tuple[float, Event]:
     try:
         row: dict[str, Any] = json.loads(line)
-        seconds, kind = float(row.pop("t")), _BY_NAME[row.pop("event")]
-        if kind is Snapshot:
-            layers = [LayerUse(**{**x, "heads": tuple(x["heads"])}) for x in row["layers"]]
-            row["layers"] = tuple(layers)
-        return seconds, kind(**row)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is not a recording: line {number} is not an event.") from error
+        seconds, kind = _checked(float, row.pop("t")), _BY_NAME[row.pop("event")]
+        return seconds, _built(kind, row)
+    except (ValueError, RecursionError, OverflowError, LookupError, TypeError, AttributeError):
+        raise UsageError(f"{path} is not a recording: line {number} is not an event.") from None
+
+
+def _built(kind: Any, row: Any) -> Any:
+    """A dataclass from a parsed object, each value of the type that its field has.
+
+    Raises:
+        TypeError, ValueError, LookupError: it does not fit.
+    """
+    hints = get_type_hints(kind)
+    return kind(**{name: _checked(hints[name], value) for name, value in row.items()})
+
+
+def _checked(hint: Any, value: Any) -> Any:
+    """A parsed value, if it is one of a type: what an app computes with has to be a number, and
+    one that it can show."""
+    if is_dataclass(hint):
+        return _built(hint, value)
+    arguments = get_args(hint)
+    if get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(_checked(arguments[0], item) for item in value)
+    if get_origin(hint) is Literal and value in arguments:
+        return value
+    if type(value) is not hint and not (hint is float and type(value) is int):
+        raise TypeError(f"{hint} expected")
+    if isinstance(value, str):
+        value.encode()  # a lone half of a pair cannot be shown
+    elif not abs(value) <= _MOST:  # nor can what is not a number
+        raise ValueError("out of range")
+    return value
 
 
 class ReplayEngine:

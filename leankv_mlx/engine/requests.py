@@ -37,13 +37,22 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Continue a conversation with the model's reply. `temperature` 0 is greedy."""
+    """Continue a conversation with the model's reply. `temperature` 0 is greedy.
+
+    Attributes:
+        model: what was loaded, or asked for, when this was asked: another model does not answer.
+            None takes any.
+        summary: the turns end with the instruction to summarize them (`compaction.asked`). What
+            does not fit is then summarized by parts.
+    """
 
     request: int
     turns: tuple[Turn, ...]
     max_tokens: int = 1024
     temperature: float = 0.0
     top_p: float = 1.0
+    model: str | None = None
+    summary: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +95,8 @@ class EngineLike(Protocol):
         """Serve a request after those before it."""
 
     def stop(self, request: int) -> None:
-        """Stop a reply, running or waiting."""
+        """Stop a reply, running or waiting; 0 stops the downloads and conversions of all loads
+        that were asked for so far."""
 
     def close(self, timeout: float = 10.0) -> None:
         """Stop everything and wait for the thread."""

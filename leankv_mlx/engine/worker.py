@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from leankv_mlx.cache import CompressedKVCache
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.documents.cache import DocumentCache
-from leankv_mlx.documents.prefix import PREFILL_CHUNK, Opener, prefill
-from leankv_mlx.engine.conversation import Conversation
+from leankv_mlx.documents.prefix import prefill
+from leankv_mlx.engine.compaction import first_part, folded
 from leankv_mlx.engine.download import progress_class
 from leankv_mlx.engine.events import (
     Done,
@@ -25,25 +25,28 @@ from leankv_mlx.engine.events import (
     Stopped,
     Text,
 )
-from leankv_mlx.engine.requests import Forget, Load, Read, Recode, Reply, Request
-from leankv_mlx.engine.telemetry import Room, bytes_per_token, snapshot
-from leankv_mlx.errors import ContextLengthError, ModelError, UsageError
-from leankv_mlx.mlx_lm.attachment import Attachment, attach, make_caches
-from leankv_mlx.mlx_lm.footprint import spare_memory, weight_bytes
-from leankv_mlx.mlx_lm.loading import LoadedModel, check_context, context_length, load
+from leankv_mlx.engine.requests import Forget, Load, Read, Recode, Reply, Request, Turn
+from leankv_mlx.engine.session import Session
+from leankv_mlx.engine.telemetry import snapshot
+from leankv_mlx.errors import ModelError, UsageError
+from leankv_mlx.mlx_lm.footprint import weight_bytes
+from leankv_mlx.mlx_lm.loading import LoadedModel, load
 from leankv_mlx.mlx_lm.loading import resolve_model as resolve
-from leankv_mlx.mlx_lm.usage import measure
+from leankv_mlx.mlx_lm.usage import Usage, measure
 
 if TYPE_CHECKING:
     from leankv_mlx.engine.engine import Engine
+
+_SUMMARY_TOKENS = 256
+"""The longest summary of a part of a conversation."""
 
 
 @dataclass
 class _Run:
     """One reply on its way."""
 
-    prompt: list[int]
-    reused: int
+    prompt: list[int] = field(default_factory=list)
+    reused: int = 0
     start: float = field(default_factory=time.perf_counter)
     decode_start: float = 0.0
     tokens: list[int] = field(default_factory=list)
@@ -65,12 +68,7 @@ class Worker:
         self._engine = engine
         self._snapshot_seconds = snapshot_seconds
         self._next_snapshot = 0.0
-        self._loaded: LoadedModel | None = None
-        self._attachment: Attachment | None = None
-        self._conversation: Conversation | None = None
-        self._opener: Opener | None = None
-        self._budget = 0
-        self._cost = 0.0  # bytes of a further token
+        self._session: Session | None = None
 
     def serve(self, request: Request) -> None:
         """Do what is asked; failures leave as exceptions."""
@@ -84,16 +82,21 @@ class Worker:
             case Recode():
                 self._recode(request)
             case Forget():
-                if self._conversation is not None:
-                    self._conversation.forget()
+                if self._session is not None:
+                    self._session.conversation.forget()
                     self._snapshot(0, 0.0)
 
     def close(self) -> None:
         """Give the model back."""
-        if self._attachment is not None:
-            self._attachment.stop()
-        self._loaded = self._attachment = self._conversation = self._opener = None
+        if self._session is not None:
+            self._session.close()
+        self._session = None
         mx.clear_cache()
+
+    def _need(self) -> Session:
+        if self._session is None:
+            raise ModelError("no model is loaded; choose one.")
+        return self._session
 
     # Loading
 
@@ -102,61 +105,57 @@ class Worker:
         emit = self._engine.emit
         store = DocumentCache(lambda line: emit(Noted(line)))
         emit(Loading(request.model))
-        progress = progress_class(request.model, emit, lambda: self._engine.check(0))
-        path = resolve(request.model or None, progress, lambda line: emit(Noted(line)))
-        loaded = load(path)
-        attachment = attach(loaded.model, config) if config else None
+        loaded = self._fetched(request.model)
+        session = Session.begin(request.model, loaded, config, request.budget, store)
         self.close()  # the old model stays until the new one is there
-        self._loaded, self._attachment = loaded, attachment
-        if attachment is not None:
-            attachment.start()
-        self._cost = bytes_per_token(loaded.model)
-        self._conversation = Conversation(loaded.model, loaded.tokenizer)
-        self._opener = Opener(loaded, config, store)
-        weights = weight_bytes(loaded.model)
-        self._budget = request.budget or spare_memory(loaded.model)
+        self._session = session
         mx.reset_peak_memory()
-        compressed = attachment.compressed_layers if attachment else 0
         emit(
             Loaded(
                 request.model,
                 request.model.rstrip("/").rsplit("/", 1)[-1] or "demo model",
-                context_length(loaded.config) or 0,
+                session.room.context,
                 request.kv,
-                self._backend,
-                len(self._conversation.caches),
-                compressed,
-                "" if compressed else self._why_not(),
-                weights,
-                self._budget,
+                session.backend,
+                len(session.conversation.caches),
+                session.compressed,
+                session.why_not,
+                weight_bytes(loaded.model),
+                session.room.budget,
             )
         )
         self._snapshot(0, 0.0)
 
-    @property
-    def _backend(self) -> str:
-        if self._attachment is None or not self._attachment.compressed_layers:
-            return "none"
-        return self._attachment.backend
+    def _fetched(self, model: str) -> LoadedModel:
+        """A model in memory; what takes long before, a download or a conversion, can be stopped."""
+        emit = self._engine.emit
 
-    def _why_not(self) -> str:
-        if self._attachment is None:
-            return "the cache is not compressed"
-        return "; ".join(dict.fromkeys(row.reason for row in self._attachment.report))
+        def look() -> None:
+            self._engine.check(0)
+
+        progress = progress_class(model, emit, look)
+        try:
+            path = resolve(model or None, progress, lambda line: emit(Noted(line)), look)
+        finally:
+            look()  # the hub's client has an error of its own for what is raised in a download
+        return load(path)
 
     # Replying
 
     def _reply(self, request: Reply) -> None:
-        loaded, conversation = self._need()
-        prompt = conversation.prompt(request.turns)
-        if not prompt:
-            raise UsageError("there is nothing to reply to.")
-        limit = self._room(loaded, conversation, prompt, request.max_tokens)
-        run = _Run(prompt, conversation.reuse(prompt))
+        session = self._need()
+        if request.model not in (None, session.model):
+            raise ModelError(
+                f"the question was for {request.model or 'the demo model'}, which is not loaded; "
+                "ask again (Ctrl+R) to have it answered by the model that is."
+            )
+        run = _Run()
         reason: Any = "length"
         try:
             self._engine.check(request.request)
-            reason = self._generate(request, loaded, conversation, run, limit)
+            turns = self._that_fit(request) if request.summary else request.turns
+            limit = self._open(run, turns, request.max_tokens)
+            reason = self._generate(request, run, turns, limit)
         except _stop_type():
             self._engine.emit(Stopped(request.request, run.stage, len(run.tokens)))
         else:
@@ -165,35 +164,61 @@ class Worker:
                 Done(
                     request.request,
                     reason,
-                    len(prompt),
+                    len(run.prompt),
                     run.reused,
                     len(run.tokens),
                     (run.decode_start or now) - run.start,
                     now - run.decode_start if run.decode_start else 0.0,
                 )
             )
-        finally:
-            conversation.settle(prompt, [*run.tokens, *run.end])
-            conversation.remember(prompt, request.turns, run.text, run.tokens)
         self._snapshot(request.request, run.speed)
 
-    def _read(self, request: Read) -> None:
-        loaded, conversation = self._need()
-        prompt = conversation.beginning(request.turns)
-        self._room(loaded, conversation, prompt, 1)
-        run = _Run(prompt, conversation.reuse([*prompt, -1]))
-        self._find(request, conversation, run)
-        emit = self._engine.emit
+    def _that_fit(self, request: Reply) -> tuple[Turn, ...]:
+        """The conversation to summarize; what does not fit of it is summarized by parts first."""
+        session = self._need()
+        conversation, room = session.conversation, session.room
+        alone = room.longest(Usage())
+        summary = min(request.max_tokens, _SUMMARY_TOKENS, alone // 4)
 
-        def progress(done: int, total: int) -> None:
-            emit(Prefill(request.request, done, total, run.reused))
+        def tokens(turns: Sequence[Turn]) -> int:
             self._engine.check(request.request)
-            self._snapshot_now_and_then(request.request, 0.0)
+            return len(conversation.prompt(turns))
+
+        turns, shorter = request.turns, True
+        while shorter:
+            prompt = conversation.prompt(turns)
+            conversation.reuse(prompt)
+            if len(prompt) + summary <= room.longest(measure(conversation.caches)):
+                break
+            part = first_part(turns, lambda some: tokens(some) + summary <= alone)
+            if part is None:
+                break  # the budget is too small for anything, which is said when it is read
+            asked, rest = part
+            run = _Run()
+            limit = self._open(run, asked, summary)
+            self._generate(request, run, asked, limit, quiet=True)
+            turns = folded(turns, run.text, rest)
+            shorter = tokens(turns) < len(prompt)
+        return turns
+
+    def _read(self, request: Read) -> None:
+        session = self._need()
+        conversation = session.conversation
+        session.check_length(request.turns)
+        prompt = conversation.beginning(request.turns)
+        run = _Run(prompt, conversation.reuse([*prompt, -1]))
+        session.limit(prompt, 1)
+        self._find(request, run)
+        emit, progress = self._engine.emit, self._progress(request.request, run)
+
+        def look() -> None:
+            self._engine.check(request.request)
 
         try:
-            prefill(loaded.model, prompt[run.reused :], conversation.caches, progress)
-            if request.name and not run.reused and self._opener is not None:
-                self._opener.keep(prompt, request.name, conversation.caches)
+            rest, caches = prompt[run.reused :], conversation.caches
+            prefill(session.loaded.model, rest, caches, progress, session.pace)
+            if request.name and not run.reused:
+                session.opener.keep(prompt, request.name, caches, session.pace, look)
         except _stop_type():
             emit(Stopped(request.request, "prefill", 0))
         else:
@@ -203,50 +228,62 @@ class Worker:
             conversation.settle(prompt, [])
         self._snapshot(request.request, 0.0)
 
-    def _find(self, request: Read, conversation: Conversation, run: _Run) -> None:
+    def _find(self, request: Read, run: _Run) -> None:
         """Open a document that was read before, unless the conversation has it already."""
-        if not request.name or run.reused == len(run.prompt) or self._opener is None:
+        session = self._need()
+        if not request.name or run.reused == len(run.prompt):
             return
-        found = self._opener.find(run.prompt, request.name)
+        found = session.opener.find(run.prompt, request.name)
         if found is not None:
-            conversation.caches, conversation.tokens = found, list(run.prompt)
+            session.conversation.caches = found
+            session.conversation.tokens = list(run.prompt)
             run.reused = len(run.prompt)
 
+    def _open(self, run: _Run, turns: Sequence[Turn], max_tokens: int) -> int:
+        """Begin a run: what of its prompt is in the caches; returns how long the reply may be.
+
+        Raises:
+            ContextLengthError: the prompt does not fit the model or the memory budget.
+        """
+        session = self._need()
+        session.check_length(turns)
+        run.prompt = session.conversation.prompt(turns)
+        if not run.prompt:
+            raise UsageError("there is nothing to reply to.")
+        run.reused = session.conversation.reuse(run.prompt)
+        return session.limit(run.prompt, max_tokens)
+
     def _generate(
-        self,
-        request: Reply,
-        loaded: LoadedModel,
-        conversation: Conversation,
-        run: _Run,
-        limit: int,
+        self, request: Reply, run: _Run, turns: Sequence[Turn], limit: int, quiet: bool = False
     ) -> str:
+        """Read what is not in the caches, and reply; `quiet` tells only how far it is read."""
         from mlx_lm import stream_generate
+        from mlx_lm.generate import wired_limit
         from mlx_lm.sample_utils import make_sampler
 
-        def progress(done: int, total: int) -> None:
-            if not run.tokens:
-                emit(Prefill(request.request, done, total, run.reused))
-            self._engine.check(request.request)
-            self._snapshot_now_and_then(request.request, 0.0)
-
-        emit = self._engine.emit
+        session, emit = self._need(), self._engine.emit
+        model, conversation = session.loaded.model, session.conversation
+        rest = run.prompt[run.reused :]
+        progress = self._progress(request.request, run, len(rest))
         steps = stream_generate(
-            loaded.model,
-            loaded.tokenizer,
-            mx.array(run.prompt[run.reused :]),
+            model,
+            session.loaded.tokenizer,
+            mx.array(rest[-1:]),
             max_tokens=limit,
             sampler=make_sampler(request.temperature, request.top_p),
             prompt_cache=conversation.caches,
-            prefill_step_size=PREFILL_CHUNK,
-            prompt_progress_callback=progress,
         )
         try:
+            # Not by mlx-lm, which looks up after a fixed number of tokens.
+            with wired_limit(model):
+                prefill(model, rest[:-1], conversation.caches, progress, session.pace)
             for step in steps:
                 if run.stage == "prefill":
+                    progress(len(rest), len(rest))
                     run.stage, run.decode_start = "decode", time.perf_counter()
                 (run.end if step.finish_reason == "stop" else run.tokens).append(step.token)
-                if step.text:
-                    run.text += step.text
+                run.text += step.text
+                if step.text and not quiet:
                     emit(Text(request.request, step.text, len(run.tokens)))
                 if step.finish_reason:
                     return str(step.finish_reason)
@@ -254,64 +291,35 @@ class Worker:
                 self._engine.check(request.request)
         finally:
             steps.close()
+            conversation.settle(run.prompt, [*run.tokens, *run.end])
+            conversation.remember(run.prompt, turns, run.text, run.tokens)
         return "length"
 
-    def _need(self) -> tuple[LoadedModel, Conversation]:
-        if self._loaded is None or self._conversation is None:
-            raise ModelError("no model is loaded; choose one.")
-        return self._loaded, self._conversation
+    def _progress(self, number: int, run: _Run, total: int = 0) -> Callable[[int, int], None]:
+        """Tells how far a prompt is read, of `total` tokens, and looks whether to go on."""
 
-    def _room(
-        self, loaded: LoadedModel, conversation: Conversation, prompt: list[int], limit: int
-    ) -> int:
-        """How long the reply may be.
+        def progress(done: int, tokens: int) -> None:
+            self._engine.emit(Prefill(number, done, total or tokens, run.reused))
+            self._engine.check(number)
+            self._snapshot_now_and_then(number, 0.0)
 
-        Raises:
-            ContextLengthError: the prompt does not fit the model or the memory budget.
-        """
-        limit = check_context(loaded.config, len(prompt), limit)
-        held = measure(conversation.caches)
-        after = held.used + self._cost * max(0, len(prompt) - held.tokens)
-        if after > self._budget:
-            raise ContextLengthError(
-                f"the conversation needs {after / 1e6:.1f} MB of KV cache and the budget is "
-                f"{self._budget / 1e6:.1f} MB; compact it, or begin a new one."
-            )
-        return min(limit, 1 + int((self._budget - after) / self._cost)) if self._cost else limit
+        return progress
 
     # The compression of the session
 
     def _recode(self, request: Recode) -> None:
         config = _parse(request.kv)
-        loaded, conversation = self._need()
-        before = measure(conversation.caches).used
-        attachment = attach(loaded.model, config) if config else None
-        if self._attachment is not None:
-            self._attachment.stop()
-        self._attachment = attachment
-        if attachment is not None:
-            attachment.start()
-        if self._opener is not None:
-            self._opener = replace(self._opener, config=config)
-        old, tokens = conversation.caches, conversation.tokens
-        self._cost = bytes_per_token(loaded.model)
-        reread = not all(map(_can_become, old, [config] * len(old)))
-        conversation.forget_cache()
-        if not reread:
-            conversation.caches = [
-                _recoded(cache, fresh)
-                for cache, fresh in zip(old, make_caches(loaded.model), strict=True)
-            ]
-            conversation.tokens = tokens
-        mx.clear_cache()
+        session = self._need()
+        before = measure(session.conversation.caches).used
+        kept = session.recode(config)
         self._engine.emit(
             Recoded(
                 request.kv,
-                self._backend,
-                attachment.compressed_layers if attachment else 0,
-                reread and bool(tokens),
+                session.backend,
+                session.compressed,
+                not kept,
                 before,
-                measure(conversation.caches).used,
+                measure(session.conversation.caches).used,
             )
         )
         self._snapshot(0, 0.0)
@@ -319,11 +327,10 @@ class Worker:
     # Telemetry
 
     def _snapshot(self, request: int, speed: float) -> None:
-        loaded, conversation = self._need()
+        session = self._need()
         self._next_snapshot = time.perf_counter() + self._snapshot_seconds
-        context = context_length(loaded.config) or 0
-        room = Room(self._budget, self._cost, context)
-        self._engine.emit(snapshot(request, conversation.caches, room, speed))
+        caches, room = session.conversation.caches, session.room
+        self._engine.emit(snapshot(request, caches, room, speed))
 
     def _snapshot_now_and_then(self, request: int, speed: float) -> None:
         if time.perf_counter() >= self._next_snapshot:
@@ -331,42 +338,10 @@ class Worker:
 
 
 def _parse(kv: str) -> CompressionConfig | None:
-    return None if kv == "none" else CompressionConfig.parse(kv)
+    return None if kv == "none" else CompressionConfig.parse(kv, stored=True)  # read before
 
 
 def _stop_type() -> type[Exception]:
     from leankv_mlx.engine.engine import Cancelled
 
     return Cancelled
-
-
-def _can_become(cache: Any, config: CompressionConfig | None) -> bool:
-    """Whether nothing is gained by reading the tokens again."""
-    if not isinstance(cache, CompressedKVCache) or cache.empty():
-        return True
-    if config is None or (cache.layer and cache.layer.ragged):
-        return False
-    pairs: list[tuple[Any, Any]] = [
-        (config.k_bits, cache.config.k_bits),
-        (config.v_bits, cache.config.v_bits),
-    ]
-    return all(_top(new) <= _top(old) for new, old in pairs)
-
-
-def _top(bits: int | tuple[int, ...]) -> int:
-    return bits if isinstance(bits, int) else max(bits)
-
-
-def _recoded(old: Any, fresh: Any) -> Any:
-    """The tokens of one cache in another of the kind that the model now makes."""
-    if isinstance(old, CompressedKVCache):
-        if old.empty():
-            return fresh
-        keys, values = old.keys_and_values()
-    elif isinstance(fresh, CompressedKVCache) and old.keys is not None:
-        keys, values = old.keys[..., : old.offset, :], old.values[..., : old.offset, :]
-    else:
-        return old
-    fresh.update_and_fetch(keys, values)
-    mx.eval(fresh.state)
-    return fresh

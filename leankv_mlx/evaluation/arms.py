@@ -12,7 +12,7 @@ import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from leankv_mlx.cache import CompressedKVCache, end_prompt
+from leankv_mlx.cache import CompressedKVCache, end_prompt, reading
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ModelError
 from leankv_mlx.mlx_lm.attachment import attach
@@ -93,17 +93,20 @@ class Size:
             tables, centers, exact tokens, and layers that are left alone.
         body_bits: bits per element of the codes and their scales alone; 0 where there are none.
         ratio: how many times smaller than the uncompressed cache at two bytes an element.
+        whole: every head still has every token, none of them in a lower tier.
     """
 
     bits_per_element: float
     body_bits: float
     ratio: float
+    whole: bool = False
 
     @classmethod
     def of(cls, caches: Sequence[Any]) -> Size:
         """The size of a cache list with tokens in it."""
         used, elements = 0, measure(caches).fp16 // 2
         body_bytes = body_elements = 0
+        whole = True
         for cache in _entries(caches):
             layer = cache.layer if isinstance(cache, CompressedKVCache) else None
             if layer is None:
@@ -114,7 +117,11 @@ class Size:
             body_bytes += memory.codes + memory.scales
             slots = layer.body.slots if layer.body else 0
             body_elements += slots * (layer.shape.k_dim + layer.shape.v_dim)
-        return cls(8 * used / elements, 8 * body_bytes / max(1, body_elements), 2 * elements / used)
+            if layer.body:
+                between = layer.offset - layer.sinks - layer.recent
+                whole &= layer.body.tables[0].lengths.sum() == between * layer.shape.heads
+        body_bits = 8 * body_bytes / max(1, body_elements)
+        return cls(8 * used / elements, body_bits, 2 * elements / used, bool(whole))
 
 
 def _entries(caches: Sequence[Any]) -> Iterator[Any]:
@@ -126,9 +133,10 @@ def _entries(caches: Sequence[Any]) -> Iterator[Any]:
 
 def prefill(model: nn.Module, tokens: mx.array, caches: list[Any]) -> None:
     """Read tokens [N] in chunks of `PREFILL_CHUNK`."""
-    for start in range(0, tokens.shape[0], PREFILL_CHUNK):
-        model(tokens[None, start : start + PREFILL_CHUNK], cache=caches)
-        mx.eval([cache.state for cache in caches])
+    with reading(caches):
+        for start in range(0, tokens.shape[0], PREFILL_CHUNK):
+            model(tokens[None, start : start + PREFILL_CHUNK], cache=caches)
+            mx.eval([cache.state for cache in caches])
 
 
 def settle(model: nn.Module, caches: list[Any], tokens: mx.array) -> None:

@@ -27,6 +27,9 @@ ALPHAS = ((30.0, 10.0), (16.0, 4.0), (8.0, 2.0), (4.0, 1.0), (2.0, 0.5), (1.0, 0
 """The scores of pooled neighbourhoods are above those of single tokens, which the values of the
 LeanKV paper are for."""
 
+_APART = 1.001
+"""Sizes that differ by less are the same."""
+
 Advance = Callable[[str, int], None]
 
 
@@ -97,7 +100,7 @@ def sweep(
     samples: int,
     advance: Advance,
 ) -> list[Candidate]:
-    """Measure every arm beside the uncompressed cache, in the order given."""
+    """Measure every arm beside the uncompressed cache, in the order given, see `measured`."""
     every = [Arm(NONE, None), *arms]
     sizes: dict[str, Size] = {}
     found = run_fidelity(loaded, every, corpus, advance, sizes=sizes)
@@ -116,6 +119,17 @@ def sweep(
         within = kld <= limits.kld and lost <= limits.points
         results.append(Candidate(arm.kv, sizes[arm.kv], kld, score, within))
     return results
+
+
+def measured(found: Sequence[Candidate]) -> list[Candidate]:
+    """Those of a sweep that showed what they do: they dropped tokens, and more than every milder
+    one. At a short length several keep the same, and what the others would lose is not known."""
+    kept, smallest = [], 0.0
+    for candidate in reversed(found):
+        if not candidate.size.whole and candidate.size.ratio > _APART * smallest:
+            kept.append(candidate)
+        smallest = max(smallest, candidate.size.ratio)
+    return kept
 
 
 def allocate(

@@ -83,7 +83,7 @@ class Attachment:
         quirks = quirks_of(model)
         self._refusal = next((quirk.reason for quirk in quirks if not quirk.compress), None)
         self._keep_fetched = any(quirk.keep_fetched for quirk in quirks)
-        self._namespaces = patches.attention_namespaces(model)
+        self._targets = patches.targets(model)
         self._depth = 0
         self._maker: _MakeCache | None = None
         self._caches: list[Any] | None = None
@@ -104,7 +104,7 @@ class Attachment:
                 self.model.make_cache = current
             current.active.append(self)
             self._maker = current
-            patches.patch(self._namespaces)
+            patches.patch(self._targets)
         return self
 
     def stop(self) -> None:
@@ -115,7 +115,7 @@ class Attachment:
                 return
             self._final = self._attention()
             self._caches = None
-            patches.unpatch(self._namespaces)
+            patches.unpatch(self._targets)
             current, self._maker = self._maker, None
             current.active.remove(self)
             # Whoever replaced make_cache after us keeps their replacement.

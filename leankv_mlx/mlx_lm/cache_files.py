@@ -65,6 +65,7 @@ def _slots(keys: Any, values: Any) -> int:
     for side in (keys, values):
         _require(isinstance(side, mx.array) and side.ndim == 4, "keys and values")
         _require(mx.issubdtype(side.dtype, mx.floating), "dtypes")
+        _require(bool(mx.isfinite(side).all()), "values that are no numbers")
     _require(keys.shape[:3] == values.shape[:3], "shapes")
     return int(keys.shape[2])
 

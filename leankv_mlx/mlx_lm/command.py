@@ -39,6 +39,7 @@ from leankv_mlx.mlx_lm.loading import (
     load_from,
     resolve_model,
 )
+from leankv_mlx.mlx_lm.loops import telling
 from leankv_mlx.mlx_lm.patches import printing, replaced
 from leankv_mlx.mlx_lm.precision import compute_in_float32
 from leankv_mlx.mlx_lm.usage import Usage, measure, summary_line
@@ -200,6 +201,8 @@ class Session:
             self.main_model = LoadedModel(*loaded, path)
             self._fingerprint = fingerprint(path)
             self._check_fit(name)
+            if self.document is not None:
+                self.document.check_length(self.main_model)
         return loaded if with_config else loaded[:2]
 
     def sharded_load(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -263,7 +266,7 @@ class Session:
     ) -> Any:
         """mlx-lm's `generate_step`, within the model's context."""
         check_context(self._context, len(prompt), -1)
-        return original(prompt, *args, **options)
+        return telling(original)(prompt, *args, **options)
 
     def stream_generate(
         self, original: Callable[..., Any], *args: Any, prompt_cache: Any, **options: Any

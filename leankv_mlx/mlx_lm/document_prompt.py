@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import UsageError
 from leankv_mlx.mlx_lm import prompts
+from leankv_mlx.mlx_lm.context import longest_context
 from leankv_mlx.mlx_lm.loading import LoadedModel
 from leankv_mlx.mlx_lm.patches import replaced
 
@@ -87,6 +88,14 @@ class DocumentPrompt:
         question = sys.stdin.read() if question == "-" else question
         args.prompt = "-"
         undo.enter_context(replaced(sys, "stdin", io.StringIO(self._head + question)))
+
+    def check_length(self, loaded: LoadedModel) -> None:
+        """Refuse a document that is far too long, before mlx-lm makes tokens of all of it.
+
+        Raises:
+            ContextLengthError: it does not fit the model's context.
+        """
+        prompts.check_length(loaded.tokenizer, self._head, longest_context(loaded.config))
 
     def opened(
         self, loaded: LoadedModel, config: CompressionConfig | None, prompt: list[int]

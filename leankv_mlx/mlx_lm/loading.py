@@ -16,10 +16,13 @@ from mlx import nn
 
 from leankv_mlx import terminal
 from leankv_mlx.errors import ContextLengthError, ModelError
+from leankv_mlx.folders import expanded
+from leankv_mlx.mlx_lm.context import context_length
 from leankv_mlx.mlx_lm.precision import compute_in_float32
 from leankv_mlx.models.container import has_magic
 from leankv_mlx.models.conversion import ORIGIN
 from leankv_mlx.models.kept import Note, kept
+from leankv_mlx.models.weights import Look, go_on
 from leankv_mlx.resources import demo_model
 
 HUB_TIMEOUT_S = 5.0
@@ -30,10 +33,6 @@ _WHOLE_BYTES = 16 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 1024, 1024
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_CONTEXT_KEYS = (
-    "max_position_embeddings", "max_sequence_length", "max_seq_len", "n_positions", "n_ctx",
-    "seq_length",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,10 @@ def _be_silent_about_length(tokenizer: Any) -> None:
 
 
 def resolve_model(
-    model: str | Path | None, tqdm_class: type | None = None, note: Note = terminal.note
+    model: str | Path | None,
+    tqdm_class: type | None = None,
+    note: Note = terminal.note,
+    look: Look = go_on,
 ) -> Path:
     """The folder of a model; a hub id is downloaded unless the hub's cache has it, and a GGUF file
     is converted unless our own cache has it.
@@ -114,17 +116,18 @@ def resolve_model(
     Args:
         tqdm_class: shows the progress of a download instead of the hub client's own bar.
         note: told what a user should know about a GGUF file.
+        look: called now and then while one is converted; may raise to stop.
 
     Raises:
         ModelError: there is no such folder or file, it holds no model, or the hub does not give it.
     """
     if model is None:
         return _checked(demo_model())
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         return _checked(path)
     if has_magic(path):
-        return kept(path, note)
+        return kept(path, note, look)
     if path.exists():
         raise ModelError(
             f"{model} is a file, but no GGUF file; "
@@ -231,15 +234,6 @@ def _cached(hub_id: str, allowed: list[str]) -> Path | None:
 def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
-
-
-def context_length(config: Mapping[str, Any]) -> int | None:
-    """Tokens that a model was made for; None if its config does not say."""
-    for part in (config, config.get("text_config") or {}):
-        for key in _CONTEXT_KEYS:
-            if isinstance(length := part.get(key), int) and length > 0:
-                return length
-    return None
 
 
 def check_context(config: Mapping[str, Any], prompt_tokens: int, max_tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""Patches with exact undo, above all of `scaled_dot_product_attention` in a model's modules.
+"""Patches with exact undo: `scaled_dot_product_attention` in a model's modules, and mlx-lm's loops.
 
 mlx-lm's models bind the function by name, so it is replaced where they look it up. A module that
 several attached models share is patched once and restored when the last of them leaves.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -16,6 +17,7 @@ import mlx.core as mx
 from mlx import nn
 
 from leankv_mlx.cache import owner_of
+from leankv_mlx.mlx_lm.loops import LOOPS, loop_namespaces
 from leankv_mlx.terminal import printable
 
 NAME = "scaled_dot_product_attention"
@@ -24,25 +26,39 @@ Namespace = dict[str, Any]
 _LOCK = threading.Lock()
 
 
-class _Patch:
-    """The replacement in one namespace; `users` attachments need it."""
+@dataclass(frozen=True)
+class Target:
+    """A name of a module, and what makes its replacement of the original."""
 
-    def __init__(self, namespace: Namespace) -> None:
-        self.namespace = namespace
+    namespace: Namespace
+    name: str
+    make: Callable[[Any], Any]
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """The same for all targets that replace the same."""
+        return id(self.namespace), self.name
+
+
+class _Patch:
+    """The replacement of one name; `users` attachments need it."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
         self.users = 0
-        self.original: Callable[..., mx.array] = namespace[NAME]
-        self.replacement = _dispatching(self.original)
+        self.original = target.namespace[target.name]
+        self.replacement = target.make(self.original)
 
     def apply(self) -> None:
-        self.namespace[NAME] = self.replacement
+        self.target.namespace[self.target.name] = self.replacement
 
     def undo(self) -> None:
         # Whoever patched after us keeps their patch; ours below it only passes calls on.
-        if self.namespace.get(NAME) is self.replacement:
-            self.namespace[NAME] = self.original
+        if self.target.namespace.get(self.target.name) is self.replacement:
+            self.target.namespace[self.target.name] = self.original
 
 
-_PATCHES: dict[int, _Patch] = {}
+_PATCHES: dict[tuple[int, str], _Patch] = {}
 
 
 def _dispatching(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -103,23 +119,32 @@ def attention_namespaces(model: nn.Module) -> list[Namespace]:
     return list(found.values())
 
 
-def patch(namespaces: Iterable[Namespace]) -> None:
-    """Patch, or count one more user of, each namespace."""
+def targets(model: nn.Module) -> list[Target]:
+    """Everything that is replaced while a model is attached."""
+    attention = [Target(found, NAME, _dispatching) for found in attention_namespaces(model)]
+    loops = [
+        Target(found, name, make) for found in loop_namespaces() for name, make in LOOPS.items()
+    ]
+    return [*attention, *loops]
+
+
+def patch(targets: Iterable[Target]) -> None:
+    """Patch, or count one more user of, each target."""
     with _LOCK:
-        for namespace in namespaces:
-            found = _PATCHES.get(id(namespace))
+        for target in targets:
+            found = _PATCHES.get(target.key)
             if found is None:
-                found = _PATCHES[id(namespace)] = _Patch(namespace)
+                found = _PATCHES[target.key] = _Patch(target)
                 found.apply()
             found.users += 1
 
 
-def unpatch(namespaces: Iterable[Namespace]) -> None:
-    """Count one user less of each namespace; the last one restores it."""
+def unpatch(targets: Iterable[Target]) -> None:
+    """Count one user less of each target; the last one restores it."""
     with _LOCK:
-        for namespace in namespaces:
-            found = _PATCHES[id(namespace)]
+        for target in targets:
+            found = _PATCHES[target.key]
             found.users -= 1
             if found.users == 0:
-                del _PATCHES[id(namespace)]
+                del _PATCHES[target.key]
                 found.undo()

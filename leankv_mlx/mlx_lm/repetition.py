@@ -7,14 +7,14 @@ arXiv 2505.23416).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
-import mlx.core as mx
 from mlx import nn
 
-from leankv_mlx.cache import CompressedKVCache, forget_queries, place_by
+from leankv_mlx.cache import CompressedKVCache, forget_queries, place_by, reading
+from leankv_mlx.mlx_lm.reading import Pace, read
 from leankv_mlx.sparsity import LargestReceived
 
 PART = 512
@@ -29,7 +29,13 @@ def judges_by_repetition(caches: Sequence[Any]) -> bool:
 
 
 def settle_document(
-    model: nn.Module, caches: list[Any], tokens: Sequence[int], instruction: Sequence[int] = ()
+    model: nn.Module,
+    caches: list[Any],
+    tokens: Sequence[int],
+    instruction: Sequence[int] = (),
+    *,
+    pace: Pace | None = None,
+    look: Callable[[], None] = lambda: None,
 ) -> None:
     """A document was read, and no question is known yet.
 
@@ -42,14 +48,22 @@ def settle_document(
         caches: its cache list, which holds `tokens` and nothing else.
         tokens: of the document.
         instruction: tokens that ask for the repetition, for models that need to be asked.
+        pace: how often `look` is called; None calls it once a part.
+        look: may raise to stop; the caches are then as they were.
     """
     forget_queries(caches)  # or at=chunk drops tokens of the copies that repeat the document
     if judges_by_repetition(caches):
-        _repeat_and_place(model, caches, tokens, instruction)
+        with reading(caches):  # it need not keep to a budget before it is judged
+            _repeat_and_place(model, caches, tokens, instruction, pace, look)
 
 
 def _repeat_and_place(
-    model: nn.Module, caches: list[Any], tokens: Sequence[int], instruction: Sequence[int]
+    model: nn.Module,
+    caches: list[Any],
+    tokens: Sequence[int],
+    instruction: Sequence[int],
+    pace: Pace | None,
+    look: Callable[[], None],
 ) -> None:
     layers = [c for c in _with_policy(caches) if c.layer and c.layer.body]
     collectors = [LargestReceived() for _ in layers]
@@ -61,8 +75,8 @@ def _repeat_and_place(
             assert cache.layer is not None
             cache.layer.collector = collector
         # More than 8 tokens, or the call would count as decoding.
-        read = [*instruction, *part, *part[: max(0, 9 - len(part) - len(instruction))]]
-        mx.eval(model(mx.array([read]), cache=twins))
+        again = [*instruction, *part, *part[: max(0, 9 - len(part) - len(instruction))]]
+        read(model, again, twins, pace, lambda done: look())
     scores = [c.scores for c in collectors if c.scores is not None]
     if len(scores) == len(layers):  # a layer on the fallback path tells nothing
         place_by(caches, scores)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from errno import ENOSPC
@@ -12,12 +13,16 @@ from typing import BinaryIO
 
 import numpy as np
 
+from leankv_mlx.atomic import hold, read_text, remove_dead
 from leankv_mlx.errors import ModelError
 from leankv_mlx.models.architectures import model_of
 from leankv_mlx.models.container import FlawError, open_file, read_header
 from leankv_mlx.models.facts import Facts
+from leankv_mlx.models.tensor_file import has_all
 from leankv_mlx.models.weights import (
     DType,
+    Look,
+    go_on,
     layout,
     quantization,
     quantized_again,
@@ -34,13 +39,14 @@ ORIGIN = "gguf"
 _UNFINISHED = ".unfinished-"
 
 
-def convert(path: Path, folder: Path, dtype: DType | None = None) -> None:
+def convert(path: Path, folder: Path, dtype: DType | None = None, look: Look = go_on) -> None:
     """Write the model of a GGUF file into a folder, which appears whole or not at all.
 
     Args:
         folder: does not exist yet, or is empty.
         dtype: of scales and dense weights; None for what holds the file's numbers exactly, which
             is float32 where they are products.
+        look: called for every piece; may raise to stop.
 
     Raises:
         ModelError: the file is damaged or of a kind that is not read, the folder is there
@@ -49,13 +55,18 @@ def convert(path: Path, folder: Path, dtype: DType | None = None) -> None:
     scratch = folder.parent / f"{_UNFINISHED}{secrets.token_hex(8)}"
     try:
         with open_file(path) as file:
-            scratch.mkdir(parents=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(folder.parent)
+            scratch.mkdir()
+            held = hold(scratch)
             try:
-                _write(file, scratch, dtype)
+                _write(file, scratch, dtype, look)
                 os.rename(scratch, folder)
             except BaseException:
                 shutil.rmtree(scratch, ignore_errors=True)
                 raise
+            finally:
+                os.close(held)
     except FlawError as error:
         raise ModelError(f"cannot read {path}: {error}.") from error
     except ModelError as error:  # of its tokenizer
@@ -68,9 +79,19 @@ def convert(path: Path, folder: Path, dtype: DType | None = None) -> None:
 
 
 def remove_unfinished(place: Path) -> None:
-    """Remove what writers that died have left in a folder; nobody may be writing there."""
-    for folder in place.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove what writers that died have left in a folder; it may be the user's."""
+    name = re.compile(re.escape(_UNFINISHED) + r"[0-9a-f]+")
+    remove_dead(folder for folder in place.iterdir() if name.fullmatch(folder.name))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a converted folder still has what `convert` wrote, without reading the weights."""
+    try:
+        config = json.loads(read_text(folder / CONFIG))
+        again = config[ORIGIN]["quantized_again"]
+    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+        return False
+    return isinstance(again, dict) and has_all(folder / WEIGHTS)
 
 
 def inexact_line(path: Path, folder: Path) -> str:
@@ -87,7 +108,7 @@ def inexact_line(path: Path, folder: Path) -> str:
     return f"{path.name}: tensors that were quantized again, to 8 bits: {kinds}."
 
 
-def _write(file: BinaryIO, folder: Path, dtype: DType | None) -> None:
+def _write(file: BinaryIO, folder: Path, dtype: DType | None, look: Look) -> None:
     from leankv_mlx.models.vocabulary import end_ids, tokenizer_files
 
     header = read_header(file)
@@ -115,4 +136,4 @@ def _write(file: BinaryIO, folder: Path, dtype: DType | None) -> None:
             out.write(text)
             out.flush()
             os.fsync(out.fileno())
-    write_weights(file, folder / WEIGHTS, model, header.tensors, dtype)
+    write_weights(file, folder / WEIGHTS, model, header.tensors, dtype, look)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,8 +23,10 @@ from leankv_mlx.models.conversion import (
     VERSION,
     convert,
     inexact_line,
+    is_whole,
     remove_unfinished,
 )
+from leankv_mlx.models.weights import Look, go_on
 
 Note = Callable[[str], None]
 """Receives one line that the user should see."""
@@ -34,11 +37,12 @@ _BEGINNING = 16 * 2**20  # metadata, vocabulary and first tensors
 _SAMPLES, _SAMPLE_BYTES = 1024, 1024
 
 
-def kept(path: Path, note: Note) -> Path:
+def kept(path: Path, note: Note, look: Look = go_on) -> Path:
     """The folder of a GGUF file, made now if this is the first time.
 
     Args:
         note: told that a conversion begins, and what is not exactly as in the file.
+        look: called for every piece of a conversion; may raise to stop.
 
     Returns:
         A folder that has the file's name.
@@ -49,23 +53,24 @@ def kept(path: Path, note: Note) -> Path:
     place = folder("cache") / "models"
     entry = place / _identity(path)
     converted = entry / _CONVERTED
-    if not (converted / CONFIG).is_file():
+    if not is_whole(converted):
         note(f"{path.name} is read for the first time; what it becomes is kept for the next.")
         with _writing(place):
-            _fill(path, converted)
+            _fill(path, converted, look)
     if line := inexact_line(path, converted):
         note(line)
     return _named(entry, path.name)
 
 
-def _fill(path: Path, converted: Path) -> None:
+def _fill(path: Path, converted: Path, look: Look) -> None:
     """Convert, unless another process was faster; without locks it can be so until the end."""
-    if (converted / CONFIG).is_file():
+    if is_whole(converted):
         return
+    shutil.rmtree(converted, ignore_errors=True)  # what is left of one that was damaged
     try:
-        convert(path, converted)
+        convert(path, converted, look=look)
     except ModelError:
-        if not (converted / CONFIG).is_file():
+        if not is_whole(converted):
             raise
 
 
@@ -113,5 +118,6 @@ def _writing(place: Path) -> Iterator[None]:
             yield
             return
         for entry in place.iterdir():
-            remove_unfinished(entry)
+            with suppress(OSError):  # a file of somebody else
+                remove_unfinished(entry)
         yield

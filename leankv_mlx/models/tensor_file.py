@@ -15,6 +15,21 @@ import numpy as np
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4}
 
 
+_MAX_HEADER = 1 << 24
+
+
+def has_all(path: Path) -> bool:
+    """Whether a file is there and as long as its header says."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            rows = json.loads(file.read(length)) if length <= _MAX_HEADER else {}
+            ends = [row["data_offsets"][1] for name, row in rows.items() if name != "__metadata__"]
+            return bool(ends) and os.fstat(file.fileno()).st_size == 8 + length + max(ends)
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError, LookupError):
+        return False
+
+
 class TensorFile:
     """A new file; used as a context.
 

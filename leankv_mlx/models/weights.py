@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -30,6 +30,12 @@ _SLAB = 1 << 20  # elements that are converted at a time
 Array = np.ndarray[Any, Any]
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Parameter -> (dtype, shape)."""
+Look = Callable[[], None]
+"""Called while something takes long; may raise to stop it."""
+
+
+def go_on() -> None:
+    """A `Look` that stops nothing."""
 
 
 def layout(model: Model, tensors: Mapping[str, Tensor], dtype: DType | None) -> Layout:
@@ -87,8 +93,12 @@ def write_weights(
     model: Model,
     tensors: Mapping[str, Tensor],
     dtype: DType | None,
+    look: Look = go_on,
 ) -> None:
     """Convert all tensors into a new safetensors file.
+
+    Args:
+        look: called for every piece; may raise to stop.
 
     Raises:
         FlawError: there are weights that are no numbers, or do not fit the dtype.
@@ -98,6 +108,7 @@ def write_weights(
     with TensorFile(path, made) as out:
         for name, to in model.targets.items():
             for row, rows in _slabs(file, tensors[name], to, model.head_dim):
+                look()
                 for part, values in _converted(rows, tensors[name], to):
                     out.write(part, row, _stored(values, made[part][0]))
 

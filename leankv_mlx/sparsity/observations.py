@@ -150,9 +150,15 @@ class Observations:
         return sum(e.queries.nbytes + (0 if e.lse is None else e.lse.nbytes) for e in self._entries)
 
     @property
-    def most_nbytes(self) -> int:
-        """Bytes of a full ring of the queries seen last, one call at a time; 0 before any."""
+    def usual_nbytes(self) -> int:
+        """Bytes of a full ring of queries that came a few at a time; 0 before any."""
         return (OBSERVED_QUERIES + _PART) * self._row_nbytes
+
+    @property
+    def most_nbytes(self) -> int:
+        """Bytes of the ring at its fullest, before the longest of its calls goes; 0 before any."""
+        longest = max((entry.length for entry in self._entries), default=0)
+        return (OBSERVED_QUERIES + max(_PART, longest)) * self._row_nbytes
 
     def copy(self) -> Observations:
         """Another ring with the same content."""

@@ -7,9 +7,10 @@ from pathlib import Path
 
 APP = Path(__file__).parents[2] / "app"
 ALLOWED = {
-    "leankv_mlx", "leankv_mlx.blas", "leankv_mlx.config", "leankv_mlx.documents",
-    "leankv_mlx.engine", "leankv_mlx.errors", "leankv_mlx.folders", "leankv_mlx.profiles",
-    "leankv_mlx.sizes",
+    "leankv_mlx", "leankv_mlx.atomic", "leankv_mlx.blas", "leankv_mlx.cli", "leankv_mlx.config",
+    "leankv_mlx.documents", "leankv_mlx.engine", "leankv_mlx.errors", "leankv_mlx.faults",
+    "leankv_mlx.folders", "leankv_mlx.terminal",
+    "leankv_mlx.profiles", "leankv_mlx.sizes",
 }  # fmt: skip
 
 

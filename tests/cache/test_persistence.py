@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -443,3 +444,175 @@ def test_what_is_no_prompt_cache(tmp_path: Path) -> None:
         with pytest.raises(CacheFileError) as caught:
             load_prompt_cache(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+# A right digest says that nothing was damaged, not that nothing is wrong.
+
+
+def changed_values(fuzz: Fuzz, name: str, change: Callable[[np.ndarray], Any]) -> bytes:
+    """A file in which one tensor has other values, and the digest fits."""
+    kinds: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "U32": np.uint32}
+    begin, end = fuzz.header[name]["data_offsets"]
+    values = np.frombuffer(fuzz.data[begin:end], kinds[fuzz.header[name]["dtype"]]).copy()
+    change(values.reshape(fuzz.header[name]["shape"]))
+    data = fuzz.data[:begin] + values.tobytes() + fuzz.data[end:]
+    return signed(copy.deepcopy(fuzz.header), data)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "name", ["0.k", "0.v", "0.mu_k", "1.mu_v", "1.key_scales", "11.k", "4.0", "5.0.1", "6.1"]
+)
+def test_values_that_are_no_numbers_are_refused(fuzz: Fuzz, name: str, value: float) -> None:
+    """Silent nonsense: centers, divisors and exact rows go into every score."""
+
+    def change(x: np.ndarray) -> None:
+        x.reshape(-1)[fuzz.random.randrange(x.size)] = value
+
+    fuzz.refused(changed_values(fuzz, name, change), (name, value))
+    assert "no numbers" in "".join(fuzz.messages)
+
+
+@pytest.mark.parametrize("bits", [0x7E00, 0x7C00, 0xFC00, 0xFFFF])
+@pytest.mark.parametrize("name", ["0.0.blocks", "1.0.blocks", "11.0.blocks", "11.1.blocks"])
+def test_scales_that_are_no_numbers_are_refused(fuzz: Fuzz, name: str, bits: int) -> None:
+    """Silent nonsense: the fp16 scale of a key or value is NaN or infinite."""
+
+    def change(blocks: np.ndarray) -> None:
+        halves = blocks.view(np.uint16)
+        halves[fuzz.random.randrange(len(blocks)), -fuzz.random.randrange(1, 64)] = bits
+
+    fuzz.refused(changed_values(fuzz, name, change), (name, bits))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-30, 1e30])
+def test_divisors_that_are_never_written_are_refused(fuzz: Fuzz, value: float) -> None:
+    """Silent nonsense: a channel that the equalizer divides by 0 or by next to nothing."""
+
+    def change(scales: np.ndarray) -> None:
+        scales[1, 3] = value
+
+    fuzz.refused(changed_values(fuzz, "1.key_scales", change), value)
+
+
+def test_dimensions_that_no_array_has_are_refused(fuzz: Fuzz) -> None:
+    """OverflowError: a dimension of 2^31 beside a zero takes no bytes in the file."""
+    end = len(fuzz.data)
+    for name in ("0.k", "2.k", "4.0", "9.0.0", "0.0.blocks", "new"):
+        for shape in ([1 << 31, 0], [0, 1 << 31], [0, (1 << 32) + 1, 2], [1 << 31, 0, 1 << 5]):
+            row = {"dtype": "F32", "shape": shape, "data_offsets": [end, end]}
+            fuzz.signed(lambda h, n=name, r=row: h.update({n: r}))
+            fuzz.signed(lambda h, n=name, r=row: h.update({n: {**r, "dtype": "BF16"}}))
+
+
+def one_long_head(heads: int, blocks: int) -> bytes:
+    """A layer of many heads, of which one has all the blocks and the others none."""
+    words = 32 * (2 + 2 + 1)
+    record = {"class": "CompressedKVCache", "kv": "leankv:k2v2,equalize=off,sink_tokens=0,"
+              "policy=threshold,low=none", "keep_fetched": False, "offset": 32 * blocks,
+              "heads": heads, "k_dim": 32, "v_dim": 32}  # fmt: skip
+    lengths = np.zeros(heads, np.int32)
+    lengths[0] = 32 * blocks
+    tensors = {
+        "0.k": ("F16", np.zeros((heads, 0, 32), np.float16)),
+        "0.v": ("F16", np.zeros((heads, 0, 32), np.float16)),
+        "0.mu_k": ("F32", np.zeros((heads, 32), np.float32)),
+        "0.mu_v": ("F32", np.zeros((heads, 32), np.float32)),
+        "0.0.lengths": ("I32", lengths),
+        "0.0.blocks": ("U32", np.zeros((blocks, words), np.uint32)),
+        "0.0.positions": ("U32", np.arange(32 * blocks, dtype=np.uint32)),
+        "0.0.marks": ("U8", np.zeros(32 * blocks, np.uint8)),
+    }
+    texts = {"format": container.FORMAT, "digest": "", "version": str(container.VERSION)}
+    header: dict[str, Any] = {
+        "__metadata__": {**texts, "layers": json.dumps([record]), "metadata": "{}"}
+    }
+    data = b""
+    for name, (dtype, array) in tensors.items():
+        span = [len(data), len(data) + array.nbytes]
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": span}
+        data += array.tobytes()
+    return signed(header, data)
+
+
+def test_a_table_is_bounded_by_the_file(tmp_path: Path) -> None:
+    """All memory from a small file: heads times the longest head, of which the file has little."""
+    path = tmp_path / "cache"
+    path.write_bytes(one_long_head(2, 40))
+    (cache,) = load_prompt_cache(path).caches  # what the hostile one differs from by its size only
+    assert cache.layer.body.slots == 40 * 32
+    path.write_bytes(one_long_head(1 << 14, 14_000))
+    assert path.stat().st_size < 15 << 20
+    tracemalloc.start()
+    with pytest.raises(CacheFileError, match="contradict each other"):
+        load_prompt_cache(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * path.stat().st_size
+
+
+def test_the_digest_comes_before_any_array(fuzz: Fuzz, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds before allocation: what was changed by accident is never made an array of."""
+    monkeypatch.setattr(container, "_array", None)
+    fuzz.refused(fuzz.good[:-1] + bytes([fuzz.good[-1] ^ 1]), "last byte")
+    assert "digest" in "".join(fuzz.messages)
+
+
+def test_a_header_is_as_long_as_it_can_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="bytes of layers and metadata"):
+        save_prompt_cache(tmp_path / "cache", one_of_each(), {"x": "y" * 5_000_000})
+    assert not list(tmp_path.iterdir())
+
+
+def test_fuzz_structured_with_a_right_digest(fuzz: Fuzz) -> None:
+    """Any tensor with any other values is refused with one line, or makes a cache of numbers."""
+    names = [name for name in fuzz.header if name != "__metadata__"]
+    accepted = 0
+    for _ in range(400):
+        name = fuzz.random.choice(names)
+        begin, end = fuzz.header[name]["data_offsets"]
+        values = bytearray(fuzz.data[begin:end])
+        for _ in range(fuzz.random.randrange(1, 4) if values else 0):
+            at = fuzz.random.randrange(len(values))
+            junk = fuzz.random.choice([b"\0", b"\xff", b"\x80", fuzz.random.randbytes(4)])
+            values[at : at + len(junk)] = junk
+        data = fuzz.data[:begin] + bytes(values[: end - begin]) + fuzz.data[end:]
+        fuzz.path.write_bytes(signed(copy.deepcopy(fuzz.header), data))
+        try:
+            caches = load_prompt_cache(fuzz.path).caches
+        except CacheFileError as error:
+            fuzz.messages.add(str(error))
+            continue
+        accepted += 1
+        layer = int(name.split(".")[0])
+        if isinstance(caches[layer], CompressedKVCache):
+            keys, values_ = caches[layer].keys_and_values()
+            assert mx.isfinite(keys).all().item() and mx.isfinite(values_).all().item()
+    assert 50 < accepted < 400
+    assert all("\n" not in message for message in fuzz.messages)
+
+
+# What was written is read, however little it is.
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_a_cache_that_was_trimmed_to_nothing_comes_back(at: int, tmp_path: Path) -> None:
+    """Refused by its own reader: a layer that has a shape and no tokens."""
+    cache = one_of_each()[at]
+    if not cache.is_trimmable():
+        pytest.skip("this class keeps no past to go back to")
+    cache.trim(10**6)
+    (again,) = reloaded([cache], tmp_path)
+    assert content(again) == content(cache)
+    if isinstance(cache, CompressedKVCache):
+        assert again.offset == 0
+        ours, theirs = (filled(x, 150, seed=4) for x in (cache, again))
+        assert content(theirs) == content(ours)
+
+
+def test_a_ragged_layer_whose_body_was_trimmed_away_comes_back(tmp_path: Path) -> None:
+    cache = one_of_each()[-1]
+    assert cache.layer.body.ragged
+    cache.trim(cache.offset - 5)  # the sink tokens, and one that no head has kept
+    (again,) = reloaded([cache], tmp_path)
+    assert content(again) == content(cache)

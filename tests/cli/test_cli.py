@@ -121,7 +121,10 @@ def test_unexpected_errors_are_one_line_too(
     monkeypatch.setattr("leankv_mlx.mlx_lm.command.resolve_model", broken)
     assert app.run(["generate"]) == 1
     err = capfd.readouterr().err
-    assert err == "leankv: error: IndexError: first second (--debug shows where).\n"
+    assert err.startswith("leankv: error: IndexError: first second (the traceback is in ")
+    assert err.count("\n") == 1
+    log = err.rstrip("\n").rpartition(" in ")[2].rstrip(")")
+    assert "Traceback" in Path(log).read_text() and "in broken" in Path(log).read_text()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["doctor", "--help"]])

@@ -42,13 +42,21 @@ def html_page(path: Path, paragraphs: Sequence[str] = PARAGRAPHS) -> Path:
 
 def pdf(path: Path, pages: Sequence[str], width: int = 80, images: Sequence[int] = ()) -> Path:
     """A page for each text, in lines of `width` characters; pages in `images` get a picture."""
+    wrapped = [_wrapped(text, width) for text in pages]
+    return pdf_of_lines(path, wrapped, images)
+
+
+def pdf_of_lines(
+    path: Path, pages: Sequence[Sequence[str]], images: Sequence[int] = (), font: str = "Courier"
+) -> Path:
+    """A page for each list of lines, which stand as they are given."""
     objects = [b"<</Type/Catalog/Pages 2 0 R>>", b"",
-               b"<</Type/Font/Subtype/Type1/BaseFont/Courier/Encoding/WinAnsiEncoding>>",
+               b"<</Type/Font/Subtype/Type1/BaseFont/%s/Encoding/WinAnsiEncoding>>" % font.encode(),
                b"<</Type/XObject/Subtype/Image/Width 1/Height 1/ColorSpace/DeviceGray"
                b"/BitsPerComponent 8/Length 1>>stream\n\x80\nendstream"]  # fmt: skip
     kids = []
-    for number, text in enumerate(pages):
-        lines = "".join(f"({_pdf_text(line)}) Tj T* " for line in _wrapped(text, width))
+    for number, page in enumerate(pages):
+        lines = "".join(f"({_pdf_text(line)}) Tj T* " for line in page)
         content = f"BT /F 8 Tf 10 TL 40 780 Td {lines}ET"
         if number in images:
             content += " q 500 0 0 500 40 40 cm /I Do Q"

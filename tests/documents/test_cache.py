@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -378,3 +379,91 @@ def test_threads_of_one_process(shelf: Shelf, loaded: LoadedModel) -> None:
     for thread in with_lock:
         thread.join(30)
     assert content(reopened(shelf, loaded)) == content(caches)
+
+
+# Files that are whole and still wrong, and files that are not ours.
+
+
+@pytest.mark.parametrize("error", [OverflowError("x" * 999), RuntimeError("a\nb"), MemoryError()])
+def test_an_entry_that_fails_in_any_way_is_removed_and_read_anew(
+    error: Exception, shelf: Shelf, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same failure at every question: what was kept must never stand in the way."""
+    assert shelf.cache.save(KEY, "report.txt", "demo", read(loaded))
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "load_prompt_cache", fail)
+    assert reopened(shelf, loaded) is None
+    assert shelf.files == []
+    assert len(shelf.notes) == 1 and "\n" not in shelf.notes[0] and len(shelf.notes[0]) < 300
+    assert type(error).__name__ in shelf.notes[0]
+
+
+@pytest.mark.parametrize("kv", ["leankv:window=32", "none"])
+def test_an_entry_of_other_shapes_is_removed_and_read_anew(
+    kv: str, shelf: Shelf, loaded: LoadedModel
+) -> None:
+    """ShapeError at every question: the right key and digest, and heads that the model has not."""
+    config = None if kv == "none" else CompressionConfig.parse(kv)
+    plain = load()
+    with attach(plain.model, config) if config else nullcontext():
+        opener = Opener(plain, config, shelf.cache)
+        right = opener.open(TOKENS, "report.txt", lambda done, total: None)
+        caches = make_caches(plain.model)
+        for cache in caches:
+            rows = mx.random.normal((1, 5, len(TOKENS), 32))
+            cache.update_and_fetch(rows, rows)
+        assert shelf.cache.save(opener._key(TOKENS), "report.txt", "demo", caches)
+        again = opener.open(TOKENS, "report.txt", lambda done, total: None)
+        assert not again.cached
+        assert "other shapes" in shelf.notes[0]
+        assert content(again.caches) == content(right.caches)
+        assert opener.open(TOKENS, "report.txt", lambda done, total: None).cached
+
+
+def test_making_room_removes_entries_of_ours_only(tmp_path: Path, loaded: LoadedModel) -> None:
+    """A file of the user in the folder of the cache was the least recently used entry."""
+    shelf = Shelf(tmp_path)
+    users = [tmp_path / name for name in ("model.safetensors", ".draft.safetensors.1.tmp")]
+    for file in users:
+        file.write_bytes(b"precious" * 1000)
+        os.utime(file, (1, 1))
+    caches = read(loaded)
+    keys = [replace(KEY, model=str(i)) for i in range(3)]
+    shelf.cache.save(keys[0], "0", "demo", caches)
+    size = shelf.cache.path(keys[0]).stat().st_size
+    shelf.cache.limit = size + size // 2
+    for key in keys[1:]:
+        assert shelf.cache.save(key, "x", "demo", caches)
+    assert [path.exists() for path in map(shelf.cache.path, keys)] == [False, False, True]
+    assert all(file.exists() for file in users)
+
+
+def test_an_entry_that_cannot_be_removed_makes_no_room(tmp_path: Path, loaded: LoadedModel) -> None:
+    shelf = Shelf(tmp_path)
+    caches = read(loaded)
+    first, second, third = (replace(KEY, model=str(i)) for i in range(3))
+    shelf.cache.save(first, "0", "demo", caches)
+    size = shelf.files[0].stat().st_size
+    shelf.cache.path(second).mkdir()
+    os.utime(shelf.cache.path(second), (1, 1))
+    shelf.cache.limit = size + 100
+    assert shelf.cache.save(third, "x", "demo", caches)
+    assert not shelf.cache.path(first).exists()
+
+
+def test_rm_all_leaves_what_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from leankv_mlx.cli.app import run
+
+    monkeypatch.setenv("LEANKV_HOME", str(tmp_path))
+    place = DocumentCache().place
+    place.mkdir(parents=True)
+    for name in ("mine", KEY.digest):
+        (place / f"{name}.safetensors").write_bytes(b"x")
+    assert run(["cache", "rm", "--all"]) == 0
+    assert capsys.readouterr().out.startswith("removed 1,")
+    assert [path.name for path in place.glob("*.safetensors")] == ["mine.safetensors"]

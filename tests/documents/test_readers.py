@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from leankv_mlx.documents import office, readers, urls
+from leankv_mlx.documents.parse import parsed
 from leankv_mlx.documents.readers import check_source, read_document
 from leankv_mlx.errors import DocumentError, LeanKVError, UsageError
 from tests.documents.files import (
@@ -214,13 +215,13 @@ def test_a_small_archive_cannot_fill_the_memory(
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("word/document.xml", " " * (10**6 + 1))
     with pytest.raises(DocumentError, match="unpacks to more than 1 MB"):
-        read_document(path)
+        parsed(path.read_bytes(), path.name)  # in this process, where the limit is another
 
 
 def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "markitdown", None)
     with pytest.raises(DocumentError, match=r"takes the extra docs: pip install 'leankv-mlx\[docs"):
-        read_document(docx(tmp_path / "a.docx"))
+        parsed(docx(tmp_path / "a.docx").read_bytes(), "a.docx")
 
 
 # Files

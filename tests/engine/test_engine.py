@@ -213,7 +213,7 @@ def test_stopping_in_prefill_leaves_a_cache_that_goes_on(kv: str) -> None:
     stopped = driver.wait(Stopped)
     assert (stopped.stage, stopped.tokens) == ("prefill", 0)
     text, done = driver.reply(2, turns(40))
-    assert done.reused == 512
+    assert done.reused == 32  # of 512 that are compressed together
     assert "48213" in text
     driver.engine.submit(Forget())
     assert driver.reply(3, turns(40))[0] == text

@@ -90,6 +90,25 @@ def test_nothing_within_limits_is_an_error_and_writes_nothing(
     assert not user_profiles().exists()
 
 
+def test_what_the_policy_did_not_do_was_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    """The kind of fault: a setting is written that did nothing where it was measured."""
+    assert run(["calibrate", "mine", *QUICK]) == 1  # 128 tokens: no head loses one of them
+    assert "no candidate dropped a token at --context 256" in capsys.readouterr().err
+    assert not user_profiles().exists()
+
+
+def test_of_candidates_that_measure_the_same_the_mildest_is_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = found(
+        ("policy=budget,ratio=20", 9.003, True), ("policy=budget,ratio=12", 9.0, True),
+        ("policy=budget,ratio=9", 9.0, True), ("policy=budget,ratio=4", 3.9, True),
+    )  # fmt: skip
+    monkeypatch.setattr(calibration, "sweep", lambda *arguments: rows)
+    assert run(["calibrate", "mine", *QUICK]) == 0
+    assert CompressionConfig.parse("leankv:mine").ratio == 9
+
+
 def test_it_measures_through_the_real_cache(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

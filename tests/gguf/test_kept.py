@@ -220,3 +220,51 @@ def test_import_of_what_is_no_model(
 def test_the_list_of_models_is_as_before(capfd: pytest.CaptureFixture[str]) -> None:
     assert app.run(["models", "--json"]) == 0
     assert capfd.readouterr().out.startswith("[")
+
+
+@pytest.mark.parametrize("damage", ["config", "deep", "cut", "none"])
+def test_a_damaged_conversion_is_made_anew(damage: str, file: Path, home: Path) -> None:
+    """A traceback at every start, from a file of the cache that somebody or the disk damaged."""
+    converted = resolve_model(file).resolve()
+    weights = converted / "model.safetensors"
+    whole = weights.read_bytes()
+    if damage == "cut":
+        weights.write_bytes(whole[:-10])
+    elif damage == "none":
+        weights.unlink()
+    else:
+        (converted / "config.json").write_text("{}" if damage == "config" else "[" * 100_000)
+    assert FIRST in notes(file)[0]
+    assert weights.read_bytes() == whole
+    assert notes(file) == []
+
+
+KILLED_IMPORT = """
+import sys, time
+from pathlib import Path
+from leankv_mlx.models import conversion
+
+def wait(*args):
+    print("half-way", flush=True)
+    time.sleep(60)
+
+conversion.write_weights = wait
+conversion.convert(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_the_next_import_removes_what_a_killed_one_left(file: Path, tmp_path: Path) -> None:
+    """Gigabytes that nobody finds again; what a live import writes stays."""
+    place = tmp_path / "models"
+    precious = place / ".unfinished-thesis"
+    precious.mkdir(parents=True)
+    command = [sys.executable, "-c", KILLED_IMPORT, str(file), str(place / "a")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as importing:
+        assert importing.stdout is not None
+        assert importing.stdout.readline() == "half-way\n"
+        conversion.convert(file, place / "b")
+        assert len(list(place.iterdir())) == 3  # its writer lives
+        importing.kill()
+        importing.wait(30)
+    conversion.convert(file, place / "c")
+    assert sorted(path.name for path in place.iterdir()) == [precious.name, "b", "c"]

@@ -1,0 +1,84 @@
+"""Reading tokens into caches, in parts that somebody can wait for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from leankv_mlx.cache import one_update, reading
+from leankv_mlx.kernels import MAX_DECODE_TOKENS
+
+_STEP = 32
+"""Parts are multiples of it, and the first one of a model is of this size."""
+_LONGEST = 2048
+_HELD_FOR_ONE = 256
+"""Every part decodes all that is stored. With so many stored tokens for one that is read, that
+stays the smaller share of its time."""
+
+
+@dataclass
+class Pace:
+    """How many tokens to read between two looks at whether to go on.
+
+    Attributes:
+        seconds: time that a part should take.
+        speed: tokens per second of the last part, 0 before the first.
+    """
+
+    seconds: float = 0.5
+    speed: float = 0.0
+
+    def part(self, held: int) -> int:
+        """Tokens of the next part, with `held` tokens in the caches."""
+        fair = max(_STEP, held // _HELD_FOR_ONE)
+        return min(max(int(self.speed * self.seconds), fair) // _STEP * _STEP, _LONGEST)
+
+
+def read(
+    model: nn.Module,
+    tokens: Sequence[int],
+    caches: list[Any],
+    pace: Pace | None,
+    look: Callable[[int], None],
+) -> None:
+    """Read tokens into caches as one update.
+
+    Args:
+        pace: cuts it into parts; None reads it whole.
+        look: called after every part with the tokens read so far; may raise to stop.
+    """
+    size = _part(pace, caches, len(tokens))
+    if size == len(tokens):
+        with reading(caches):
+            _read(model, tokens, caches, pace)
+        look(size)
+        return
+    with reading(caches), one_update(caches):
+        done = 0
+        while done < len(tokens):
+            size = _part(pace, caches, len(tokens) - done)
+            _read(model, tokens[done : done + size], caches, pace)
+            done += size
+            look(done)
+
+
+def _read(model: nn.Module, part: Sequence[int], caches: list[Any], pace: Pace | None) -> None:
+    start = time.perf_counter()
+    model(mx.array([list(part)]), cache=caches)
+    mx.eval([cache.state for cache in caches])
+    if pace is not None:
+        pace.speed = len(part) / max(time.perf_counter() - start, 1e-9)
+
+
+def _part(pace: Pace | None, caches: list[Any], left: int) -> int:
+    """Tokens of the next part. A few that would be left behind it are read with it, or the caches
+    would take them for generated ones."""
+    if pace is None:
+        return left
+    size = pace.part(max(getattr(cache, "offset", 0) for cache in caches))
+    return size if left - size > MAX_DECODE_TOKENS else left
