@@ -181,7 +181,7 @@ class OracleCache:
         start = sinks + self.body
         moved = [x[:, start : start + 32 * blocks] for x in self._rows]
         if not self.body:
-            equalizer = self.real.layer and self.real.layer.equalizer
+            equalizer = self.real.layer and self.real.layer.space.equalizer
             of_keys = np.array(equalizer.scales, np.float64)[:, None] if equalizer else np.ones(1)
             self._divisors = [of_keys, np.ones(1)]
             self._centers = [
@@ -197,7 +197,7 @@ class OracleCache:
         assert isinstance(bits, int)
         r, center = rotation(rows.shape[2]), self._centers[side][:, None]
         codes, _ = encode(rows / self._divisors[side] @ r.T - center, bits)
-        body = self.real.view().bodies[0]
+        body = self.real.view().tiers[0]
         first = self.body // 32
         table = np.array(body.table)[:, first : first + rows.shape[1] // 32]
         both_codes, both_scales = unpack(np.array(body.pool)[table], body.format)

@@ -16,7 +16,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from leankv_mlx.attention import attend_codes
 from leankv_mlx.benchmarks.fill import DTYPES, STOCK, fill
 from leankv_mlx.benchmarks.settings import Advance, Row, Settings, compared
 from leankv_mlx.benchmarks.shapes import SHAPES, Heads
@@ -24,7 +23,9 @@ from leankv_mlx.benchmarks.timing import Arm, Staged, interleave
 from leankv_mlx.cache import CompressedKVCache
 from leankv_mlx.codec.format import TILE, Format
 from leankv_mlx.config import CompressionConfig
+from leankv_mlx.kernels import resolve_backend
 from leankv_mlx.kernels.cpu import load
+from leankv_mlx.kernels.decode_attention import decode_attention
 from leankv_mlx.mlx_lm.stock import stock_attention, stock_cache
 
 USUAL = ("k4v4", "k3v2")
@@ -116,10 +117,13 @@ def products(heads: Heads, tokens: int, config: CompressionConfig) -> int:
 
 def _ours(caches: Sequence[CompressedKVCache], queries: mx.array) -> Staged:
     views, scale = [cache.view() for cache in caches], queries.shape[-1] ** -0.5
+    backend = resolve_backend(caches[0].backend)
 
     def make() -> list[mx.array]:
         return [
-            attend_codes(queries, view, scale=scale, mask=None, sink_logits=None).out
+            decode_attention(
+                queries[0], view, scale=scale, mask=None, sink_logits=None, backend=backend
+            ).out
             for view in islice(cycle(views), LAYERS)
         ]
 

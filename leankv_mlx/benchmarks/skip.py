@@ -14,15 +14,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from leankv_mlx.attention import View, attend_codes
 from leankv_mlx.benchmarks.prefill import CHUNK
 from leankv_mlx.benchmarks.settings import Advance, Row, Settings, compared
 from leankv_mlx.benchmarks.steps import USUAL
 from leankv_mlx.benchmarks.timing import interleave
-from leankv_mlx.cache import compressed
+from leankv_mlx.cache import fetch
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.evaluation.fidelity import corpus
-from leankv_mlx.kernels import Attention
+from leankv_mlx.kernels import Attention, Backend, View
 from leankv_mlx.kernels.decode_attention import decode_attention
 from leankv_mlx.mlx_lm.attachment import attach, make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel, load
@@ -45,27 +44,27 @@ class Call:
     queries: mx.array
     view: View
     scale: float
+    backend: Backend
 
     def attend(self, skip: float) -> Attention:
         """Its attention."""
-        view = self.view
+        view = replace(self.view, skip=skip)
         return decode_attention(
-            self.queries, view.bodies, view.exact, view.centers, scale=self.scale,
-            sinks=view.sinks, mask=None, sink_logits=None, backend=view.backend,
-            rotations=view.rotations, skip=skip,
+            self.queries, view, scale=self.scale, mask=None, sink_logits=None,
+            backend=self.backend,
         )  # fmt: skip
 
     def repeated(self, times: int) -> Call:
         """The body so many times over."""
-        bodies = [
+        tiers = [
             replace(
-                body,
-                table=mx.concatenate([body.table] * times, axis=1),
-                lengths=body.lengths * times,
+                tier,
+                table=mx.concatenate([tier.table] * times, axis=1),
+                lengths=tier.lengths * times,
             )
-            for body in self.view.bodies
+            for tier in self.view.tiers
         ]
-        return replace(self, view=replace(self.view, bodies=bodies))
+        return replace(self, view=replace(self.view, tiers=tiers))
 
 
 def measure_skip(settings: Settings, advance: Advance) -> list[Row]:
@@ -89,11 +88,13 @@ def _calls(loaded: LoadedModel, config: CompressionConfig, tokens: int) -> list[
     text = corpus(loaded, None, tokens, 1).chunks[0].tokens[None]
     calls: list[Call] = []
 
-    def record(queries: mx.array, view: View, *, scale: float, **rest: Any) -> Attention:
-        calls.append(Call(queries[0], view, scale))
-        return attend_codes(queries, view, scale=scale, **rest)
+    def record(
+        queries: mx.array, view: View, *, scale: float, backend: Backend, **rest: Any
+    ) -> Attention:
+        calls.append(Call(queries, view, scale, backend))
+        return decode_attention(queries, view, scale=scale, backend=backend, **rest)
 
-    with attach(loaded.model, config), replaced(compressed, "attend_codes", record):
+    with attach(loaded.model, config), replaced(fetch, "decode_attention", record):
         caches = make_caches(loaded.model)
         split = tokens - STEPS
         for start in range(0, split, CHUNK):

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from leankv_mlx.codec.format import TILE, Format
 from leankv_mlx.codec.rotation import hadamard
-from leankv_mlx.kernels import Body, Centers, DecodeInputs, Rows
+from leankv_mlx.kernels import Centers, Rows, Tier, View
 from leankv_mlx.kernels.gpu.attention import DecodeAttention, shape_of
 from leankv_mlx.kernels.gpu.geometry import Geometry
 from leankv_mlx.kernels.gpu.launch import MlxLauncher
@@ -33,7 +33,7 @@ def tune_attention(
     one = mx.array([1.0], mx.float16).view(mx.uint16).astype(mx.uint32)
     words = mx.random.randint(0, 2**31 - 1, (heads * blocks, format.words - TILE))
     scales = mx.broadcast_to(one | (one << 16), (heads * blocks, TILE))
-    body = Body(
+    tier = Tier(
         mx.concatenate([words.astype(mx.uint32), scales], axis=1),
         mx.arange(heads * blocks, dtype=mx.int32).reshape(heads, blocks),
         mx.full((heads,), blocks * TILE, mx.int32),
@@ -43,14 +43,11 @@ def tune_attention(
     exact = Rows(*(mx.random.normal((heads, EXACT_ROWS, dim), mx.float16) for _ in range(2)))
     centers = Centers(mx.zeros((heads, dim)), mx.zeros((heads, dim)))
     queries = mx.random.normal((heads * group, 1, head_dim), mx.float16)
-    mx.eval(body.pool, body.table, body.lengths, exact, centers, queries)
+    mx.eval(tier.pool, tier.table, tier.lengths, exact, centers, queries)
     attend = DecodeAttention(launch)
-    inputs = DecodeInputs(
-        queries, [body], exact, centers, scale=head_dim**-0.5, sinks=4, mask=None,
-        sink_logits=None, rotations=(rotation, rotation),
-    )  # fmt: skip
+    view = View([tier], exact, centers, 4, (rotation, rotation))
 
     def run() -> None:
-        mx.eval(attend(inputs))
+        mx.eval(attend(queries, view, scale=head_dim**-0.5, mask=None, sink_logits=None))
 
-    return launch.tuner.tune(shape_of(queries, body, exact, True), run)
+    return launch.tuner.tune(shape_of(queries, tier, exact, True), run)

@@ -1,6 +1,7 @@
 """The compressed KV cache behind mlx-lm's cache protocol."""
 
 from leankv_mlx.cache.compressed import CompressedKVCache
+from leankv_mlx.cache.fetch import Fetch, owner_of
 from leankv_mlx.cache.lists import (
     act_together,
     can_rewind,
@@ -13,12 +14,11 @@ from leankv_mlx.cache.lists import (
 )
 from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.parts import one_update
-from leankv_mlx.cache.tracking import Fetched, owner_of
 
 __all__ = [
     "CacheMemory",
     "CompressedKVCache",
-    "Fetched",
+    "Fetch",
     "act_together",
     "can_rewind",
     "end_prompt",

@@ -15,7 +15,7 @@ from leankv_mlx.blocks import BlockPool, BlockTable
 from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.codec.format import TILE, Format
 from leankv_mlx.config import Rounding
-from leankv_mlx.kernels import Backend, Body, Centers, Rows
+from leankv_mlx.kernels import Backend, Centers, Rows, Tier
 from leankv_mlx.kernels.dequantize import dequantize
 from leankv_mlx.kernels.encode import encode
 from leankv_mlx.kernels.repack import repack
@@ -87,10 +87,10 @@ class _Tier:
         """Bytes of the side data."""
         return sum(x.nbytes for x in self.side) if self.side else 0
 
-    def view(self) -> Body:
+    def view(self) -> Tier:
         ids, lengths = self.table.arrays()
         full = bool((self.table.lengths == self.slots).all())
-        return Body(self.table.pool.array, ids, lengths, self.format, full)
+        return Tier(self.table.pool.array, ids, lengths, self.format, full)
 
 
 class CompressedBody:
@@ -139,7 +139,7 @@ class CompressedBody:
         """Who owns which block, tier by tier."""
         return [tier.table for tier in self._tiers]
 
-    def views(self) -> list[Body]:
+    def views(self) -> list[Tier]:
         """The tiers that hold anything, as attention sees them."""
         return [tier.view() for tier in self._tiers if tier.slots]
 
@@ -360,12 +360,12 @@ class _Extra:
     marks: Marks
 
 
-def _loose(blocks: mx.array, format: Format) -> Body:
+def _loose(blocks: mx.array, format: Format) -> Tier:
     """A body of blocks [H, M, words] that belong to no pool."""
     heads, columns, words = blocks.shape
     table = mx.arange(heads * columns, dtype=mx.int32).reshape(heads, columns)
     lengths = mx.full((heads,), columns * TILE, mx.int32)
-    return Body(blocks.reshape(-1, words), table, lengths, format, True)
+    return Tier(blocks.reshape(-1, words), table, lengths, format, True)
 
 
 def _in_front(chosen: Mask) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import weakref
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from leankv_mlx.attention import View, attend_codes, attend_rows
+from leankv_mlx.cache.fetch import Arrays, Calls, Fetch
 from leankv_mlx.cache.layer import Layer, Shape
 from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.sparsifier import Sparsifier
-from leankv_mlx.cache.tracking import Withheld, track
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import DroppedTokensError, ShapeError, UnsupportedError
-from leankv_mlx.kernels import MAX_DECODE_TOKENS, Backend, Mask, Rows, resolve_backend
-
-
-@dataclass
-class _Calls:
-    """Counts of what models do with the fetched arrays; shared with the closures of fetches."""
-
-    fused: int = 0
-    reads: mx.array | None = None  # of the last decode call, see `kernels.types.Attention`
+from leankv_mlx.kernels import MAX_DECODE_TOKENS, Backend, Mask, Rows, View, resolve_backend
 
 
 class CompressedKVCache:
@@ -58,12 +48,12 @@ class CompressedKVCache:
         self._backend: Backend = resolve_backend(self.config.backend)
         self._layer: Layer | None = None  # made by the first update, which tells the shape
         self._sparsifier = None if self.config.policy == "keep_all" else Sparsifier(self.config)
-        self._calls = _Calls()
+        self._calls = Calls()
         self._parts: int | None = None  # that have come of an update in parts
         self._unread = -1  # fused calls before a fetch whose arrays do not hold all tokens
         # Weak: a fetch holds the working copy of its layer.
         self._fetched: tuple[weakref.ref[mx.array], weakref.ref[mx.array]] | None = None
-        self._held: tuple[mx.array, mx.array] | None = None
+        self._held: Arrays | None = None
 
     # The cache protocol of mlx-lm.
 
@@ -96,14 +86,13 @@ class CompressedKVCache:
         elif not prefill:
             layer.compress()
         layer.append(keys[0], values[0])
-        view = layer.view()
         self._unread = self._calls.fused if layer.ragged else -1
         if not prefill:
-            return self._track(layer, view, None)
+            return self._handed_out(layer, None)
         # One layer at a time: a lazy graph of all layers would hold all their working copies.
-        rows = view.rows()
+        rows = layer.rows()
         mx.eval(rows)
-        fetched = self._track(layer, view, rows)
+        fetched = self._handed_out(layer, rows)
         if self._parts is not None:
             self._parts += 1
         elif moves:
@@ -121,10 +110,10 @@ class CompressedKVCache:
             keys, values = (fetched() for fetched in self._fetched)
             if keys is not None and values is not None:
                 return keys, values
-        view = self.view()
+        self.view()  # an empty cache has nothing
         assert self._layer is not None
         self._unread = self._calls.fused if self._layer.ragged else -1
-        return self._track(self._layer, view, None)
+        return self._handed_out(self._layer, None)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """The mask of the next N tokens, as mlx-lm's own caches make it.
@@ -289,7 +278,7 @@ class CompressedKVCache:
         return self._layer.memory() if self._layer else CacheMemory()
 
     def view(self) -> View:
-        """This layer as attention sees it.
+        """This layer as kernels see it.
 
         Raises:
             UnsupportedError: the cache is empty.
@@ -329,57 +318,10 @@ class CompressedKVCache:
             raise DroppedTokensError("reads keys and values itself")
         return self._layer
 
-    def _track(self, layer: Layer, view: View, rows: Rows | None) -> tuple[mx.array, mx.array]:
-        """Lazy arrays of all tokens; `rows` is their working copy if this is a prefill."""
-        calls, equalizer = self._calls, layer.equalizer  # the closure must not hold the cache
-        sparsifier = self._sparsifier
-        observations, collector, end = layer.observations, layer.collector, layer.offset
-
-        def attend(
-            queries: mx.array, scale: float, mask: Mask, sink_logits: mx.array | None
-        ) -> mx.array:
-            calls.fused += 1
-            q = equalizer.queries(queries) if equalizer else queries
-            lse = None
-            if collector is not None and rows is not None:
-                first = view.sinks
-                stored = slice(first, first + sum(body.slots for body in view.bodies))
-                rotated = view.rotations[0].apply(q[0])
-                collector.add(rotated, rows.k, stored, scale, sink_logits, view.present())
-            if rows is None and q.shape[2] <= MAX_DECODE_TOKENS:
-                found = attend_codes(q, view, scale=scale, mask=mask, sink_logits=sink_logits)
-                out, lse, calls.reads = found
-            else:
-                out = attend_rows(
-                    q, rows or view.rows(), view, scale=scale, mask=mask, sink_logits=sink_logits
-                )
-            if observations is not None:
-                observations.add(queries[0], lse, end, scale, sink_logits)
-            if view.centers is None and layer.offset == end:
-                layer.see(queries, view.exact)
-            if sparsifier and rows is not None:
-                sparsifier.after_attention(layer)
-            return out
-
-        keys, values = _withheld(layer, view) if layer.ragged else _decoded(layer, view, rows)
-        track(keys, values, attend)
+    def _handed_out(self, layer: Layer, rows: Rows | None) -> Arrays:
+        """Arrays of all tokens; `rows` is their working copy if this is a prefill."""
+        keys, values = Fetch(layer, rows, self._calls, self._sparsifier).arrays()
         self._fetched = weakref.ref(keys), weakref.ref(values)
         if self.keep_fetched:
             self._held = keys, values
         return keys, values
-
-
-def _decoded(layer: Layer, view: View, rows: Rows | None) -> tuple[mx.array, mx.array]:
-    """All tokens as the model made them, lazy [1, H, N, head_dim]."""
-    keys, values = view.unrotated(rows) if rows else view.fetched()
-    if layer.equalizer:
-        keys = layer.equalizer.undo(keys[0])[None]
-    return keys, values
-
-
-def _withheld(layer: Layer, view: View) -> tuple[mx.array, mx.array]:
-    """What stands for them once heads have lost some."""
-    tokens = int(view.exact.k.shape[1]) + sum(body.slots for body in view.bodies)
-    shape, dims = layer.shape, (layer.shape.k_dim, layer.shape.v_dim)
-    keys, values = (Withheld((1, shape.heads, tokens, dim), layer.dtype) for dim in dims)
-    return cast(mx.array, keys), cast(mx.array, values)

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from leankv_mlx.attention import View
 from leankv_mlx.cache.body import CompressedBody
 from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.codec.equalize import Equalizer
 from leankv_mlx.codec.format import TILE, Format, padded
 from leankv_mlx.codec.rotation import rotation
+from leankv_mlx.codec.space import Space
 from leankv_mlx.config import CompressionConfig
-from leankv_mlx.kernels import Backend, Centers, Rotations, Rows, resolve_backend
+from leankv_mlx.kernels import Backend, Centers, Rows, View, resolve_backend
 from leankv_mlx.kernels.append import append
+from leankv_mlx.kernels.gather import gather
 from leankv_mlx.sparsity import Exact, LargestReceived, Observations, received, significance
 
 CENTER_TOKENS = 512
-"""Body tokens that the centers are fitted on, at most."""
+"""Tier tokens that the centers are fitted on, at most."""
 _SEEN_CALLS = 32  # whose queries the equalizer is fitted on, at most
 
 
@@ -44,7 +45,9 @@ class Layer:
             need not be that of the rows that come.
         dtype: of the keys that came last, and of what is fetched.
         body: the tokens between the two; None while there are none.
-        equalizer: applied to all keys here once there is a body, if that is configured.
+        space: that everything here is stored in; keys are equalized once there is a body, if that
+            is configured.
+        backend: who computes; the reference where the configured one does not support the layer.
         observations: the last queries, if a policy needs them.
         collector: if set, it is told of the attention of every prefill call.
         placed: tokens that had come when stored ones were last dropped or demoted; 0 if none ever
@@ -62,23 +65,22 @@ class Layer:
         self.shape = shape
         self.offset = 0
         self.body: CompressedBody | None = None
-        self.equalizer: Equalizer | None = None
         self.observations = None if config.policy == "keep_all" else Observations()
         self.collector: LargestReceived | None = None
         self.placed = 0
         self._seen: list[tuple[mx.array, int]] = []
         self._fitted = False
-        self.rotations: Rotations = (
-            rotation(config.rotation, shape.k_dim), rotation(config.rotation, shape.v_dim),
-        )  # fmt: skip
+        self.space = Space(
+            (rotation(config.rotation, shape.k_dim), rotation(config.rotation, shape.v_dim))
+        )
         dims = padded(shape.k_dim), padded(shape.v_dim)
         empty = (mx.zeros((shape.heads, 0, d), t) for d, t in zip(dims, dtypes, strict=True))
         self.exact = Rows(*empty)
         self.dtype = dtypes[0]
         self._config = config
-        fits = not backend.widest or max(dims) <= backend.widest
-        self._backend = backend if fits else resolve_backend("reference")
         self._formats = [Format.of(k, v, shape.k_dim, shape.v_dim) for k, v in config.tiers]
+        supported = all(map(backend.supports, self._formats))
+        self.backend = backend if supported else resolve_backend("reference")
 
     @property
     def sinks(self) -> int:
@@ -104,9 +106,8 @@ class Layer:
 
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Add tokens to the window: keys [H, L, k_head_dim] and values [H, L, v_head_dim]."""
-        # In float32, so that rows of 16 bits are rounded once.
-        k = self.equalizer.apply(keys.astype(mx.float32)) if self.equalizer else keys
-        self.exact = append(self.exact, Rows(k, values), self.rotations, self._backend)
+        rows = Rows(self.space.scaled(keys), values)
+        self.exact = append(self.exact, rows, self.space.rotations, self.backend)
         self.offset += keys.shape[1]
         self.dtype = keys.dtype
 
@@ -124,7 +125,7 @@ class Layer:
         self._seen.append((rows.square().sum(axis=1), rows.shape[1]))
         del self._seen[:-_SEEN_CALLS]
         if self.body is not None:
-            self.exact, self.body, self.equalizer = exact, None, None
+            self.exact, self.body, self.space = exact, None, self._unequalized()
             self.compress()
             mx.eval(self.state)
 
@@ -176,33 +177,40 @@ class Layer:
                 mx.eval(exact)  # what reads the pool must be done before it is written again
             self.body.cut(whole * TILE)
         if not self.body.slots and (not self.body.ragged or self.offset == sinks):
-            if self.equalizer and self.offset:
-                keys = self.equalizer.undo(self.rotations[0].undo(exact.k))
-                exact = Rows(self.rotations[0].apply(keys), exact.v)
-            self.body = self.equalizer = None
+            plain = self._unequalized()
+            if self.space.equalizer and self.offset:
+                keys, _ = self.space.undone(*exact)
+                exact = Rows(plain.rotations[0].apply(keys), exact.v)
+            self.body, self.space = None, plain
             self._fitted, self.placed = False, 0
         self.exact = exact
 
     def view(self) -> View:
-        """This layer as attention sees it."""
+        """This layer as kernels see it."""
         return View(
             self.body.views() if self.body else [],
             self.exact,
             self.body.centers if self.body else None,
             self.sinks,
-            self.rotations,
-            self._backend,
-            self.dtype,
+            self.space.rotations,
             self._config.skip,
         )
+
+    def rows(self) -> Rows:
+        """All tokens, decoded, in order and still rotated: [H, N, Dk] and [H, N, Dv].
+
+        This is the working copy of a prefill: a full-size copy of one layer, to be dropped as soon
+        as its attention is done.
+        """
+        return gather(replace(self.view(), rotations=None), self.dtype, self.backend)
 
     def copy(self) -> Layer:
         """An independent copy that shares the blocks until one of the two changes them."""
         dtypes = self.exact.k.dtype, self.exact.v.dtype
-        other = Layer(self.shape, self._config, self._backend, dtypes)
+        other = Layer(self.shape, self._config, self.backend, dtypes)
         other.offset, other.exact = self.offset, self.exact  # arrays are replaced, never changed
         other.placed = self.placed
-        other.dtype, other.equalizer = self.dtype, self.equalizer
+        other.dtype, other.space = self.dtype, self.space
         other._fitted, other._seen = self._fitted, list(self._seen)
         other.body = self.body.copy() if self.body else None
         other.observations = self.observations.copy() if self.observations else None
@@ -228,7 +236,7 @@ class Layer:
         assert observed is not None
         exact = Exact(self.exact.k, self.exact_positions)
         of_stored, of_exact, lse = significance(
-            observed, self.body.stored(), exact, self.body.centers, self._backend
+            observed, self.body.stored(), exact, self.body.centers, self.backend
         )
         self.observations.settle(lse)
         return mx.concatenate([mx.zeros((self.shape.heads, 0)), *of_stored], axis=1), of_exact
@@ -242,9 +250,7 @@ class Layer:
         return received(observed, Exact(self.exact.k, self.exact_positions))
 
     def _into_keys(self, queries: mx.array) -> mx.array:
-        if self.equalizer:
-            queries = self.equalizer.queries(queries[None])[0]
-        return self.rotations[0].apply(queries)
+        return self.space.rotated(queries[None])[0]
 
     # Bytes.
 
@@ -281,7 +287,7 @@ class Layer:
         if self.body is None:
             return CacheMemory(exact=exact, side=queries, allocated=exact + queries)
         centers = sum(x.nbytes for x in self.body.centers)
-        centers += self.equalizer.scales.nbytes if self.equalizer else 0
+        centers += self.space.equalizer.scales.nbytes if self.space.equalizer else 0
         body = self.body.memory()
         return body + CacheMemory(
             side=queries, exact=exact, centers=centers, allocated=exact + queries + centers
@@ -310,7 +316,7 @@ class Layer:
         head: list[Any] = [self.offset, shape.heads, shape.k_dim, shape.v_dim, *self.exact]
         if self.body is None:
             return head
-        scales = [self.equalizer.scales] if self.equalizer else []
+        scales = [self.space.equalizer.scales] if self.space.equalizer else []
         return [*head, *self.body.centers, self.body.state, *scales]
 
     @classmethod
@@ -321,7 +327,8 @@ class Layer:
         layer.offset, layer.exact = offset, Rows(k, v)
         if body:
             mu_k, mu_v, tiers, *scales = body
-            layer.equalizer = Equalizer(*scales) if scales else None
+            if scales:
+                layer.space = replace(layer.space, equalizer=Equalizer(*scales))
             layer.body = layer._new_body(Centers(mu_k, mu_v))
             layer.body.restore(tiers)
             layer.placed = offset if layer.ragged else 0  # a file does not say when
@@ -330,17 +337,22 @@ class Layer:
     def _new_body(self, centers: Centers) -> CompressedBody:
         return CompressedBody(
             self.shape.heads, self._formats, centers, self.sinks, self._config.rounding,
-            self._backend,
+            self.backend,
         )  # fmt: skip
 
     def _equalize(self, start: int, stop: int) -> None:
         """Fit the equalizer on the first of the exact rows start..stop, and apply it to all."""
-        keys = self.rotations[0].undo(self.exact.k.astype(mx.float32))
+        rotation = self.space.rotations[0]
+        keys = rotation.undo(self.exact.k.astype(mx.float32))
         squares = self._query_squares()
         self._seen, self._fitted = [], squares is not None
-        self.equalizer = Equalizer.fit(keys[:, start : min(stop, start + CENTER_TOKENS)], squares)
-        equal = self.rotations[0].apply(self.equalizer.apply(keys))
+        equalizer = Equalizer.fit(keys[:, start : min(stop, start + CENTER_TOKENS)], squares)
+        self.space = replace(self.space, equalizer=equalizer)
+        equal = rotation.apply(equalizer.apply(keys))
         self.exact = Rows(equal.astype(self.exact.k.dtype), self.exact.v)
+
+    def _unequalized(self) -> Space:
+        return replace(self.space, equalizer=None)
 
     def _query_squares(self) -> mx.array | None:
         """Mean squares of the queries that were seen, float32 [H, head_dim]."""

@@ -66,7 +66,7 @@ def _heads(cache: Any, used: int) -> tuple[int, ...]:
         view = cache.view()
         heads = view.exact.k.shape[0]
         own = [0] * heads
-        for body in view.bodies:
+        for body in view.tiers:
             for head, slots in enumerate(np.array(body.lengths)):
                 own[head] += -(-int(slots) // TILE) * body.format.words * 4
         shared = (used - sum(own)) / heads

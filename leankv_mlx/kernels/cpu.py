@@ -1,12 +1,11 @@
 """The native CPU backend: MLX primitives from the extension `leankv_mlx._native` (see native/).
 
-What runs as plain MLX ops instead: an array as mask, rounding=optimal, rotations other than
-Hadamard, and prefill attention with a head_dim above 256.
+What runs as plain MLX ops instead: an array as mask, rounding=optimal, and rotations other than
+Hadamard.
 """
 
 import re
-from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -25,12 +24,13 @@ from leankv_mlx.kernels.prefill_attention import prefill_attention_ops
 from leankv_mlx.kernels.types import (
     Attention,
     Backend,
-    Body,
     Centers,
-    DecodeInputs,
+    Mask,
     PrefillInputs,
     Rotations,
     Rows,
+    Tier,
+    View,
 )
 
 _MAX_DIM = 256
@@ -103,8 +103,8 @@ def _rotations(rotations: Rotations) -> tuple[Any, Any] | None:
     return None
 
 
-def _body(body: Body) -> Any:
-    return load().Body(body.pool, body.table, body.lengths, _format(body.format))
+def _tier(tier: Tier) -> Any:
+    return load().Body(tier.pool, tier.table, tier.lengths, _format(tier.format))
 
 
 def _centers(centers: Centers | None) -> Any:
@@ -118,34 +118,22 @@ def _encode(rows: Rows, centers: Centers, format: Format, rounding: Rounding) ->
     return blocks
 
 
-def _dequantize(body: Body, centers: Centers, dtype: mx.Dtype) -> Rows:
+def _dequantize(body: Tier, centers: Centers, dtype: mx.Dtype) -> Rows:
     heads, dims = body.table.shape[0], (body.format.k_dim, body.format.v_dim)
     none = (mx.zeros((heads, 0, dim), dtype) for dim in dims)
-    return Rows(*load().decode([_body(body)], *none, _centers(centers), 0, dtype, None))
+    return Rows(*load().decode([_tier(body)], *none, _centers(centers), 0, dtype, None))
 
 
-def _gather(
-    bodies: Sequence[Body],
-    exact: Rows,
-    centers: Centers | None,
-    *,
-    sinks: int,
-    dtype: mx.Dtype,
-    rotations: Rotations | None,
-) -> Rows:
-    native = None
-    if rotations is not None:
-        native = _rotations(rotations)
-        if native is None:
-            return gather_ops(bodies, exact, centers, sinks=sinks, dtype=dtype, rotations=rotations)
-    elif not bodies:
-        return Rows(*(x.astype(dtype) for x in exact))
+def _gather(view: View, dtype: mx.Dtype) -> Rows:
+    native = _rotations(view.rotations) if view.rotations else None
+    if native is None and (view.rotations or not view.tiers):
+        return gather_ops(view, dtype)
     return Rows(
         *load().decode(
-            [_body(body) for body in bodies],
-            *exact,
-            _centers(centers),
-            sinks,
+            list(map(_tier, view.tiers)),
+            *view.exact,
+            _centers(view.centers),
+            view.sinks,
             dtype,
             native,
         )
@@ -159,35 +147,41 @@ def _append(exact: Rows, new: Rows, rotations: Rotations) -> Rows:
     return Rows(*load().append(*exact, *new, native))
 
 
-def _repack(body: Body, index: mx.array) -> mx.array:
-    blocks: mx.array = load().repack(_body(body), index)
+def _repack(body: Tier, index: mx.array) -> mx.array:
+    blocks: mx.array = load().repack(_tier(body), index)
     return blocks
 
 
-def _decode_attention(inputs: DecodeInputs) -> Attention:
-    if isinstance(inputs.mask, mx.array):
-        return decode_attention_ops(inputs)
-    native = _rotations(inputs.rotations) if inputs.rotations else None
-    if inputs.rotations and native is None:
-        return between_rotations(_decode_attention, inputs)
+def _decode_attention(
+    queries: mx.array,
+    view: View,
+    *,
+    scale: float,
+    mask: Mask,
+    sink_logits: mx.array | None,
+) -> Attention:
+    native = _rotations(view.rotations) if view.rotations else None
+    plain = isinstance(mask, mx.array)
+    if plain or (view.rotations and native is None):
+        attend = decode_attention_ops if plain else partial(between_rotations, _decode_attention)
+        return attend(queries, view, scale=scale, mask=mask, sink_logits=sink_logits)
     return Attention(
         *load().decode_attention(
-            inputs.queries,
-            [_body(body) for body in inputs.bodies],
-            *inputs.exact,
-            _centers(inputs.centers),
-            inputs.scale,
-            inputs.mask == "causal",
-            inputs.sink_logits,
+            queries,
+            list(map(_tier, view.tiers)),
+            *view.exact,
+            _centers(view.centers),
+            scale,
+            mask == "causal",
+            sink_logits,
             native,
-            inputs.skip,
+            view.skip,
         )
     )
 
 
 def _prefill_attention(inputs: PrefillInputs) -> mx.array:
-    dims = [x.shape[2] for x in inputs.rows]
-    if isinstance(inputs.mask, mx.array) or max(dims) > _MAX_DIM:
+    if isinstance(inputs.mask, mx.array):
         return prefill_attention_ops(inputs)
     native, queries = _rotations(inputs.rotations), inputs.queries
     if native is None:

@@ -1,6 +1,5 @@
-"""Attention of a few new tokens over a compressed sequence."""
+"""Attention of a few new tokens over the compressed tokens of a layer."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import log
 
@@ -13,36 +12,43 @@ from leankv_mlx.kernels.types import (
     MAX_DECODE_TOKENS,
     Attention,
     Backend,
-    Body,
     Centers,
-    DecodeInputs,
+    DecodeOp,
     Mask,
-    Rotations,
-    Rows,
+    View,
 )
 
 
-def decode_attention_ops(inputs: DecodeInputs) -> Attention:
+def decode_attention_ops(
+    queries: mx.array,
+    view: View,
+    *,
+    scale: float,
+    mask: Mask,
+    sink_logits: mx.array | None,
+) -> Attention:
     """Ops-based reference implementation of `decode_attention`: exact centering spelled out.
 
-    Body codes are centered, so body scores get the scalar q.mu_k and the output gets mu_v times
-    the probability mass of the body (not 1: sink logits, sink tokens and the window take some).
+    Codes are centered, so scores of the tiers get the scalar q.mu_k and the output gets mu_v times
+    their probability mass (not 1: sink logits, sink tokens and the window take some).
     """
-    if inputs.rotations is not None:
-        return between_rotations(decode_attention_ops, inputs)
-    bodies, exact, centers, sinks = inputs.bodies, inputs.exact, inputs.centers, inputs.sinks
-    query_heads, length, dim = inputs.queries.shape
+    if view.rotations is not None:
+        return between_rotations(
+            decode_attention_ops, queries, view, scale=scale, mask=mask, sink_logits=sink_logits
+        )
+    exact, centers, sinks = view.exact, view.centers, view.sinks
+    query_heads, length, dim = queries.shape
     heads, rows = exact.k.shape[0], exact.k.shape[1]
     # The query heads of a KV head and their tokens side by side: [H, G * L, Dk].
-    q = (inputs.queries.astype(mx.float32) * inputs.scale).reshape(heads, -1, dim)
+    q = (queries.astype(mx.float32) * scale).reshape(heads, -1, dim)
 
     scores, values = [], []
-    for body in bodies:
-        assert centers is not None  # a body has been encoded, so centers were fitted
-        k, v = dequantize_ops(body, _no_centers(centers), mx.float32)
+    for tier in view.tiers:
+        assert centers is not None  # a tier has been encoded, so centers were fitted
+        k, v = dequantize_ops(tier, _no_centers(centers), mx.float32)
         s = q @ k.swapaxes(1, 2) + (q * centers.k[:, None]).sum(-1, keepdims=True)
-        if not body.full:
-            used = mx.arange(body.slots) < body.lengths[:, None]
+        if not tier.full:
+            used = mx.arange(tier.slots) < tier.lengths[:, None]
             s = mx.where(used[:, None], s, -mx.inf)
             v = mx.where(used[..., None], v, 0.0)
         scores.append(s)
@@ -53,9 +59,9 @@ def decode_attention_ops(inputs: DecodeInputs) -> Attention:
 
     columns = sum(part.shape[-1] for part in scores)
     s = mx.concatenate(scores, axis=-1).reshape(query_heads, length, columns)
-    s = _masked(s, inputs.mask)
-    if inputs.sink_logits is not None:
-        logits = inputs.sink_logits.astype(mx.float32)[:, None, None]
+    s = _masked(s, mask)
+    if sink_logits is not None:
+        logits = sink_logits.astype(mx.float32)[:, None, None]
         logits = mx.broadcast_to(logits, (*s.shape[:2], 1))
         lse = mx.logsumexp(mx.concatenate([logits, s], axis=-1), axis=-1)
     else:
@@ -63,27 +69,27 @@ def decode_attention_ops(inputs: DecodeInputs) -> Attention:
     p = mx.exp(s - lse[..., None]).reshape(heads, -1, columns)
     v = mx.concatenate([part.astype(mx.float32) for part in values], axis=1)
     weights, reads = p, None
-    if inputs.skip:
-        weights, reads = _skipped(p, s.reshape(p.shape), inputs)
+    if view.skip:
+        weights, reads = _skipped(p, s.reshape(p.shape), view)
     out = weights @ v
-    if bodies and centers is not None:
+    if view.tiers and centers is not None:
         mass = p[..., sinks : sinks + columns - rows].sum(-1, keepdims=True)
         out = out + mass * centers.v[:, None]
     return Attention(out.reshape(query_heads, length, -1), lse, reads)
 
 
-def _skipped(p: mx.array, scores: mx.array, inputs: DecodeInputs) -> tuple[mx.array, mx.array]:
+def _skipped(p: mx.array, scores: mx.array, view: View) -> tuple[mx.array, mx.array]:
     """The weights that values get, and `Attention.reads`.
 
     p, scores: [H, G * L, N]. A token's weight is at most its share of what the exact rows alone
     add up to, so a block whose scores are all below `least` has no token that weighs `skip`.
     """
-    sinks, last = inputs.sinks, inputs.sinks + sum(body.slots for body in inputs.bodies)
+    sinks, last = view.sinks, view.sinks + view.slots
     exact = mx.concatenate([scores[..., :sinks], scores[..., last:]], axis=-1)
-    least = mx.logsumexp(exact, axis=-1, keepdims=True) + log(inputs.skip)
+    least = mx.logsumexp(exact, axis=-1, keepdims=True) + log(view.skip)
     kept = scores[..., sinks:last].reshape(*scores.shape[:-1], -1, TILE).max(-1) >= least
     used = mx.concatenate(
-        [mx.arange(0, body.slots, TILE) < body.lengths[:, None] for body in inputs.bodies], axis=1
+        [mx.arange(0, tier.slots, TILE) < tier.lengths[:, None] for tier in view.tiers], axis=1
     )
     reads = mx.stack([(used & kept.any(1)).sum(), used.sum()]).astype(mx.int32)
     weights = mx.where(mx.repeat(kept, TILE, axis=-1), p[..., sinks:last], 0.0)
@@ -91,14 +97,21 @@ def _skipped(p: mx.array, scores: mx.array, inputs: DecodeInputs) -> tuple[mx.ar
 
 
 def between_rotations(
-    attend: Callable[[DecodeInputs], Attention], inputs: DecodeInputs
+    attend: DecodeOp,
+    queries: mx.array,
+    view: View,
+    *,
+    scale: float,
+    mask: Mask,
+    sink_logits: mx.array | None,
 ) -> Attention:
     """Attention of rotated queries, its output un-rotated and in the dtype of the queries."""
-    assert inputs.rotations is not None
-    k, v = inputs.rotations
-    queries = k.apply(inputs.queries.astype(mx.float32))
-    attention = attend(replace(inputs, queries=queries, rotations=None))
-    return attention._replace(out=v.undo(attention.out).astype(inputs.queries.dtype))
+    assert view.rotations is not None
+    k, v = view.rotations
+    rotated = k.apply(queries.astype(mx.float32))
+    inside = replace(view, rotations=None)
+    attention = attend(rotated, inside, scale=scale, mask=mask, sink_logits=sink_logits)
+    return attention._replace(out=v.undo(attention.out).astype(queries.dtype))
 
 
 def _no_centers(centers: Centers) -> Centers:
@@ -121,51 +134,41 @@ def _masked(scores: mx.array, mask: Mask) -> mx.array:
 
 def decode_attention(
     queries: mx.array,
-    bodies: Sequence[Body],
-    exact: Rows,
-    centers: Centers | None,
+    view: View,
     *,
     scale: float,
-    sinks: int,
     mask: Mask,
     sink_logits: mx.array | None,
     backend: Backend,
-    rotations: Rotations | None = None,
-    skip: float = 0.0,
 ) -> Attention:
-    """Softmax attention over sink tokens, bodies and window in one pass.
+    """Softmax attention over sink tokens, tiers and window in one pass.
 
     Args:
-        queries: [Hq, L, Dk], rotated, or [Hq, L, head_dim] with `rotations`; L of 1 to 8, any
-            float dtype.
-        bodies: the compressed tokens, one entry for each tier.
-        exact: uncompressed rows [H, E, D]: sink tokens, window, and the L new tokens last.
-        centers: of the bodies; None while there is no body.
+        queries: [Hq, L, head_dim], or [Hq, L, Dk] and rotated if the view has no rotations; L of 1
+            to 8, any float dtype.
+        view: the tokens; the L new ones are the last of its exact rows. With `skip` a query row
+            takes the values of a block to be their center if none of its tokens can weigh that
+            much, and values that no row of a KV head needs are not read. The scores of a token and
+            of the exact rows bound its weight from above. Softmax and log-sum-exp stay exact, and
+            the choice is the same for all backends.
         scale: factor of the scores, usually head_dim ** -0.5.
-        sinks: how many of the exact rows are sink tokens, which stand before the body.
         mask: None (every query sees every token), "causal", or an array over all tokens in
             order: [L, N], [1 or Hq, L, N] or [1, 1 or Hq, L, N], bool or additive.
         sink_logits: learned logits [Hq] that take part in the softmax without a value (gpt_oss).
         backend: who computes it.
-        rotations: if given, of the queries, and undone in the output.
-        skip: an attention weight; 0 for none. A query row takes the values of a block of a body
-            to be their center if none of its tokens can weigh that much, and values that no row
-            of a KV head needs are not read. The scores of a token and of the exact rows bound its
-            weight from above. Softmax and log-sum-exp stay exact, and the choice is the same for
-            all backends.
 
     Returns:
-        The output, float32 [Hq, L, Dv] and rotated; with `rotations` un-rotated and in the dtype
-        of the queries. And the log-sum-exp.
+        The output, [Hq, L, v_head_dim] in the dtype of the queries, or float32 [Hq, L, Dv] and
+        rotated if the view has no rotations. And the log-sum-exp.
 
     Raises:
         ShapeError: a shape does not fit.
-        DroppedTokensError: an array mask over a body that lost tokens.
+        DroppedTokensError: an array mask over a view that lost tokens.
         ConfigError: `skip` is not a weight below 1.
     """
     query_heads, length, dim = queries.shape
-    heads = exact.k.shape[0]
-    expected = rotations[0].head_dim if rotations else exact.k.shape[2]
+    heads, exact = view.exact.k.shape[:2]
+    expected = view.rotations[0].head_dim if view.rotations else view.exact.k.shape[2]
     if not 1 <= length <= MAX_DECODE_TOKENS:
         raise ShapeError(f"[decode_attention] expected 1 to {MAX_DECODE_TOKENS} tokens: {length}.")
     if query_heads % heads or dim != expected:
@@ -173,20 +176,18 @@ def decode_attention(
             f"[decode_attention] expected queries [n * {heads}, L, {expected}], "
             f"got {queries.shape}."
         )
-    if not 0 <= skip < 1:
-        raise ConfigError(f"skip={skip:g} is no attention weight; use 0, or more and less than 1.")
-    if isinstance(mask, mx.array):
-        tokens = exact.k.shape[1] + sum(body.slots for body in bodies)
-        if len(bodies) > 1 or not all(body.full for body in bodies):
-            raise DroppedTokensError
-        if mask.shape[-2:] != (length, tokens):
-            raise ShapeError(
-                f"[decode_attention] expected mask [.., {length}, {tokens}], got {mask.shape}."
-            )
-    if not bodies or not exact.k.shape[1]:
-        skip = 0.0
-    return backend.decode_attention(
-        DecodeInputs(
-            queries, bodies, exact, centers, scale, sinks, mask, sink_logits, rotations, skip
+    if not 0 <= view.skip < 1:
+        raise ConfigError(
+            f"skip={view.skip:g} is no attention weight; use 0, or more and less than 1."
         )
-    )
+    if isinstance(mask, mx.array):
+        if not view.whole:
+            raise DroppedTokensError
+        if mask.shape[-2:] != (length, exact + view.slots):
+            raise ShapeError(
+                f"[decode_attention] expected mask [.., {length}, {exact + view.slots}], "
+                f"got {mask.shape}."
+            )
+    if view.skip and not (view.tiers and exact):  # nothing to skip, or to compare with
+        view = replace(view, skip=0.0)
+    return backend.decode_attention(queries, view, scale=scale, mask=mask, sink_logits=sink_logits)

@@ -5,13 +5,13 @@ import mlx.core as mx
 from leankv_mlx.codec.format import TILE
 from leankv_mlx.codec.packing import unpack_k, unpack_v
 from leankv_mlx.codec.quantize import dequantize as decode
-from leankv_mlx.kernels.types import Backend, Body, Centers, Rows
+from leankv_mlx.kernels.types import Backend, Centers, Rows, Tier
 
 _SLAB = 64
 """Blocks decoded at a time: bounds the temporaries, which are wider than the result."""
 
 
-def dequantize_ops(body: Body, centers: Centers, dtype: mx.Dtype) -> Rows:
+def dequantize_ops(body: Tier, centers: Centers, dtype: mx.Dtype) -> Rows:
     """Ops-based reference implementation of `dequantize`."""
     sides = []
     for unpack, bits, center in (
@@ -28,7 +28,7 @@ def dequantize_ops(body: Body, centers: Centers, dtype: mx.Dtype) -> Rows:
     return Rows(*sides)
 
 
-def dequantize(body: Body, centers: Centers, dtype: mx.Dtype, backend: Backend) -> Rows:
+def dequantize(body: Tier, centers: Centers, dtype: mx.Dtype, backend: Backend) -> Rows:
     """Decode a body and add its centers.
 
     Returns:

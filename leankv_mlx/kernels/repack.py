@@ -5,10 +5,10 @@ import mlx.core as mx
 from leankv_mlx.codec.format import TILE
 from leankv_mlx.codec.packing import pack_blocks, unpack_k, unpack_v
 from leankv_mlx.errors import ShapeError
-from leankv_mlx.kernels.types import Backend, Body
+from leankv_mlx.kernels.types import Backend, Tier
 
 
-def repack_ops(body: Body, index: mx.array) -> mx.array:
+def repack_ops(body: Tier, index: mx.array) -> mx.array:
     """Ops-based reference implementation of `repack`."""
     heads = index.shape[0]
     filled = mx.pad(index, [(0, 0), (0, -index.shape[1] % TILE)], constant_values=-1)
@@ -29,7 +29,7 @@ def repack_ops(body: Body, index: mx.array) -> mx.array:
     return pack_blocks(k, v, body.format)
 
 
-def repack(body: Body, index: mx.array, backend: Backend) -> mx.array:
+def repack(body: Tier, index: mx.array, backend: Backend) -> mx.array:
     """Gather slots into new blocks without decoding them.
 
     Args:

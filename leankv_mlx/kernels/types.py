@@ -33,8 +33,8 @@ class Centers(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Body:
-    """Compressed tokens of one sequence in one format.
+class Tier:
+    """Compressed tokens in one format.
 
     Attributes:
         pool: uint32 [blocks, format.words].
@@ -59,6 +59,49 @@ Rotations = tuple[Rotation, Rotation]
 """Of the keys (and queries), and of the values (and outputs)."""
 
 
+@dataclass(frozen=True)
+class View:
+    """The tokens of a layer as kernels see them, in order: sink tokens, tiers, window.
+
+    Attributes:
+        tiers: the compressed tokens; a head's are in any of them, those of no use have length 0.
+        exact: uncompressed rows [H, E, D], the sink tokens first, then the window.
+        centers: of the tiers; None while there is none.
+        sinks: how many of the exact rows are sink tokens.
+        rotations: the space of all that is stored. None if queries come in that space, and outputs
+            are wanted in it.
+        skip: attention weight below which decode may leave values out, see
+            `kernels.decode_attention`; 0 for none.
+    """
+
+    tiers: Sequence[Tier]
+    exact: Rows
+    centers: Centers | None
+    sinks: int
+    rotations: Rotations | None
+    skip: float = 0.0
+
+    @property
+    def slots(self) -> int:
+        """Of all tiers, used or not."""
+        return sum(tier.slots for tier in self.tiers)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the rows that `gather` gives are all tokens, in order."""
+        return len(self.tiers) <= 1 and all(tier.full for tier in self.tiers)
+
+    def present(self) -> mx.array | None:
+        """Which of the rows that `gather` gives are tokens, bool [H, N]; None if all are."""
+        if all(tier.full for tier in self.tiers):
+            return None
+        heads, exact = self.exact.k.shape[:2]
+        parts = [mx.arange(tier.slots) < tier.lengths[:, None] for tier in self.tiers]
+        before = mx.ones((heads, self.sinks), mx.bool_)
+        behind = mx.ones((heads, exact - self.sinks), mx.bool_)
+        return mx.concatenate([before, *parts, behind], axis=1)
+
+
 class Attention(NamedTuple):
     """Output [Hq, L, Dv], and the log-sum-exp of the scores, float32 [Hq, L], natural
     logarithm, learned sink logits included.
@@ -77,23 +120,6 @@ class Attention(NamedTuple):
 Mask = mx.array | str | None
 """None, "causal", or an array [.., L, N] over all N tokens in order: bool (True = attend) or
 additive."""
-
-
-@dataclass(frozen=True)
-class DecodeInputs:
-    """What decode attention reads: the arguments of `kernels.decode_attention.decode_attention`,
-    checked there. `skip` is 0 where there is no body, or no exact row to compare with."""
-
-    queries: mx.array
-    bodies: Sequence[Body]
-    exact: Rows
-    centers: Centers | None
-    scale: float
-    sinks: int
-    mask: Mask
-    sink_logits: mx.array | None
-    rotations: Rotations | None
-    skip: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -118,32 +144,35 @@ class EncodeOp(Protocol):
     ) -> mx.array: ...
 
 
-class GatherOp(Protocol):
-    """See `kernels.gather.gather`."""
+class DecodeOp(Protocol):
+    """See `kernels.decode_attention.decode_attention`."""
 
     def __call__(
         self,
-        bodies: Sequence[Body],
-        exact: Rows,
-        centers: Centers | None,
+        queries: mx.array,
+        view: View,
         *,
-        sinks: int,
-        dtype: mx.Dtype,
-        rotations: Rotations | None,
-    ) -> Rows: ...
+        scale: float,
+        mask: Mask,
+        sink_logits: mx.array | None,
+    ) -> Attention: ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of every operation. `widest` is the largest head_dim that it takes, 0 for
-    any; layers of a larger one are computed by the reference."""
+    """One implementation of every operation. `widest`: stored channels that its kernels have room
+    for, 0 for any."""
 
     name: str
     encode: EncodeOp
-    dequantize: Callable[[Body, Centers, mx.Dtype], Rows]
-    decode_attention: Callable[[DecodeInputs], Attention]
+    dequantize: Callable[[Tier, Centers, mx.Dtype], Rows]
+    decode_attention: DecodeOp
     prefill_attention: Callable[[PrefillInputs], mx.array]
-    gather: GatherOp
+    gather: Callable[[View, mx.Dtype], Rows]
     append: Callable[[Rows, Rows, Rotations], Rows]
-    repack: Callable[[Body, mx.array], mx.array]
+    repack: Callable[[Tier, mx.array], mx.array]
     widest: int = 0
+
+    def supports(self, format: Format) -> bool:
+        """Whether it computes layers of this format; the reference computes all others."""
+        return not self.widest or max(format.k_dim, format.v_dim) <= self.widest

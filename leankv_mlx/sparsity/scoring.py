@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leankv_mlx.codec.format import TILE
-from leankv_mlx.kernels import Backend, Body, Centers
+from leankv_mlx.kernels import Backend, Centers, Tier
 from leankv_mlx.kernels.dequantize import dequantize
 from leankv_mlx.sparsity.observations import Observed
 
@@ -36,7 +36,7 @@ class Stored:
     """A tier: its body, and the positions of its slots, int32 [H, M * 32], -1 where there is no
     token."""
 
-    body: Body
+    body: Tier
     positions: Positions
 
 
@@ -240,7 +240,7 @@ def _products(queries: mx.array, keys: mx.array) -> mx.array:
     return mx.array(np.matmul(np.array(queries), np.array(keys).swapaxes(1, 2)))
 
 
-def _slab(body: Body, centers: Centers, backend: Backend, start: int) -> Callable[[], mx.array]:
+def _slab(body: Tier, centers: Centers, backend: Backend, start: int) -> Callable[[], mx.array]:
     part = replace(body, table=body.table[:, start : start + _SLAB])
     return lambda: dequantize(part, centers, mx.float32, backend).k
 

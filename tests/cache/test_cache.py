@@ -139,7 +139,7 @@ def test_the_body_holds_what_leaves_the_window() -> None:
     for n, seed in [(100, 0), (1, 1), *((8, s) for s in range(2, 12)), (300, 12)]:
         _, k, v = rows(n, seed)
         cache.update_and_fetch(k, v)
-        sizes.append((cache.view().exact.k.shape[1], sum(b.slots for b in cache.view().bodies)))
+        sizes.append((cache.view().exact.k.shape[1], sum(b.slots for b in cache.view().tiers)))
     assert sizes[0] == (68, 32)
     assert all(exact + body == sum([100, 1, *[8] * 10, 300][: i + 1])
                for i, (exact, body) in enumerate(sizes))  # fmt: skip
@@ -316,7 +316,7 @@ def test_memory_is_what_the_buffers_hold(dtype: mx.Dtype) -> None:
     _, k, v = rows(1000, 0, dtype)
     cache.update_and_fetch(k, v)
     memory, view = cache.memory(), cache.view()
-    (body,) = view.bodies
+    (body,) = view.tiers
     slots = H * body.slots
     assert memory.codes == slots * (DK * 4 + DV * 2) // 8
     assert memory.scales == slots * 4

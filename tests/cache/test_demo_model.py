@@ -29,7 +29,7 @@ def test_leankv_takes_at_most_4_6_bits_per_element_at_4k_tokens(last_step: int) 
             cache.update_and_fetch(k[:, :, i : i + 1], v[:, :, i : i + 1])
         mx.eval(cache.state)
         total += cache.memory()
-        growth += GROWTH_STEP * cache.view().bodies[0].pool.shape[1] * 4
+        growth += GROWTH_STEP * cache.view().tiers[0].pool.shape[1] * 4
     elements = config["num_hidden_layers"] * TOKENS * heads * 2 * dim
     assert 8 * total.used / elements <= 4.6
     assert total.allocated <= 1.15 * total.used + growth

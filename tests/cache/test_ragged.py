@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 from numpy.typing import NDArray
 
-from leankv_mlx.attention import attend_codes, attend_rows
-from leankv_mlx.cache import CompressedKVCache
+from leankv_mlx.cache import CompressedKVCache, Fetch
+from leankv_mlx.cache.fetch import Calls
 from leankv_mlx.cache.layer import Layer
 from leankv_mlx.cache.persistence import load, save
 from leankv_mlx.codec.format import TILE, Format
-from leankv_mlx.kernels import Body, Centers, Rows
+from leankv_mlx.kernels import Centers, Rows, Tier
 from leankv_mlx.kernels.dequantize import dequantize_ops
 from leankv_mlx.kernels.encode import encode_ops
 from leankv_mlx.sparsity import DROP, HIGH, LOW
@@ -36,7 +36,7 @@ def round_trip(layer: Layer, head: int, k: NDArray[Any], v: NDArray[Any], bits: 
     format = Format.of(*bits, DIM, DIM)
     blocks = encode_ops(Rows(mx.array(k)[None], mx.array(v)[None]), centers, format, "search")
     table = mx.arange(blocks.shape[1], dtype=mx.int32)[None]
-    body = Body(blocks[0], table, mx.array([len(k)]), format, False)
+    body = Tier(blocks[0], table, mx.array([len(k)]), format, False)
     decoded = dequantize_ops(body, centers, mx.float32)
     return Rows(*(np.array(x[0])[: len(k)] for x in decoded))
 
@@ -76,7 +76,7 @@ def stored(layer: Layer) -> list[dict[int, HEAD_ROWS]]:
 def attention(layer: Layer, queries: mx.array) -> NDArray[Any]:
     """Softmax attention in NumPy over what each head holds."""
     exact_k, exact_v = (np.array(x) for x in layer.exact)
-    q = np.array(layer.rotations[0].apply(queries))[0]
+    q = np.array(layer.space.rotations[0].apply(queries))[0]
     outs = []
     for head in range(H * G):
         kept = stored(layer)[head // G].values()
@@ -85,7 +85,14 @@ def attention(layer: Layer, queries: mx.array) -> NDArray[Any]:
         scores = q[head] @ k.T
         p = np.exp(scores - scores.max(axis=1, keepdims=True))
         outs.append(p @ v / p.sum(axis=1, keepdims=True))
-    return np.array(layer.rotations[1].undo(mx.array(np.stack(outs)[None])))
+    return np.array(layer.space.rotations[1].undo(mx.array(np.stack(outs)[None])))
+
+
+def attended(layer: Layer, queries: mx.array, mask: str | None) -> mx.array:
+    """The layer's own attention, from codes or over a working copy."""
+    layer = layer.copy()  # which then has seen these queries
+    rows = None if queries.shape[2] <= 8 else layer.rows()
+    return Fetch(layer, rows, Calls(), None).attend(queries, scale=1.0, mask=mask)
 
 
 class RaggedLayers(RuleBasedStateMachine):
@@ -188,12 +195,7 @@ class RaggedLayers(RuleBasedStateMachine):
         layer = self.models[which].layer
         rng = np.random.default_rng(n)
         queries = mx.array(rng.standard_normal((1, H * G, n, DIM)).astype(np.float32))
-        view = layer.view()
-        arguments: dict[str, Any] = {"scale": 1.0, "mask": None, "sink_logits": None}
-        if n <= 8:
-            out = attend_codes(queries, view, **arguments).out
-        else:
-            out = attend_rows(queries, view.rows(), view, **arguments)
+        out = attended(layer, queries, None)
         np.testing.assert_allclose(np.array(out), attention(layer, queries), atol=2e-5)
 
     @invariant()
@@ -236,9 +238,7 @@ def test_a_prefill_over_ragged_heads_is_causal() -> None:
     plan[0, ::3], plan[1, 50:] = DROP, LOW
     layer.body.place(plan)
     queries = mx.random.normal((1, H * G, 20, DIM), key=mx.random.key(1))
-    view = layer.view()
-    assert view.present() is not None
-    arguments: dict[str, Any] = {"scale": 1.0, "mask": "causal", "sink_logits": None}
-    prefill = attend_rows(queries, view.rows(), view, **arguments)[..., -8:, :]
-    decode = attend_codes(queries[..., -8:, :], view, **arguments).out
+    assert layer.view().present() is not None
+    prefill = attended(layer, queries, "causal")[..., -8:, :]
+    decode = attended(layer, queries[..., -8:, :], "causal")
     np.testing.assert_allclose(np.array(prefill), np.array(decode), atol=2e-5)

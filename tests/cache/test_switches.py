@@ -105,7 +105,7 @@ def test_the_equalizer_is_fitted_to_the_queries_whatever_the_calls() -> None:
         for pieces in ([160], [120, 40], [1] * 110):
             caches = make_caches(model)
             feed(model, caches, chunks(ids[: sum(pieces)], pieces))
-            fitted.append(np.array(caches[0].layer.equalizer.scales))
+            fitted.append(np.array(caches[0].layer.space.equalizer.scales))
     for scales in fitted:
         assert scales.std() > 0.01
         np.testing.assert_allclose(scales, fitted[0], rtol=0.5)
@@ -114,4 +114,4 @@ def test_the_equalizer_is_fitted_to_the_queries_whatever_the_calls() -> None:
 def test_without_queries_ordinary_keys_stay_as_they_are() -> None:
     cache = CompressedKVCache("leankv")
     cache.update_and_fetch(*rows(160, outlier=1.0))
-    assert (np.array(cache.layer.equalizer.scales) == 1).all()
+    assert (np.array(cache.layer.space.equalizer.scales) == 1).all()

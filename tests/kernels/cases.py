@@ -9,6 +9,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -21,12 +22,15 @@ from leankv_mlx.codec.rotation import rotation as make_rotation
 from leankv_mlx.config import RotationName
 from leankv_mlx.errors import BackendUnavailableError
 from leankv_mlx.kernels import (
+    Attention,
     Backend,
-    Body,
     Centers,
-    DecodeInputs,
+    Mask,
     PrefillInputs,
+    Rotations,
     Rows,
+    Tier,
+    View,
     available_backends,
     resolve_backend,
 )
@@ -108,6 +112,31 @@ def identify(row: Mapping[str, Any]) -> str:
     return "-".join(str(v).removeprefix("mlx.core.").replace(" ", "") for v in row.values())
 
 
+@dataclass(frozen=True)
+class Case:
+    """What decode attention is asked; see `kernels.decode_attention` and `kernels.types.View`."""
+
+    queries: mx.array
+    tiers: Sequence[Tier]
+    exact: Rows
+    centers: Centers | None
+    scale: float
+    sinks: int
+    mask: Mask
+    sink_logits: mx.array | None
+    rotations: Rotations | None
+    skip: float = 0.0
+
+    @property
+    def view(self) -> View:
+        return View(self.tiers, self.exact, self.centers, self.sinks, self.rotations, self.skip)
+
+    def attend(self, attend: Callable[..., Attention], **more: Any) -> Attention:
+        """By an operation of a backend, or by the public one with `backend`."""
+        asked = {"scale": self.scale, "mask": self.mask, "sink_logits": self.sink_logits}
+        return attend(self.queries, self.view, **asked, **more)
+
+
 def case(
     *,
     k_bits: int,
@@ -125,7 +154,7 @@ def case(
     skip: float = 0.0,
     heads: int = 3,
     blocks: int = 4,
-) -> DecodeInputs:
+) -> Case:
     """Random arrays of these shapes; the same arguments always give the same."""
     draw = np.random.default_rng(abs(hash((k_bits, v_bits, dims, group, new, exact))) % 2**32)
     exact = max(exact, new if mask == "causal" else 0)
@@ -133,9 +162,9 @@ def case(
         exact = max(exact, 1)  # some token for every head
     rotations = (hadamard(dims[0] - 7), hadamard(dims[1])) if rotated else None
     head_dim = rotations[0].head_dim if rotations else dims[0]
-    return DecodeInputs(
+    return Case(
         queries=normal(draw, (heads * group, new, head_dim)).astype(dtype),
-        bodies=[
+        tiers=[
             body(draw, bits_of(k_bits, dims[0], t), bits_of(v_bits, dims[1], t), heads, blocks,
                  lengths)
             for t in range(tiers)
@@ -205,7 +234,7 @@ def body(
     heads: int,
     blocks: int,
     lengths: str,
-) -> Body:
+) -> Tier:
     """Random blocks in random order; the scales of slots that are not in use are NaN."""
     format = Format(k_bits, v_bits)
     slots = np.full(heads, 32 * blocks)
@@ -222,7 +251,7 @@ def body(
         unused = np.arange(32 * blocks).reshape(blocks, 32) >= used
         scales[table[head]] = np.where(unused[..., None], np.float16("nan"), scales[table[head]])
     words[:, -32:] = scales.view(np.uint32)[..., 0]
-    return Body(
+    return Tier(
         mx.array(words),
         mx.array(table.astype(np.int32)),
         mx.array(slots.astype(np.int32)),
@@ -242,7 +271,7 @@ def error(a: mx.array, b: mx.array) -> float:
     return float(np.abs(x - y).max() / max(np.abs(y).max(), 1e-30)) if y.size else 0.0
 
 
-def used(body: Body) -> NDArray[Any]:
+def used(body: Tier) -> NDArray[Any]:
     """bool [H, M * 32]: slots in use."""
     mask: NDArray[Any] = np.arange(body.slots) < np.array(body.lengths)[:, None]
     return mask

@@ -10,28 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from leankv_mlx.benchmarks.tune import tune_attention
-from leankv_mlx.codec.format import Format
+from leankv_mlx.cache.layer import Layer
+from leankv_mlx.cache.layer import Shape as LayerShape
+from leankv_mlx.codec.format import TILE
+from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import BackendUnavailableError
 from leankv_mlx.kernels import (
-    Attention,
-    Backend,
-    Centers,
-    DecodeInputs,
-    Rows,
     available_backends,
     resolve_backend,
 )
-from leankv_mlx.kernels.encode import encode_ops
 from leankv_mlx.kernels.gpu import Kernel, make_backend, probe
 from leankv_mlx.kernels.gpu.attention import MAX_ROWS
 from leankv_mlx.kernels.gpu.geometry import CANDIDATES, Geometry, Shape, Tuner, built_in
 from leankv_mlx.kernels.gpu.launch import MAX_GROUPS, SHUFFLE, MlxLauncher, side_code
 from leankv_mlx.resources import metal_sources
-from tests.kernels import cases
 
 DEVICES = [
     pytest.param("metal", marks=pytest.mark.metal),
@@ -99,21 +94,14 @@ def test_a_kernel_is_compiled_once_by_name() -> None:
     assert len(made) == 1 and "lkv_group_bits" in made[0]["header"]
 
 
-def test_head_dims_that_no_kernel_knows_run_as_plain_ops() -> None:
-    backend: Backend = make_backend("failing", Failing())
-    draw = np.random.default_rng(0)
-    format = Format((4,) * (MAX_GROUPS + 1), (4, 4))
-    rows = Rows(*(cases.normal(draw, (1, 32, d)) for d in (format.k_dim, format.v_dim)))
-    centers = Centers(rows.k.mean(1), rows.v.mean(1))
-    blocks = backend.encode(rows, centers, format, "rms")
-    assert mx.array_equal(blocks, encode_ops(rows, centers, format, "rms"))
-    attention = backend.decode_attention(
-        DecodeInputs(
-            rows.k[:, :1], [], rows, None, scale=1.0, sinks=0, mask=None, sink_logits=None,
-            rotations=None,
-        )
-    )  # fmt: skip
-    assert isinstance(attention, Attention)
+def test_a_layer_that_no_kernel_knows_is_the_references() -> None:
+    backend = make_backend("failing", Failing())
+    widest = TILE * MAX_GROUPS
+    for k_dim, v_dim, name in ((widest, 64, "failing"), (widest + 1, 64, "reference"),
+                               (64, widest + 1, "reference")):  # fmt: skip
+        shape = LayerShape(1, k_dim, v_dim)
+        layer = Layer(shape, CompressionConfig(), backend, (mx.float32, mx.float32))
+        assert layer.backend.name == name
 
 
 def test_a_format_is_one_positive_integer_for_each_side() -> None:

@@ -22,10 +22,9 @@ from leankv_mlx.errors import ConfigError
 from leankv_mlx.kernels import (
     Attention,
     Backend,
-    Body,
     Centers,
-    DecodeInputs,
     Rows,
+    Tier,
     resolve_backend,
 )
 from leankv_mlx.kernels.append import append
@@ -35,7 +34,7 @@ from leankv_mlx.kernels.encode import encode
 from leankv_mlx.kernels.gather import gather
 from leankv_mlx.kernels.repack import repack
 from tests.kernels import cases
-from tests.kernels.cases import FACTORS, FIXED_POINT, MIXED, TOLERANCE, error
+from tests.kernels.cases import FACTORS, FIXED_POINT, MIXED, TOLERANCE, Case, error
 
 REFERENCE = resolve_backend("reference")
 VARIANTS = [
@@ -61,13 +60,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield backend
 
 
-def attention(case: DecodeInputs, backend: Backend) -> Attention:
-    result = decode_attention(**vars(case), backend=backend)
+def attention(case: Case, backend: Backend) -> Attention:
+    result = case.attend(decode_attention, backend=backend)
     mx.eval(result)
     return result
 
 
-def near(case: DecodeInputs, factor: float) -> Attention:
+def near(case: Case, factor: float) -> Attention:
     return attention(replace(case, skip=case.skip * factor), REFERENCE)
 
 
@@ -78,7 +77,7 @@ def either(ours: mx.array, wanted: list[mx.array]) -> mx.array:
     return sum(mx.where(chosen == i, x, mx.zeros_like(x)) for i, x in enumerate(wanted))
 
 
-def check_attention(case: DecodeInputs, backend: Backend) -> None:
+def check_attention(case: Case, backend: Backend) -> None:
     ours, reference = attention(case, backend), attention(case, REFERENCE)
     if case.rotations:
         allowed = TOLERANCE[case.queries.dtype]
@@ -115,10 +114,7 @@ def test_exact_rows_of_16_bits_with_float32_queries(
     check_attention(replace(case, exact=halves), backend)
     for rotations in (None, case.rotations):
         pair = (
-            gather(
-                case.bodies, halves, case.centers, sinks=4, dtype=mx.float32, rotations=rotations,
-                backend=b,
-            )
+            gather(replace(case, exact=halves, rotations=rotations).view, mx.float32, b)
             for b in (backend, REFERENCE)
         )  # fmt: skip
         for ours, reference in zip(*pair, strict=True):
@@ -169,11 +165,11 @@ def test_the_largest_sums_of_products(bits: int, query: float, backend: Backend)
     row = cases.pairwise(FACTORS)[0] | {"k_bits": bits, "v_bits": bits, "tiers": 1, "exact": 0}
     row |= {"lengths": "full", "mask": None, "sink_logits": False, "rotated": False, "skip": 0.0}
     case = cases.case(**row | {"dtype": mx.bfloat16})
-    words = np.array(case.bodies[0].pool)
+    words = np.array(case.tiers[0].pool)
     words[:, :-32] = 2**32 - 1
-    bodies = [replace(case.bodies[0], pool=mx.array(words))]
+    tiers = [replace(case.tiers[0], pool=mx.array(words))]
     queries = mx.full(case.queries.shape, query, mx.bfloat16)
-    check_attention(replace(case, bodies=bodies, queries=queries), backend)
+    check_attention(replace(case, tiers=tiers, queries=queries), backend)
 
 
 @pytest.mark.parametrize("lengths", [[64, 0, 0], [0, 64, 0], [0, 0, 0]])
@@ -183,8 +179,8 @@ def test_a_head_without_tokens_attends_to_its_sink_logits(
     row = cases.pairwise(FACTORS)[0] | {"tiers": 1, "lengths": "full", "exact": 4, "new": 1}
     case = cases.case(**row | {"sink_logits": True, "mask": None, "skip": 0.0})
     none = Rows(*(x[:, :0] for x in case.exact))
-    bodies = [replace(case.bodies[0], lengths=mx.array(lengths, mx.int32))]
-    result = attention(replace(case, exact=none, bodies=bodies, sinks=0), backend)
+    tiers = [replace(case.tiers[0], lengths=mx.array(lengths, mx.int32))]
+    result = attention(replace(case, exact=none, tiers=tiers, sinks=0), backend)
     group = case.queries.shape[0] // 3
     for head, length in enumerate(lengths):
         mine = slice(head * group, (head + 1) * group)
@@ -215,7 +211,7 @@ def test_skipping_where_attention_is_peaked(backend: Backend) -> None:
     reads = attention(case, backend).reads
     assert reads is not None
     read, blocks = reads.sum(0).tolist()
-    assert 0 < read < blocks == sum(-(-n // 32) for b in case.bodies for n in b.lengths.tolist())
+    assert 0 < read < blocks == sum(-(-n // 32) for b in case.tiers for n in b.lengths.tolist())
 
 
 @pytest.mark.parametrize("skip", [0.05, 0.2])
@@ -227,11 +223,11 @@ def test_no_token_of_the_weight_is_left_out(skip: float, backend: Backend) -> No
     centers, format = Centers(mx.zeros((1, 32)), mx.zeros((1, 32))), Format((8,), (8,))
     pool = encode(Rows(keys, values), centers, format, "search", REFERENCE)[0]
     table = mx.arange(blocks, dtype=mx.int32)[None]
-    body = Body(pool, table, mx.array([blocks * 32], mx.int32), format, True)
+    body = Tier(pool, table, mx.array([blocks * 32], mx.int32), format, True)
     queries = 2 * cases.normal(draw, (6, 1, 32))
     rows = Rows(queries.swapaxes(0, 1) * 0.2, mx.zeros((1, 6, 32)))
     result = attention(
-        DecodeInputs(queries, [body], rows, centers, 0.5, 0, None, None, None, skip), backend
+        Case(queries, [body], rows, centers, 0.5, 0, None, None, None, skip), backend
     )
 
     k, v = (np.array(x[0], float) for x in dequantize(body, centers, mx.float32, REFERENCE))
@@ -284,20 +280,17 @@ def test_dequantize_and_gather(row: dict[str, Any], backend: Backend) -> None:
     other = {"group": 1, "new": 1, "exact": 39, "sink_logits": False, "mask": None}
     case = cases.case(**row, **other, lengths="partial", tiers=2, rotated=False)
     assert case.centers is not None
-    for body in case.bodies:
+    for body in case.tiers:
         used = mx.array(cases.used(body))[..., None]
         pair = (dequantize(body, case.centers, dtype, b) for b in (backend, REFERENCE))
         for ours, reference in zip(*pair, strict=True):
             assert error(ours * used, mx.where(used, reference, 0)) < TOLERANCE[dtype]
     ends = ((0, 4), (4, 39))
     parts = [np.ones((3, b - a), bool) for a, b in ends]
-    seen = mx.array(np.concatenate([parts[0], *map(cases.used, case.bodies), parts[1]], axis=1))
+    seen = mx.array(np.concatenate([parts[0], *map(cases.used, case.tiers), parts[1]], axis=1))
     for rotations in (None, tuple(hadamard(dim - draw.integers(0, 9)) for dim in row["dims"])):
         pair = (
-            gather(
-                case.bodies, case.exact, case.centers, sinks=4, dtype=dtype, rotations=rotations,
-                backend=b,
-            )
+            gather(replace(case, rotations=rotations).view, dtype, b)
             for b in (backend, REFERENCE)
         )  # fmt: skip
         for ours, reference in zip(*pair, strict=True):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from leankv_mlx.codec.rotation import hadamard
-from leankv_mlx.kernels import DecodeInputs, Rows
+from leankv_mlx.kernels import Rows
 from leankv_mlx.kernels.append import append_ops
 from leankv_mlx.kernels.decode_attention import decode_attention_ops
 from leankv_mlx.kernels.gpu.append import Append
@@ -60,10 +60,7 @@ def test_arrays_of_fewer_than_8_elements_lie_in_constant_memory() -> None:
     exact = Append(launch)(none, new, rotations)
     for ours, reference in zip(exact, append_ops(none, new, rotations), strict=True):
         assert cases.error(ours, reference) < 1e-6
-    inputs = DecodeInputs(
-        new.k, [], exact, None, scale=1.0, sinks=0, mask=None, sink_logits=mx.array([0.3]),
-        rotations=rotations,
-    )  # fmt: skip
-    outs = [attend(inputs) for attend in (DecodeAttention(launch), decode_attention_ops)]
+    case = cases.Case(new.k, [], exact, None, 1.0, 0, None, mx.array([0.3]), rotations)
+    outs = [case.attend(op) for op in (DecodeAttention(launch), decode_attention_ops)]
     assert cases.error(outs[0].out, outs[1].out) < 1e-6
     assert cases.error(outs[0].lse, outs[1].lse) < 1e-6

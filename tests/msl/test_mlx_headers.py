@@ -75,9 +75,9 @@ def test_our_kernels_compile_behind_the_prelude(prelude: str, dtype: mx.Dtype) -
         k_bits=4, v_bits=3, dims=(64, 64), group=2, new=2, lengths="partial", tiers=1, exact=40,
         sink_logits=True, mask="causal", dtype=dtype, rotated=True,
     )  # fmt: skip
-    outs = [attend(case).out for attend in (backend.decode_attention, decode_attention_ops)]
+    outs = [case.attend(op).out for op in (backend.decode_attention, decode_attention_ops)]
     assert cases.error(*outs) < cases.TOLERANCE[dtype]
     assert case.rotations is not None and case.centers is not None
-    backend.dequantize(case.bodies[0], case.centers, dtype)
-    backend.encode(case.exact, case.centers, case.bodies[0].format, "search")
+    backend.dequantize(case.tiers[0], case.centers, dtype)
+    backend.encode(case.exact, case.centers, case.tiers[0].format, "search")
     backend.append(case.exact, case.exact, (case.rotations[1], case.rotations[1]))

@@ -35,8 +35,7 @@ def fed(calls: list[int], kv: str = KV, sink_logits: mx.array | None = None) -> 
 
 def keys_in_order(layer: Layer) -> NDArray[Any]:
     """Every key as attention sees it, un-rotated, [H, N, DIM]."""
-    keys = layer.view().fetched().k[0]
-    return np.array(layer.equalizer.undo(keys) if layer.equalizer else keys)
+    return np.array(layer.space.undone(*layer.rows())[0])
 
 
 def weights(queries: NDArray[Any], keys: NDArray[Any], first: int, logits: Any = None) -> Any:
@@ -84,11 +83,11 @@ def test_the_largest_weight_of_several_calls() -> None:
     cache, _ = fed([900], KV + ",equalize=off")
     layer, collector = cache.layer, LargestReceived()
     view = layer.view()
-    slots = slice(4, 4 + view.bodies[0].slots)
+    slots = slice(4, 4 + view.tiers[0].slots)
     expected = 0
     for seed, n in enumerate((150, 20)):
         q = np.random.default_rng(seed).standard_normal((H * G, n, DIM)).astype(np.float32)
-        keys = view.rows().k
+        keys = layer.rows().k
         collector.add(view.rotations[0].apply(mx.array(q)), keys, slots, SCALE, None, None)
         p = weights(q, keys_in_order(layer), cache.offset - n)
         expected = np.maximum(expected, p[..., slots].max(axis=(1, 2)))

@@ -1,7 +1,8 @@
 """Decode attention on a GPU: one launch for each tier, one merge, no synchronization."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import log2
 
 import mlx.core as mx
@@ -15,11 +16,10 @@ from leankv_mlx.kernels.gpu.launch import (
     Output,
     Template,
     constant,
-    fits,
     format_template,
     nothing,
 )
-from leankv_mlx.kernels.types import Attention, Body, DecodeInputs, Rows
+from leankv_mlx.kernels.types import Attention, Mask, Rows, Tier, View
 
 MAX_ROWS = 8
 """Query rows of a KV head that one threadgroup takes: they live in registers."""
@@ -111,10 +111,10 @@ def merge_kernel(parts: int) -> Kernel:
     )
 
 
-def shape_of(queries: mx.array, body: Body | None, exact: Rows, with_rows: bool) -> Shape:
+def shape_of(queries: mx.array, tier: Tier | None, exact: Rows, with_rows: bool) -> Shape:
     """What the launch of a tier depends on."""
     heads = exact.k.shape[0]
-    slots = (body.slots if body else 0) + (exact.k.shape[1] if with_rows else 0)
+    slots = (tier.slots if tier else 0) + (exact.k.shape[1] if with_rows else 0)
     dim = max(exact.k.shape[2], exact.v.shape[2])
     return Shape(heads * _tiles(queries, heads), dim, slots)
 
@@ -128,8 +128,17 @@ def _tiles(queries: mx.array, heads: int) -> int:
     return -(-_query_rows(queries, heads) // MAX_ROWS)
 
 
-Hadamards = tuple[Hadamard, Hadamard] | None
-"""Rotations that the kernels apply themselves; None where queries and output are rotated."""
+@dataclass(frozen=True)
+class _Call:
+    """What is attended to, and how. `rotations` are those that the kernels apply themselves; None
+    where queries and output are rotated."""
+
+    queries: mx.array
+    view: View
+    scale: float
+    causal: bool
+    sink_logits: mx.array | None
+    rotations: tuple[Hadamard, Hadamard] | None
 
 
 @dataclass(frozen=True)
@@ -138,68 +147,76 @@ class DecodeAttention:
 
     launch: Launcher
 
-    def __call__(self, inputs: DecodeInputs) -> Attention:
+    def __call__(
+        self,
+        queries: mx.array,
+        view: View,
+        *,
+        scale: float,
+        mask: Mask,
+        sink_logits: mx.array | None,
+    ) -> Attention:
         """An array as mask runs as plain MLX ops, and so does a rotation that is no Hadamard."""
-        exact = inputs.exact
-        if isinstance(inputs.mask, mx.array) or not fits(exact.k.shape[2], exact.v.shape[2]):
-            return decode_attention_ops(inputs)
-        if inputs.rotations is None:
-            return self._attend(inputs, None)
-        k, v = inputs.rotations
-        if isinstance(k, Hadamard) and isinstance(v, Hadamard):
-            return self._attend(inputs, (k, v))
-        return between_rotations(lambda rotated: self._attend(rotated, None), inputs)
+        plain = isinstance(mask, mx.array)
+        rotations = None
+        if view.rotations is not None:
+            k, v = view.rotations
+            rotations = (k, v) if isinstance(k, Hadamard) and isinstance(v, Hadamard) else None
+        if plain or (view.rotations and rotations is None):
+            attend = decode_attention_ops if plain else partial(between_rotations, self)
+            return attend(queries, view, scale=scale, mask=mask, sink_logits=sink_logits)
+        call = _Call(queries, view, scale, mask == "causal", sink_logits, rotations)
+        return self._attend(call)
 
-    def _attend(self, inputs: DecodeInputs, rotations: Hadamards) -> Attention:
+    def _attend(self, call: _Call) -> Attention:
         """The exact rows go with the first tier."""
-        bodies, has_rows = inputs.bodies, inputs.exact.k.shape[1] > 0
-        splits = [self._split(inputs, rotations, bodies[0] if bodies else None, has_rows)]
-        splits += [self._split(inputs, rotations, body, False) for body in bodies[1:]]
-        attention = self._merge(inputs, rotations, [part for part, *_ in splits])
-        if not inputs.skip:
+        view = call.view
+        tiers: Sequence[Tier | None] = view.tiers or [None]
+        has_rows = view.exact.k.shape[1] > 0
+        splits = [self._split(call, tier, has_rows and i == 0) for i, tier in enumerate(tiers)]
+        attention = self._merge(call, [part for part, *_ in splits])
+        if not view.skip:
             return attention
         return attention._replace(reads=mx.concatenate([reads for _, reads in splits]))
 
-    def _split(
-        self, inputs: DecodeInputs, rotations: Hadamards, body: Body | None, with_rows: bool
-    ) -> list[mx.array]:
+    def _split(self, call: _Call, tier: Tier | None, with_rows: bool) -> list[mx.array]:
         """Parts [Hq * L, splits, Dv + 2] of one tier; with `skip` also what was read, [n, 2]."""
-        queries, exact, centers = inputs.queries, inputs.exact, inputs.centers
-        rotation = rotations[0] if rotations else None
+        queries, exact, centers = call.queries, call.view.exact, call.view.centers
+        rotation = call.rotations[0] if call.rotations else None
         heads, v_dim = exact.k.shape[0], exact.v.shape[2]
         tiles, rows = _tiles(queries, heads), _query_rows(queries, heads)
-        geometry = self.launch.geometry(shape_of(queries, body, exact, with_rows))
+        geometry = self.launch.geometry(shape_of(queries, tier, exact, with_rows))
         template: Template = {
             "KF": 0, "VF": 0, "KC": exact.k.shape[2] // 32, "VC": v_dim // 32,
-            **(format_template(body.format) if body else {}),
+            **(format_template(tier.format) if tier else {}),
             "BLOCK": rotation.block if rotation else 0,
             "S": self.launch.strategy,
             "R": -(-rows // tiles),
             "T": geometry.blocks,
             "NSG": geometry.simd_groups,
-            "BODY": body is not None,
+            "BODY": tier is not None,
             "EXACT": with_rows,
-            "CAUSAL": inputs.mask == "causal" and queries.shape[1] > 1,
+            "CAUSAL": call.causal and queries.shape[1] > 1,
         }  # fmt: skip
         none, no_index = nothing(mx.float32), nothing(mx.int32)
-        assert body is None or centers is not None  # fitted before the first body was encoded
+        assert tier is None or centers is not None  # fitted before the first block was encoded
         arrays = [
             queries,
             rotation.signs if rotation else none,
-            constant(inputs.scale * _LOG2_E),
-            body.pool if body else nothing(mx.uint32),
-            body.table if body else no_index,
-            body.lengths if body else no_index,
-            *(centers if body and centers else (none, none)),
+            constant(call.scale * _LOG2_E),
+            tier.pool if tier else nothing(mx.uint32),
+            tier.table if tier else no_index,
+            tier.lengths if tier else no_index,
+            *(centers if tier and centers else (none, none)),
             *(x if x.size else nothing(x.dtype) for x in exact),
         ]
         outputs: list[Output] = [((heads * rows, geometry.splits, v_dim + 2), mx.float32)]
-        if inputs.skip:
-            arrays.append(constant(log2(inputs.skip)))
+        if call.view.skip:
+            arrays.append(constant(log2(call.view.skip)))
             groups = heads * tiles * geometry.splits * geometry.simd_groups
             outputs.append(((groups, 2), mx.int32))
         return self.launch(
-            SKIPPING if inputs.skip else SPLITS,
+            SKIPPING if call.view.skip else SPLITS,
             arrays,
             template,
             (32 * geometry.simd_groups * tiles, heads, geometry.splits),
@@ -207,18 +224,16 @@ class DecodeAttention:
             outputs,
         )
 
-    def _merge(
-        self, inputs: DecodeInputs, rotations: Hadamards, parts: list[mx.array]
-    ) -> Attention:
-        query_heads, tokens, _ = inputs.queries.shape
-        rotation, dim = rotations[1] if rotations else None, inputs.exact.v.shape[2]
+    def _merge(self, call: _Call, parts: list[mx.array]) -> Attention:
+        query_heads, tokens, _ = call.queries.shape
+        rotation, dim = call.rotations[1] if call.rotations else None, call.view.exact.v.shape[2]
         head_dim = rotation.head_dim if rotation else dim
         none = nothing(mx.float32)
         out, lse = self.launch(
             merge_kernel(len(parts)),
             [
                 *parts,
-                none if inputs.sink_logits is None else inputs.sink_logits,
+                none if call.sink_logits is None else call.sink_logits,
                 rotation.signs if rotation else none,
             ],
             {
@@ -226,12 +241,12 @@ class DecodeAttention:
                 "BLOCK": rotation.block if rotation else 0,
                 "TOKENS": tokens,
                 "HEAD_DIM": head_dim,
-                "SINK": inputs.sink_logits is not None,
+                "SINK": call.sink_logits is not None,
             },
             (32, query_heads * tokens, 1),
             (32, 1, 1),
             [
-                ((query_heads, tokens, head_dim), inputs.queries.dtype if rotation else mx.float32),
+                ((query_heads, tokens, head_dim), call.queries.dtype if rotation else mx.float32),
                 ((query_heads, tokens), mx.float32),
             ],
         )

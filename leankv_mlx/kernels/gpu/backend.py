@@ -1,10 +1,11 @@
 """All operations of a GPU backend."""
 
+from leankv_mlx.codec.format import TILE
 from leankv_mlx.kernels.gpu.append import Append
 from leankv_mlx.kernels.gpu.attention import DecodeAttention
 from leankv_mlx.kernels.gpu.dequantize import Dequantize
 from leankv_mlx.kernels.gpu.encode import Encode
-from leankv_mlx.kernels.gpu.launch import Launcher
+from leankv_mlx.kernels.gpu.launch import MAX_GROUPS, Launcher
 from leankv_mlx.kernels.gpu.repack import Repack
 from leankv_mlx.kernels.prefill_attention import prefill_attention_ops
 from leankv_mlx.kernels.types import Backend
@@ -22,4 +23,5 @@ def make_backend(name: str, launch: Launcher) -> Backend:
         gather=dequantize.gather,
         append=Append(launch),
         repack=Repack(launch),
+        widest=TILE * MAX_GROUPS,
     )

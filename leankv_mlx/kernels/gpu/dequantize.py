@@ -1,14 +1,12 @@
 """Blocks -> rows on a GPU."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from leankv_mlx.kernels.dequantize import dequantize_ops
 from leankv_mlx.kernels.gather import gather_ops
-from leankv_mlx.kernels.gpu.launch import Kernel, Launcher, fits, format_template
-from leankv_mlx.kernels.types import Body, Centers, Rotations, Rows
+from leankv_mlx.kernels.gpu.launch import Kernel, Launcher, format_template
+from leankv_mlx.kernels.types import Centers, Rows, Tier, View
 
 DEQUANTIZE = Kernel(
     "leankv_dequantize",
@@ -31,12 +29,10 @@ class Dequantize:
 
     launch: Launcher
 
-    def __call__(self, body: Body, centers: Centers, dtype: mx.Dtype) -> Rows:
+    def __call__(self, body: Tier, centers: Centers, dtype: mx.Dtype) -> Rows:
         """One SIMD group for each channel group of a block."""
         heads, width = body.table.shape
         dims = body.format.k_dim, body.format.v_dim
-        if not fits(*dims):
-            return dequantize_ops(body, centers, dtype)
         shapes = [(heads, width * 32, dim) for dim in dims]
         if not width:
             return Rows(*(mx.zeros(shape, dtype) for shape in shapes))
@@ -51,17 +47,6 @@ class Dequantize:
         )
         return Rows(k, v)
 
-    def gather(
-        self,
-        bodies: Sequence[Body],
-        exact: Rows,
-        centers: Centers | None,
-        *,
-        sinks: int,
-        dtype: mx.Dtype,
-        rotations: Rotations | None,
-    ) -> Rows:
+    def gather(self, view: View, dtype: mx.Dtype) -> Rows:
         """`kernels.gather.gather`: joining and un-rotating are MLX's own kernels."""
-        return gather_ops(
-            bodies, exact, centers, sinks=sinks, dtype=dtype, rotations=rotations, decode=self
-        )
+        return gather_ops(view, dtype, decode=self)

@@ -7,7 +7,7 @@ import mlx.core as mx
 from leankv_mlx.codec.format import TILE, Format
 from leankv_mlx.config import Rounding
 from leankv_mlx.kernels.encode import encode_ops
-from leankv_mlx.kernels.gpu.launch import Kernel, Launcher, fits, format_template
+from leankv_mlx.kernels.gpu.launch import Kernel, Launcher, format_template
 from leankv_mlx.kernels.types import Centers, Rows
 
 SIMD_GROUPS = 8
@@ -40,7 +40,7 @@ class Encode:
     ) -> mx.array:
         """rounding=optimal, a sequential descent, runs as plain MLX ops."""
         heads, tokens, _ = rows.k.shape
-        if rounding == "optimal" or not tokens or not fits(format.k_dim, format.v_dim):
+        if rounding == "optimal" or not tokens:
             return encode_ops(rows, centers, format, rounding)
         count = -(-tokens // TILE)
         (blocks,) = self.launch(

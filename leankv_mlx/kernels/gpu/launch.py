@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from leankv_mlx.codec.format import TILE, Format
+from leankv_mlx.codec.format import Format
 from leankv_mlx.kernels.gpu.geometry import Geometry, Shape, Tuner
 from leankv_mlx.resources import metal_sources
 
@@ -116,11 +116,6 @@ class MlxLauncher:
 def side_code(bits: tuple[int, ...]) -> int:
     """Bits of each channel group as the integer that metal/layout.metal reads."""
     return sum(_BITS.index(b) << (3 * c) for c, b in enumerate(bits))
-
-
-def fits(*dims: int) -> bool:
-    """Whether the kernels know these numbers of stored channels."""
-    return max(dims) <= TILE * MAX_GROUPS
 
 
 def format_template(format: Format) -> Template:

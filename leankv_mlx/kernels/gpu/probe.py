@@ -6,7 +6,7 @@ from leankv_mlx.codec.format import Format
 from leankv_mlx.codec.rotation import hadamard
 from leankv_mlx.errors import BackendUnavailableError
 from leankv_mlx.kernels.decode_attention import decode_attention_ops
-from leankv_mlx.kernels.types import Backend, Body, Centers, DecodeInputs, Rows
+from leankv_mlx.kernels.types import Backend, Centers, Rows, Tier, View
 
 _TOLERANCE = 1e-3
 """Far above rounding, and far below what any mistake would cause."""
@@ -39,11 +39,11 @@ def _difference(backend: Backend) -> float:
     centers = Centers(new.k.mean(1), new.v.mean(1))
     pool = backend.encode(new, centers, format, "search").reshape(4, format.words)
     table, lengths = mx.arange(4, dtype=mx.int32).reshape(2, 2), mx.array([40, 33], mx.int32)
-    body = Body(pool, table, lengths, format, full=False)
+    tier = Tier(pool, table, lengths, format, full=False)
     rotations = hadamard(64), hadamard(64)
-    inputs = DecodeInputs(
-        queries.k, [body], exact, centers, scale=0.125, sinks=4, mask=None, sink_logits=None,
-        rotations=rotations,
-    )  # fmt: skip
-    results = [attend(inputs).out for attend in (backend.decode_attention, decode_attention_ops)]
+    view = View([tier], exact, centers, 4, rotations)
+    results = [
+        attend(queries.k, view, scale=0.125, mask=None, sink_logits=None).out
+        for attend in (backend.decode_attention, decode_attention_ops)
+    ]
     return float(mx.abs(results[0] - results[1]).max())

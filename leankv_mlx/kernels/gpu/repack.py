@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from leankv_mlx.codec.format import TILE
-from leankv_mlx.kernels.gpu.launch import Kernel, Launcher, fits, format_template
-from leankv_mlx.kernels.repack import repack_ops
-from leankv_mlx.kernels.types import Body
+from leankv_mlx.kernels.gpu.launch import Kernel, Launcher, format_template
+from leankv_mlx.kernels.types import Tier
 
 SIMD_GROUPS = 8
 
@@ -35,11 +34,9 @@ class Repack:
 
     launch: Launcher
 
-    def __call__(self, body: Body, slots: mx.array) -> mx.array:
+    def __call__(self, body: Tier, slots: mx.array) -> mx.array:
         """One threadgroup for each new block."""
         heads, kept = slots.shape
-        if not fits(body.format.k_dim, body.format.v_dim):
-            return repack_ops(body, slots)
         count, words = -(-kept // TILE), body.format.words
         if not count:
             return mx.zeros((heads, 0, words), mx.uint32)

@@ -1,0 +1,189 @@
+"""What `update_and_fetch` hands out: arrays that stand for the tokens of a layer, and the attention
+that reads the layer instead.
+
+The arrays are lazy. If the model passes those very objects to attention they need never be
+computed, so they are remembered by identity, as weak references; every other use of them computes
+them and is right too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NoReturn, cast
+
+import mlx.core as mx
+
+from leankv_mlx.codec.space import Space
+from leankv_mlx.errors import DroppedTokensError
+from leankv_mlx.kernels import MAX_DECODE_TOKENS, Mask, Rows, View
+from leankv_mlx.kernels.decode_attention import decode_attention
+from leankv_mlx.kernels.gather import gather
+from leankv_mlx.kernels.prefill_attention import prefill_attention
+
+if TYPE_CHECKING:
+    from leankv_mlx.cache.layer import Layer
+    from leankv_mlx.cache.sparsifier import Sparsifier
+
+Arrays = tuple[mx.array, mx.array]
+
+
+@dataclass
+class Calls:
+    """What models do with the arrays of one cache; shared by its fetches.
+
+    Attributes:
+        fused: how often attention read the cache itself.
+        reads: of the last decode call, see `kernels.types.Attention`.
+    """
+
+    fused: int = 0
+    reads: mx.array | None = None
+
+
+@dataclass(eq=False)
+class Fetch:
+    """All tokens of a layer at one moment. It must not hold the cache, which holds what it fetched.
+
+    Attributes:
+        layer: that it is of.
+        rows: the working copy, if this is a prefill.
+        calls: counts that it adds to.
+        sparsifier: the policy that is told of prefill calls.
+    """
+
+    layer: Layer
+    rows: Rows | None
+    calls: Calls
+    sparsifier: Sparsifier | None
+    view: View = field(init=False)
+
+    def __post_init__(self) -> None:
+        layer = self.layer
+        self.view = layer.view()
+        self._space: Space = layer.space  # of the view: the layer's own may be fitted anew
+        self._end = layer.offset
+        self._observations, self._collector = layer.observations, layer.collector
+
+    def arrays(self) -> Arrays:
+        """Keys and values of all tokens, [1, H, N, head_dim], remembered until the keys die;
+        `Withheld` once a policy has dropped tokens."""
+        keys, values = self._withheld() if self.layer.ragged else self._decoded()
+        name = id(keys)
+
+        def forget(_: weakref.ref[mx.array]) -> None:
+            _FETCHES.pop(name, None)
+
+        _FETCHES[name] = weakref.ref(keys, forget), weakref.ref(values), self
+        return keys, values
+
+    def attend(
+        self,
+        queries: mx.array,
+        *,
+        scale: float,
+        mask: Mask,
+        sink_logits: mx.array | None = None,
+    ) -> mx.array:
+        """queries: [1, Hq, L, head_dim], the last L tokens -> [1, Hq, L, v_head_dim].
+
+        Raises:
+            DroppedTokensError: an array as mask although a policy has dropped tokens.
+        """
+        self.calls.fused += 1
+        layer, lse = self.layer, None
+        q = mx.squeeze(self._space.queries(queries), 0)  # an index would be a gather
+        if self._collector is not None and self.rows is not None:
+            stored = slice(self.view.sinks, self.view.sinks + self.view.slots)
+            rotated, present = self._space.rotations[0].apply(q), self.view.present()
+            self._collector.add(rotated, self.rows.k, stored, scale, sink_logits, present)
+        if self.rows is None and q.shape[1] <= MAX_DECODE_TOKENS:
+            out, lse, self.calls.reads = decode_attention(
+                q, self.view, scale=scale, mask=mask, sink_logits=sink_logits,
+                backend=layer.backend,
+            )  # fmt: skip
+        else:
+            out = self._prefill(q, scale, mask, sink_logits)
+        if self._observations is not None:
+            self._observations.add(queries[0], lse, self._end, scale, sink_logits)
+        if self.view.centers is None and layer.offset == self._end:
+            layer.see(queries, self.view.exact)
+        if self.sparsifier and self.rows is not None:
+            self.sparsifier.after_attention(layer)
+        return out[None]
+
+    def _prefill(
+        self, q: mx.array, scale: float, mask: Mask, sink_logits: mx.array | None
+    ) -> mx.array:
+        rows = self.rows or self.layer.rows()
+        # Two tiers are out of order, and heads that all lost the same leave no gaps.
+        whole = rows.k.shape[1] if len(self.view.tiers) <= 1 else -1
+        if isinstance(mask, mx.array) and mask.shape[-1] != whole:
+            raise DroppedTokensError
+        return prefill_attention(
+            q,
+            rows,
+            scale=scale,
+            mask=mask,
+            present=self.view.present(),
+            sink_logits=sink_logits,
+            rotations=self._space.rotations,
+            backend=self.layer.backend,
+        )
+
+    def _decoded(self) -> Arrays:
+        if self.rows is not None:
+            keys, values = self._space.undone(*self.rows)
+        else:
+            keys, values = gather(self.view, self.layer.dtype, self.layer.backend)
+            keys = self._space.unscaled(keys)
+        return keys[None], values[None]
+
+    def _withheld(self) -> Arrays:
+        tokens, shape = int(self.view.exact.k.shape[1]) + self.view.slots, self.layer.shape
+        keys, values = (
+            Withheld((1, shape.heads, tokens, dim), self.layer.dtype)
+            for dim in (shape.k_dim, shape.v_dim)
+        )
+        return cast(mx.array, keys), cast(mx.array, values)
+
+
+_FETCHES: dict[int, tuple[weakref.ref[mx.array], weakref.ref[mx.array], Fetch]] = {}
+
+
+def owner_of(keys: mx.array, values: mx.array) -> Fetch | None:
+    """The fetch that both arrays came from, by identity; None for any other array."""
+    found = _FETCHES.get(id(keys))
+    if found is None or found[0]() is not keys or found[1]() is not values:
+        return None
+    return found[2]
+
+
+def _refuse(*_: object, **__: object) -> NoReturn:
+    raise DroppedTokensError("reads keys and values itself")
+
+
+class Withheld:
+    """Stands for keys or values whose heads have lost tokens.
+
+    As an array they would have gaps that only the attention behind `owner_of` knows of. So there
+    is none: whoever uses this as one gets a DroppedTokensError, or a TypeError from functions of
+    MLX that take nothing but its own arrays.
+
+    Attributes:
+        shape: [1, H, N, head_dim]; N of the head that kept most.
+        dtype: of the model's keys and values.
+        ndim: 4.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: mx.Dtype) -> None:
+        self.shape, self.dtype, self.ndim = shape, dtype, len(shape)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # Python asks what an object can do
+            raise AttributeError(name)
+        _refuse()
+
+    __array__ = __mlx_array__ = __getitem__ = __setitem__ = __iter__ = __len__ = _refuse
+    __add__ = __sub__ = __mul__ = __truediv__ = __matmul__ = __pow__ = __neg__ = _refuse
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rmatmul__ = __rpow__ = _refuse

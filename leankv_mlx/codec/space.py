@@ -1,0 +1,50 @@
+"""From a layer's keys, values and queries to the space that they are stored in, and back.
+
+Keys are scaled channel by channel (`equalize`), then keys and values are rotated (`rotation`).
+Queries are scaled by the inverse and rotated alike, so scores keep their value; the output of
+attention is un-rotated once. Sink tokens, codes and window all lie in this one space, so one
+rotated query serves them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from leankv_mlx.codec.equalize import Equalizer
+from leankv_mlx.codec.rotation import Rotation
+
+
+@dataclass(frozen=True)
+class Space:
+    """The space of one layer.
+
+    Attributes:
+        rotations: of the keys (and queries), and of the values (and outputs).
+        equalizer: of the keys; None while it is not fitted, or not wanted.
+    """
+
+    rotations: tuple[Rotation, Rotation]
+    equalizer: Equalizer | None = None
+
+    def scaled(self, keys: mx.array) -> mx.array:
+        """keys: [H, T, head_dim] -> what is to be rotated; in float32 if that differs, so that rows
+        of 16 bits are rounded once."""
+        return self.equalizer.apply(keys.astype(mx.float32)) if self.equalizer else keys
+
+    def queries(self, queries: mx.array) -> mx.array:
+        """queries: [1, Hq, L, head_dim] -> what meets scaled keys, the dtype kept."""
+        return self.equalizer.queries(queries) if self.equalizer else queries
+
+    def rotated(self, queries: mx.array) -> mx.array:
+        """queries: [1, Hq, L, head_dim] -> what meets stored keys, [1, Hq, L, Dk]."""
+        return self.rotations[0].apply(self.queries(queries))
+
+    def undone(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Stored rows [H, T, Dk] and [H, T, Dv] -> keys and values as the model made them."""
+        return self.unscaled(self.rotations[0].undo(k)), self.rotations[1].undo(v)
+
+    def unscaled(self, keys: mx.array) -> mx.array:
+        """The keys that `scaled` was given, but for rounding."""
+        return self.equalizer.undo(keys) if self.equalizer else keys
