@@ -86,6 +86,9 @@ async def _fetched(url: str, max_bytes: int) -> Fetched:
             timeout=WAIT_SECONDS,
             follow_redirects=True,
             max_redirects=_REDIRECTS,
+            # A redirect gets a connection of its own: servers close the one before, now and then
+            # just as the next request comes.
+            limits=httpx2.Limits(max_keepalive_connections=0),
         ) as client,
         client.stream("GET", url) as answer,
     ):
