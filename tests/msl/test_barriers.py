@@ -32,7 +32,7 @@ def attend(launch: MslLauncher) -> None:
     )  # fmt: skip
     launch.spread = Geometry(1, 2, 1)
     for skip in (0.0, 0.3):
-        DecodeAttention(launch)(replace(case, skip=skip))
+        replace(case, skip=skip).attend(DecodeAttention(launch))
 
 
 def encode(launch: MslLauncher) -> None:

@@ -45,7 +45,7 @@ def test_every_strategy_gives_the_same_values(bits: int, strategy: int) -> None:
         exact=5, sink_logits=False, mask=None, dtype=mx.float32, rotated=False, heads=2,
     )  # fmt: skip
     launch = MslLauncher(strategy, spread=Geometry(2, 2, 2))
-    outs = [attend(case) for attend in (DecodeAttention(launch), decode_attention_ops)]
+    outs = [case.attend(op) for op in (DecodeAttention(launch), decode_attention_ops)]
     assert cases.error(outs[0].out, outs[1].out) < 2e-5
     assert cases.error(outs[0].lse, outs[1].lse) < 2e-5
 
