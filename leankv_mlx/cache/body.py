@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from leankv_mlx.blocks import BlockPool, BlockTable
 from leankv_mlx.cache.memory import CacheMemory
+from leankv_mlx.cache.state import TierState
 from leankv_mlx.codec.format import TILE, Format
 from leankv_mlx.config import Rounding
 from leankv_mlx.kernels import Backend, Centers, Rows, Tier
@@ -259,21 +260,21 @@ class CompressedBody:
         return prices[0], prices[-1]
 
     @property
-    def state(self) -> list[list[mx.array]]:
-        """Of each tier: blocks of the pool, block ids, lengths, and positions and marks of its
-        slots, [sum of the lengths], if the body is ragged."""
+    def state(self) -> list[TierState]:
+        """Of each tier."""
         return [
-            [t.table.pool.array, *t.table.arrays(), *(mx.array(x) for x in t.side or ())]
+            TierState(t.table.pool.array, *t.table.arrays(), *map(mx.array, t.side or ()))
             for t in self._tiers
         ]
 
-    def restore(self, state: list[list[mx.array]]) -> None:
+    def restore(self, state: Sequence[TierState]) -> None:
         """Become what `state` said."""
-        for tier, (array, ids_, lengths_, *side) in zip(self._tiers, state, strict=True):
-            ids, lengths = np.array(ids_), np.array(lengths_)
+        for tier, found in zip(self._tiers, state, strict=True):
+            ids, lengths = np.array(found.ids), np.array(found.lengths)
             owned = ids[np.arange(ids.shape[1]) < -(-lengths // TILE)[:, None]]
-            tier.table = BlockTable.holding(BlockPool.holding(array, owned), ids, lengths)
-            tier.side = (np.array(side[0]), np.array(side[1])) if side else None
+            tier.table = BlockTable.holding(BlockPool.holding(found.blocks, owned), ids, lengths)
+            ragged = found.positions is not None
+            tier.side = (np.array(found.positions), np.array(found.marks)) if ragged else None
 
     def _positions(self) -> list[Positions]:
         """Of each tier, int32 [H, S]."""

@@ -13,6 +13,7 @@ from leankv_mlx.cache.fetch import Arrays, Calls, Fetch
 from leankv_mlx.cache.layer import Layer, Shape
 from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.sparsifier import Sparsifier
+from leankv_mlx.cache.state import CacheState
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import DroppedTokensError, ShapeError, UnsupportedError
 from leankv_mlx.kernels import MAX_DECODE_TOKENS, Backend, Mask, Rows, View, resolve_backend
@@ -191,20 +192,20 @@ class CompressedKVCache:
         return self.memory().used
 
     @property
-    def state(self) -> list[Any]:
-        """Everything that `from_state` needs: settings, numbers and arrays."""
-        return [self.config.spec(), self.keep_fetched, *(self._layer.state if self._layer else ())]
+    def state(self) -> CacheState:
+        """Everything that `from_state` needs."""
+        layer = self._layer.state if self._layer else None
+        return CacheState(self.config.spec(), self.keep_fetched, layer)
 
     @state.setter
-    def state(self, value: list[Any]) -> None:
-        spec, keep_fetched, *rest = value
-        config = CompressionConfig.parse(spec, stored=True)
-        CompressedKVCache.__init__(self, config, keep_fetched)
-        if rest:
-            self._begin(Layer.restored(rest, self.config, self._backend))
+    def state(self, value: CacheState) -> None:
+        config = CompressionConfig.parse(value.kv, stored=True)
+        CompressedKVCache.__init__(self, config, value.keep_fetched)
+        if value.layer is not None:
+            self._begin(Layer.restored(value.layer, self.config, self._backend))
 
     @classmethod
-    def from_state(cls, state: list[Any]) -> CompressedKVCache:
+    def from_state(cls, state: CacheState) -> CompressedKVCache:
         """A cache with the content of `state`."""
         cache = cls.__new__(cls)
         cache.state = state

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from leankv_mlx.cache.body import CompressedBody
 from leankv_mlx.cache.memory import CacheMemory
+from leankv_mlx.cache.state import BodyState, LayerState
 from leankv_mlx.codec.equalize import Equalizer
 from leankv_mlx.codec.format import TILE, Format, padded
 from leankv_mlx.codec.rotation import rotation
@@ -310,28 +310,26 @@ class Layer:
     # Storing it.
 
     @property
-    def state(self) -> list[Any]:
-        """Numbers and arrays for `restored`; the observed queries are no part of it."""
-        shape = self.shape
-        head: list[Any] = [self.offset, shape.heads, shape.k_dim, shape.v_dim, *self.exact]
-        if self.body is None:
-            return head
-        scales = [self.space.equalizer.scales] if self.space.equalizer else []
-        return [*head, *self.body.centers, self.body.state, *scales]
+    def state(self) -> LayerState:
+        """Everything that `restored` needs."""
+        shape, body = self.shape, None
+        if self.body is not None:
+            scales = self.space.equalizer.scales if self.space.equalizer else None
+            body = BodyState(self.body.centers, self.body.state, scales)
+        return LayerState(self.offset, shape.heads, shape.k_dim, shape.v_dim, self.exact, body)
 
     @classmethod
-    def restored(cls, state: list[Any], config: CompressionConfig, backend: Backend) -> Layer:
+    def restored(cls, state: LayerState, config: CompressionConfig, backend: Backend) -> Layer:
         """The layer that `state` came from."""
-        offset, heads, k_dim, v_dim, k, v, *body = state
-        layer = cls(Shape(heads, k_dim, v_dim), config, backend, (k.dtype, v.dtype))
-        layer.offset, layer.exact = offset, Rows(k, v)
-        if body:
-            mu_k, mu_v, tiers, *scales = body
-            if scales:
-                layer.space = replace(layer.space, equalizer=Equalizer(*scales))
-            layer.body = layer._new_body(Centers(mu_k, mu_v))
-            layer.body.restore(tiers)
-            layer.placed = offset if layer.ragged else 0  # a file does not say when
+        shape = Shape(state.heads, state.k_dim, state.v_dim)
+        layer = cls(shape, config, backend, (state.exact.k.dtype, state.exact.v.dtype))
+        layer.offset, layer.exact = state.offset, state.exact
+        if (body := state.body) is not None:
+            if body.key_scales is not None:
+                layer.space = replace(layer.space, equalizer=Equalizer(body.key_scales))
+            layer.body = layer._new_body(body.centers)
+            layer.body.restore(body.tiers)
+            layer.placed = state.offset if layer.ragged else 0  # a file does not say when
         return layer
 
     def _new_body(self, centers: Centers) -> CompressedBody:

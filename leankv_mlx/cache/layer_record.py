@@ -3,6 +3,7 @@ blocks in use head by head and in order, so that no block ids are stored."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +12,11 @@ import numpy as np
 
 from leankv_mlx.cache.compressed import CompressedKVCache
 from leankv_mlx.cache.container import DamagedError
+from leankv_mlx.cache.state import BodyState, CacheState, LayerState, TierState
 from leankv_mlx.codec.equalize import LARGEST
 from leankv_mlx.codec.format import TILE, Format, padded
 from leankv_mlx.config import BackendName, CompressionConfig
+from leankv_mlx.kernels import Centers, Rows
 
 LAYERS = "its layers are damaged"
 _COUNTS = "its numbers of tokens contradict each other"
@@ -39,27 +42,33 @@ def portable(config: CompressionConfig) -> CompressionConfig:
 def written(cache: CompressedKVCache, name: str, tensors: Tensors) -> dict[str, Any]:
     """What the header says about a layer; its arrays go to `tensors`, under names that begin with
     its own."""
-    _, keep_fetched, *rest = cache.state
-    record: dict[str, Any] = {"kv": portable(cache.config).spec(), "keep_fetched": keep_fetched}
-    if not rest:
+    state = cache.state
+    record: dict[str, Any] = {
+        "kv": portable(cache.config).spec(),
+        "keep_fetched": state.keep_fetched,
+    }
+    if (layer := state.layer) is None:
         return record
-    *numbers, k, v = rest[:6]
-    record |= dict(zip(_NUMBERS, numbers, strict=True))
-    tensors |= {f"{name}.k": k, f"{name}.v": v}
-    if rest[6:]:
-        mu_k, mu_v, tiers, *scales = rest[6:]
-        tensors |= {f"{name}.mu_k": mu_k, f"{name}.mu_v": mu_v}
-        tensors |= {f"{name}.key_scales": x for x in scales}
-        for i, (pool, ids, lengths, *side) in enumerate(tiers):
-            table, owned = np.array(ids), -(-np.array(lengths) // TILE)
-            used = table[np.arange(table.shape[1]) < owned[:, None]]
-            blocks = pool[mx.array(used)] if len(used) else pool[:0]
-            tensors |= {f"{name}.{i}.lengths": lengths, f"{name}.{i}.blocks": blocks}
-            tensors |= {
-                f"{name}.{i}.{what}": x
-                for what, x in zip(("positions", "marks"), side, strict=False)
-            }
+    record |= {field: getattr(layer, field) for field in _NUMBERS}
+    arrays: dict[str, mx.array | None] = {"k": layer.exact.k, "v": layer.exact.v}
+    if (body := layer.body) is not None:
+        arrays |= {"mu_k": body.centers.k, "mu_v": body.centers.v, "key_scales": body.key_scales}
+        for i, tier in enumerate(body.tiers):
+            arrays |= {f"{i}.{field}": array for field, array in _in_order(tier).items()}
+    tensors |= {f"{name}.{field}": x for field, x in arrays.items() if x is not None}
     return record
+
+
+def _in_order(tier: TierState) -> dict[str, mx.array | None]:
+    """Its arrays, with the blocks in use head by head and in order instead of their ids."""
+    table, owned = np.array(tier.ids), -(-np.array(tier.lengths) // TILE)
+    used = table[np.arange(table.shape[1]) < owned[:, None]]
+    return {
+        "lengths": tier.lengths,
+        "blocks": tier.blocks[mx.array(used)] if len(used) else tier.blocks[:0],
+        "positions": tier.positions,
+        "marks": tier.marks,
+    }
 
 
 def read(
@@ -80,13 +89,14 @@ def read(
     config = CompressionConfig.parse(kv, stored=True)
     if not equalized and "equalize=on" not in kv:
         config = replace(config, equalize=False)
-    state: list[Any] = [replace(config, backend=backend).spec(), keep_fetched]
+    layer = None
     if len(record) > 2:
         if len(record) != 2 + len(_NUMBERS):
             raise DamagedError(LAYERS)
         numbers = [_number(record, field) for field in _NUMBERS]
-        state += [*numbers, *_Content(config, numbers, name, tensors).arrays()]
-    return CompressedKVCache.from_state(state)
+        layer = _Content(config, numbers, name, tensors).layer()
+    kv = replace(config, backend=backend).spec()
+    return CompressedKVCache.from_state(CacheState(kv, keep_fetched, layer))
 
 
 def check_finite(array: mx.array) -> None:
@@ -103,16 +113,17 @@ class _Content:
     """The arrays of a layer, checked against its numbers."""
 
     def __init__(
-        self, config: CompressionConfig, numbers: list[int], name: str, tensors: Tensors
+        self, config: CompressionConfig, numbers: Sequence[int], name: str, tensors: Tensors
     ) -> None:
         self._config = config
+        self._numbers = numbers
         self._offset, self._heads, self._k_dim, self._v_dim = numbers
         self._name = name
         self._tensors = tensors
         self._exact = 0
 
-    def arrays(self) -> list[Any]:
-        """What `CompressedKVCache.state` holds behind the numbers."""
+    def layer(self) -> LayerState:
+        """All of it."""
         heads, k_pad, v_pad = self._heads, padded(self._k_dim), padded(self._v_dim)
         k, v = self._take("k"), self._take("v")
         exact = self._exact = k.shape[1] if k.ndim == 3 else 0
@@ -121,7 +132,7 @@ class _Content:
         if not self._has("mu_k"):
             if self._offset != exact:
                 raise DamagedError(_COUNTS)
-            return [k, v]
+            return LayerState(*self._numbers, Rows(k, v))
         if not self._config.sink_tokens <= exact <= self._offset or not self._offset:
             raise DamagedError(_COUNTS)
         mu_k, mu_v = self._take("mu_k"), self._take("mu_v")
@@ -133,18 +144,20 @@ class _Content:
         if ragged:
             self._check_positions(tiers)
         else:
-            self._check_in_order([lengths for _, _, lengths in tiers])
-        arrays: list[Any] = [k, v, mu_k, mu_v, tiers]
-        if self._config.equalize:
-            scales = self._take("key_scales")
-            _expect(scales, (heads, self._k_dim), (mx.float32,))
-            divisors = np.array(scales)
-            if divisors.min() < np.float32(1 / LARGEST) or divisors.max() > np.float32(LARGEST):
-                raise DamagedError("its channels are scaled beyond what is ever written")
-            arrays.append(scales)
-        return arrays
+            self._check_in_order([tier.lengths for tier in tiers])
+        scales = self._key_scales() if self._config.equalize else None
+        body = BodyState(Centers(mu_k, mu_v), tiers, scales)
+        return LayerState(*self._numbers, Rows(k, v), body)
 
-    def _tier(self, index: int, format: Format, ragged: bool) -> list[mx.array]:
+    def _key_scales(self) -> mx.array:
+        scales = self._take("key_scales")
+        _expect(scales, (self._heads, self._k_dim), (mx.float32,))
+        divisors = np.array(scales)
+        if divisors.min() < np.float32(1 / LARGEST) or divisors.max() > np.float32(LARGEST):
+            raise DamagedError("its channels are scaled beyond what is ever written")
+        return scales
+
+    def _tier(self, index: int, format: Format, ragged: bool) -> TierState:
         heads = self._heads
         lengths, blocks = self._take(f"{index}.lengths"), self._take(f"{index}.blocks")
         _expect(lengths, (heads,), (mx.int32,))
@@ -163,12 +176,12 @@ class _Content:
         here = np.arange(width) < owned[:, None]
         ids = np.zeros((heads, width), np.int32)
         ids[here] = np.arange(int(owned.sum()))
-        tier = [blocks, mx.array(ids), lengths]
+        positions = marks = None
         if ragged:
-            tier += [self._take(f"{index}.positions"), self._take(f"{index}.marks")]
-            _expect(tier[3], (int(slots.sum()),), _POSITIONS)
-            _expect(tier[4], (int(slots.sum()),), (mx.uint8,))
-        return tier
+            positions, marks = self._take(f"{index}.positions"), self._take(f"{index}.marks")
+            _expect(positions, (int(slots.sum()),), _POSITIONS)
+            _expect(marks, (int(slots.sum()),), (mx.uint8,))
+        return TierState(blocks, mx.array(ids), lengths, positions, marks)
 
     def _check_in_order(self, lengths: list[mx.array]) -> None:
         """Every head has every token between the sink tokens and the window, in full blocks."""
@@ -177,12 +190,12 @@ class _Content:
         if blocks < 1 or rest or (first != blocks * TILE).any() or any(x.any() for x in others):
             raise DamagedError(_COUNTS)
 
-    def _check_positions(self, tiers: list[list[mx.array]]) -> None:
+    def _check_positions(self, tiers: list[TierState]) -> None:
         """A head has a token once at most, between the sink tokens and the window."""
         sinks = self._config.sink_tokens
         end = self._offset - (self._exact - sinks)
-        of_head = [np.repeat(np.arange(self._heads), np.array(tier[2])) for tier in tiers]
-        at = np.concatenate([np.array(tier[3]).astype(np.int64) for tier in tiers])
+        of_head = [np.repeat(np.arange(self._heads), np.array(tier.lengths)) for tier in tiers]
+        at = np.concatenate([np.array(tier.positions).astype(np.int64) for tier in tiers])
         if ((at < sinks) | (at >= end)).any():
             raise DamagedError(_COUNTS)
         each = np.unique(np.concatenate(of_head) * np.int64(end) + at)

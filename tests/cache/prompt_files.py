@@ -68,9 +68,11 @@ def content(value: Any) -> Any:
     """A state with its arrays as bytes, and block ids as the blocks that they name."""
     if isinstance(value, CompressedKVCache):
         state = value.state
-        if value.layer is not None and value.layer.body is not None:
-            state[10] = [[pool[ids], *rest] for pool, ids, *rest in state[10] if ids.size]
-        return [type(value).__name__, content(state)]
+        if state.layer is None or state.layer.body is None:
+            return [type(value).__name__, content(state)]
+        tiers = [[t.blocks[t.ids], *t[2:]] for t in state.layer.body.tiers if t.ids.size]
+        return [type(value).__name__, content(state._replace(layer=[
+            *state.layer[:-1], state.layer.body._replace(tiers=tiers)]))]  # fmt: skip
     if hasattr(value, "from_state"):
         return [type(value).__name__, content(list(value.state))]
     if isinstance(value, mx.array):

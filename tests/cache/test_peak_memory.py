@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx import nn
+from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 
 from leankv_mlx.kernels import resolve_backend
@@ -37,7 +38,7 @@ def filled(model: nn.Module, tokens: int) -> list[Any]:
         mx.eval(cache[0].state)
     # The others get buffers of their own with the same content.
     for c in cache[1:]:
-        c.state = [x + 0 if isinstance(x, mx.array) else x for x in cache[0].state]
+        c.state = tree_map(lambda x: x + 0 if isinstance(x, mx.array) else x, cache[0].state)
         mx.eval(c.state)
     return cache
 
