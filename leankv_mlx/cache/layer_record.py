@@ -116,7 +116,6 @@ class _Content:
         self, config: CompressionConfig, numbers: Sequence[int], name: str, tensors: Tensors
     ) -> None:
         self._config = config
-        self._numbers = numbers
         self._offset, self._heads, self._k_dim, self._v_dim = numbers
         self._name = name
         self._tensors = tensors
@@ -132,7 +131,7 @@ class _Content:
         if not self._has("mu_k"):
             if self._offset != exact:
                 raise DamagedError(_COUNTS)
-            return LayerState(*self._numbers, Rows(k, v))
+            return self._state(Rows(k, v))
         if not self._config.sink_tokens <= exact <= self._offset or not self._offset:
             raise DamagedError(_COUNTS)
         mu_k, mu_v = self._take("mu_k"), self._take("mu_v")
@@ -147,7 +146,10 @@ class _Content:
             self._check_in_order([tier.lengths for tier in tiers])
         scales = self._key_scales() if self._config.equalize else None
         body = BodyState(Centers(mu_k, mu_v), tiers, scales)
-        return LayerState(*self._numbers, Rows(k, v), body)
+        return self._state(Rows(k, v), body)
+
+    def _state(self, exact: Rows, body: BodyState | None = None) -> LayerState:
+        return LayerState(self._offset, self._heads, self._k_dim, self._v_dim, exact, body)
 
     def _key_scales(self) -> mx.array:
         scales = self._take("key_scales")
