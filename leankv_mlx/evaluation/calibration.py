@@ -91,7 +91,7 @@ def candidates(base: CompressionConfig) -> list[Arm]:
         raise UsageError(
             f"policy={policy.name} has nothing to calibrate; use policy=budget or policy=threshold."
         )
-    configs = [replace(base, policy=policy) for policy in policies]
+    configs = [replace(base, policy=each) for each in policies]
     return [Arm(config.spec().removeprefix("leankv:"), config) for config in configs]
 
 
