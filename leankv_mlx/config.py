@@ -1,34 +1,36 @@
 """What to compress and how: `CompressionConfig` and its text form, the `--kv` SPEC."""
 
-import math
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from __future__ import annotations
 
-from leankv_mlx.errors import ConfigError, UsageError
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from leankv_mlx.errors import ConfigError
+from leankv_mlx.policies import POLICIES, KeepAll, Policy
 from leankv_mlx.profiles import profiles
-from leankv_mlx.sizes import parse_bytes
+from leankv_mlx.scorers import SCORERS, Queries, Scorer
+from leankv_mlx.settings import (
+    BITS_FORM,
+    BLOCK_SLOTS,
+    Bits,
+    Groups,
+    Setting,
+    check_bits,
+    check_words,
+    settings_of,
+)
 
 Rounding = Literal["search", "rms", "optimal"]
 BackendName = Literal["auto", "metal", "cuda", "cpu", "reference"]
-PolicyName = Literal["keep_all", "threshold", "budget", "streaming"]
 When = Literal["prompt", "chunk"]
-Scores = Literal["queries", "repeat"]
-Scope = Literal["layer", "model"]
 RotationName = Literal["hadamard", "none"]
 
-BITS = (2, 3, 4, 8)
-BLOCK_SLOTS = 32
-"""Tokens per block, and the number of rows that leave the window at a time."""
-
-Bits = tuple[int, int]
-"""Of keys and of values."""
-
-_BITS_RE = re.compile(r"k(\d+)v(\d+)")
-_STEP_DOWN = {8: 4, 4: 3, 3: 2, 2: 2}, {8: 4, 4: 2, 3: 2, 2: 2}
-"""Bits of keys and of values in the low tier, from those of the high one: k8v4 -> k4v2 as in the
-LeanKV paper, k4v4 -> k3v2."""
+_CHOICES: dict[str, tuple[str, Mapping[str, type[Any]]]] = {
+    "policy": ("policy", POLICIES),
+    "scorer": ("scores", SCORERS),
+}
+"""Fields that hold an object: the setting that chooses it by its name, and what from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,108 +51,59 @@ class CompressionConfig:
             `kernels.types.Centers`).
         equalize: also scale the channels of the keys before encoding, and those of the queries by
             the inverse (exact too, see `codec.equalize`).
-        policy: which tokens are kept, see `sparsity.policies`; "keep_all" keeps every token.
-        low: bits of the low tier, or "none" for a single tier; "auto" is a step below k_bits and
-            v_bits for policy=threshold, and no low tier for the others.
-        alpha_high: policy=threshold: above alpha_high / N a token stays in the high tier.
-        alpha_low: and above alpha_low / N in the low one.
-        ratio: policy=budget: bytes of an uncompressed fp16 cache over those that may stay.
-        budget: policy=budget: bytes of all compressed layers together, for whatever is generated,
-            and for a prompt that nobody tells the length of; 0 for no such limit.
-        high: policy=budget: share of the bytes for the high tier, if there is a low one.
-        scope: policy=budget: whether the heads of a layer or of the model share its bytes.
-        at: when tokens are dropped: once the "prompt" is in, or also after each "chunk" of it.
-        scores: what tokens are judged by: the last "queries" of the prompt, or, for a document
-            that will be asked many things, a pass in which the model is made to "repeat" it.
-        pooling: tokens, an odd number: a score is the largest among so many neighbours.
+        policy: which tokens are kept, with its own settings, see `leankv_mlx.policies`.
+        at: when a policy drops tokens: once the "prompt" is in, or also after each "chunk" of it.
+        scorer: what tokens are judged by, see `leankv_mlx.scorers`.
         skip: attention weight below which a token's value may be taken for its center, see
             `kernels.decode_attention`; 0 reads all of them.
         layer_bits: bits of each layer in place of k_bits and v_bits; () for all alike.
         backend: which implementation runs the kernels; "auto" takes the best one present.
+        idle: names and values that a profile or a file gave and that another policy would read.
+            They do nothing, but the text form keeps them, because it names what was stored.
 
     Raises:
         ConfigError: a value is out of range.
     """
 
-    k_bits: int | tuple[int, ...] = 4
-    v_bits: int | tuple[int, ...] = 4
+    k_bits: Groups = 4
+    v_bits: Groups = 4
     sink_tokens: int = 4
     window: int = 64
     rounding: Rounding = "search"
     rotation: RotationName = "hadamard"
     center: bool = True
     equalize: bool = True
-    policy: PolicyName = "keep_all"
-    low: Bits | Literal["auto", "none"] = "auto"
-    alpha_high: float = 1.0
-    alpha_low: float = 0.05
-    ratio: float = 8.0
-    budget: int = 0
-    high: float = 0.5
-    scope: Scope = "layer"
+    policy: Policy = field(default=KeepAll())
     at: When = "prompt"
-    scores: Scores = "queries"
-    pooling: int = 31
+    scorer: Scorer = field(default=Queries())
     skip: float = 0.0
     layer_bits: tuple[Bits, ...] = ()
     backend: BackendName = "auto"
+    idle: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        low = () if isinstance(self.low, str) else (self.low,)
-        for k_bits, v_bits in ((self.k_bits, self.v_bits), *low, *self.layer_bits):
-            _check_bits("k", k_bits)
-            _check_bits("v", v_bits)
-        if isinstance(self.low, str) and self.low not in ("auto", "none"):
-            raise ConfigError(f"low={self.low} is not understood; use kNvM, auto or none.")
-        self._check_policy()
+        for k_bits, v_bits in ((self.k_bits, self.v_bits), *self.layer_bits):
+            check_bits(k_bits, v_bits)
+        for name, (_, table) in _CHOICES.items():
+            if type(getattr(self, name)) not in table.values():
+                names = ", ".join(part.__name__ for part in table.values())
+                raise ConfigError(f"{name}={getattr(self, name)!r} is no {name}; use {names}.")
         if self.window < BLOCK_SLOTS:
             raise ConfigError(f"window={self.window} is too small; use at least {BLOCK_SLOTS}.")
         if not 0 <= self.sink_tokens <= 128:
             raise ConfigError(f"sink_tokens={self.sink_tokens} is out of range; use 0 to 128.")
-        for name, kind in (
-            ("rounding", Rounding),
-            ("rotation", RotationName),
-            ("policy", PolicyName),
-            ("at", When),
-            ("scores", Scores),
-            ("scope", Scope),
-            ("backend", BackendName),
-        ):
-            if getattr(self, name) not in get_args(kind):
-                choices = ", ".join(get_args(kind))
-                raise ConfigError(f"{name}={getattr(self, name)} is unknown; use one of {choices}.")
-
-    def _check_policy(self) -> None:
-        if not 0 <= self.alpha_low <= self.alpha_high < math.inf:
-            raise ConfigError(
-                f"alpha_low={self.alpha_low:g} and alpha_high={self.alpha_high:g} make no sense; "
-                "use 0 <= alpha_low <= alpha_high."
-            )
-        if not 1 < self.ratio < math.inf:
-            raise ConfigError(f"ratio={self.ratio:g} is out of range; use a number above 1.")
-        if not 0 <= self.high <= 1:
-            raise ConfigError(f"high={self.high:g} is out of range; use 0 to 1.")
-        if self.budget < 0:
-            raise ConfigError(f"budget={self.budget} is out of range; use bytes, for example 64MB.")
         if not 0 <= self.skip < 1:
             raise ConfigError(f"skip={self.skip:g} is no attention weight; use 0, or 0.001.")
-        if not 1 <= self.pooling <= 255 or self.pooling % 2 == 0:
-            raise ConfigError(f"pooling={self.pooling} is out of range; use an odd number to 255.")
+        check_words(self)
 
     @property
-    def tiers(self) -> tuple[tuple[int | tuple[int, ...], int | tuple[int, ...]], ...]:
+    def tiers(self) -> tuple[tuple[Groups, Groups], ...]:
         """Bits of keys and values of the high tier, and of the low one if there is one."""
+        low = self.policy.low_tier(self.k_bits, self.v_bits)
         high = self.k_bits, self.v_bits
-        if self.policy == "keep_all" or self.low == "none":
-            return (high,)
-        if isinstance(self.low, tuple):
-            return high, self.low
-        if self.policy != "threshold":
-            return (high,)
-        k, v = (_stepped(bits, down) for bits, down in zip(high, _STEP_DOWN, strict=True))
-        return high, (k, v)
+        return (high,) if low is None else (high, low)
 
-    def for_layer(self, index: int, layers: int) -> "CompressionConfig":
+    def for_layer(self, index: int, layers: int) -> CompressionConfig:
         """The settings of one of the compressed layers of a model.
 
         Raises:
@@ -167,7 +120,7 @@ class CompressionConfig:
         return replace(self, k_bits=k_bits, v_bits=v_bits, layer_bits=())
 
     @classmethod
-    def parse(cls, text: str, stored: bool = False) -> "CompressionConfig":
+    def parse(cls, text: str, stored: bool = False) -> CompressionConfig:
         """Read the value of `--kv`: `leankv`, or settings with commas between; `leankv:` may stand
         in front of them.
 
@@ -189,73 +142,72 @@ class CompressionConfig:
                 f"unknown KV setting '{text}'; use leankv, a profile, or leankv:SPEC such as "
                 "leankv:k4v3."
             )
-        config = cls(**_fields(rest))
+        config = _made(_values(rest))
         if not stored:
             _check_idle(config, rest)
         return config
 
     def spec(self) -> str:
         """The text form that `parse` reads back to an equal config."""
-        default = CompressionConfig()
-        parts = []
-        if isinstance(self.k_bits, int) and isinstance(self.v_bits, int):
-            parts.append(f"k{self.k_bits}v{self.v_bits}")
-        else:
-            parts += [f"k_bits={_join(self.k_bits)}", f"v_bits={_join(self.v_bits)}"]
-        for field in fields(self)[2:]:
-            value = getattr(self, field.name)
-            if value != getattr(default, field.name):
-                parts.append(f"{field.name}={_text(value)}")
+        values = dict(self.idle) | _fields(self) | _fields(self.policy) | _fields(self.scorer)
+        values |= {"policy": self.policy.name, "scores": self.scorer.name}
+        k, v = (values.pop(name) for name in ("k_bits", "v_bits"))
+        known = _known()
+        parts = [f"k{k}v{v}"]
+        if not isinstance(k, int) or not isinstance(v, int):
+            parts = [f"{n}={known[n].text(x)}" for n, x in (("k_bits", k), ("v_bits", v))]
+        for name, setting in known.items():
+            if name in values and values[name] != setting.default:
+                parts.append(f"{name}={setting.text(values[name])}")
         return "leankv:" + ",".join(parts)
 
 
-def _check_bits(side: str, bits: int | tuple[int, ...]) -> None:
-    groups = bits if isinstance(bits, tuple) else (bits,)
-    allowed = (0, *BITS) if isinstance(bits, tuple) else BITS
-    if not groups or any(type(b) is not int or b not in allowed for b in groups):
-        raise ConfigError(f"{side}_bits={bits} is not supported; use {', '.join(map(str, BITS))}.")
-    if not any(groups):
-        raise ConfigError(f"{side}_bits={bits} stores nothing; give one group at least 2 bits.")
+def _known() -> dict[str, Setting]:
+    """Every setting by its name, in the order of the text form. A name means the same in all
+    policies that have it."""
+    found: dict[str, Setting] = {}
+    for name, setting in settings_of(CompressionConfig).items():
+        if name in _CHOICES:
+            word, table = _CHOICES[name]
+            found[word] = Setting(word, str, setting.default.name)
+            for part in table.values():
+                found |= {n: s for n, s in settings_of(part).items() if n not in found}
+        elif name != "idle":
+            found[name] = setting
+    return found
 
 
-def _fields(settings: str, inside: tuple[str, ...] = ()) -> dict[str, Any]:
+def _fields(part: Any) -> dict[str, Any]:
+    return {name: getattr(part, name) for name in settings_of(type(part))}
+
+
+def _items(settings: str) -> Iterator[tuple[str, str, str, str]]:
+    """Each of comma-separated settings: all of it, its name, "=" if it has a value, the value."""
+    for item in filter(None, (part.strip() for part in settings.split(","))):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        yield item, name, equals, value
+
+
+def _values(settings: str, inside: tuple[str, ...] = ()) -> dict[str, Any]:
     """What comma-separated settings set. They are checked together, so their order is free.
 
     Args:
         inside: the profiles whose settings these are.
     """
     found: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in settings.split(","))):
-        name, equals, value = (part.strip() for part in item.partition("="))
-        if match := _BITS_RE.fullmatch(item):
+    known = _known()
+    for item, name, equals, value in _items(settings):
+        if match := BITS_FORM.fullmatch(item):
             found |= {"k_bits": int(match[1]), "v_bits": int(match[2])}
         elif not equals:
             if name in inside:
                 raise ConfigError(f"the profile '{name}' names itself; mend it in your profiles.")
-            found |= _fields(_profile(name), (*inside, name))
-        elif name in _READERS:
-            found[name] = _READERS[name](name, value)
+            found |= _values(_profile(name), (*inside, name))
+        elif name in known:
+            found[name] = known[name].read(value)
         else:
-            raise ConfigError(f"unknown KV setting '{name}'; known are {', '.join(_READERS)}.")
+            raise ConfigError(f"unknown KV setting '{name}'; known are {', '.join(known)}.")
     return found
-
-
-def _check_idle(config: CompressionConfig, settings: str) -> None:
-    """Whether all that was given does something; what a profile says need not.
-
-    Raises:
-        ConfigError: a setting does nothing.
-    """
-    for item in (part.strip() for part in settings.split(",")):
-        name, equals, _ = (part.strip() for part in item.partition("="))
-        policies, low = _NEEDS.get(name, ((), False)) if equals else ((), False)
-        if policies and config.policy not in policies:
-            use = " or ".join(f"policy={policy}" for policy in policies)
-            raise ConfigError(
-                f"{item} does nothing with policy={config.policy}; use {use}, or drop it."
-            )
-        if low and len(config.tiers) == 1:
-            raise ConfigError(f"{item} does nothing without a low tier; add low=k3v2, or drop it.")
 
 
 def _profile(name: str) -> str:
@@ -268,118 +220,52 @@ def _profile(name: str) -> str:
     return named[name]
 
 
-def _integer(name: str, value: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise ConfigError(f"{name}={value} is not a whole number.") from None
+def _made(values: Mapping[str, Any]) -> CompressionConfig:
+    """The configuration that has these values, by the names of their settings."""
+    known = _known()
+    own: dict[str, Any] = {}
+    idle: dict[str, Any] = {}
+    for name, setting in settings_of(CompressionConfig).items():
+        if name not in _CHOICES:
+            own |= {name: values[name]} if name in values else {}
+            continue
+        word, table = _CHOICES[name]
+        chosen = values.get(word, setting.default.name)
+        if chosen not in table:
+            raise ConfigError(f"{word}={chosen} is unknown; use one of {', '.join(table)}.")
+        given = {n: values[n] for n in settings_of(table[chosen]) if n in values}
+        own[name] = table[chosen](**given)
+        for part in table.values():
+            rest = {n: values[n] for n in settings_of(part) if n in values and n not in given}
+            part(**rest)  # a wrong value is told although it does nothing
+            idle |= rest
+    kept = [(n, idle[n]) for n, s in known.items() if n in idle and idle[n] != s.default]
+    return CompressionConfig(**own, idle=tuple(kept))
 
 
-def _switch(name: str, value: str) -> bool:
-    if value not in ("on", "off"):
-        raise ConfigError(f"{name}={value} is not understood; use on or off.")
-    return value == "on"
+def _check_idle(config: CompressionConfig, settings: str) -> None:
+    """Whether all that was given does something; what a profile says need not.
+
+    Raises:
+        ConfigError: a setting does nothing.
+    """
+    for item, name, equals, _ in _items(settings):
+        if equals and (why := _why_idle(config, name)):
+            raise ConfigError(f"{item} does nothing {why}, or drop it.")
 
 
-def _number(name: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise ConfigError(f"{name}={value} is not a number.") from None
-
-
-def _size(name: str, value: str) -> int:
-    try:
-        return parse_bytes(value)
-    except UsageError as error:
-        raise ConfigError(f"{name}={value}: {error}") from None
-
-
-def _groups(name: str, value: str) -> int | tuple[int, ...]:
-    groups = tuple(_integer(name, part) for part in value.split("."))
-    return groups if len(groups) > 1 else groups[0]
-
-
-def _pair(name: str, value: str) -> Bits:
-    match = _BITS_RE.fullmatch(value)
-    if match is None:
-        raise ConfigError(f"{name}={value} is not understood; use kNvM, for example k3v2.")
-    return int(match[1]), int(match[2])
-
-
-def _low(name: str, value: str) -> Bits | str:
-    return value if value in ("auto", "none") else _pair(name, value)
-
-
-def _layers(name: str, value: str) -> tuple[Bits, ...]:
-    return tuple(_pair(name, part) for part in value.split("/"))
-
-
-def _word(name: str, value: str) -> str:
-    return value
-
-
-_READERS: dict[str, Callable[[str, str], Any]] = {
-    "k_bits": _groups,
-    "v_bits": _groups,
-    "sink_tokens": _integer,
-    "window": _integer,
-    "rounding": _word,
-    "rotation": _word,
-    "center": _switch,
-    "equalize": _switch,
-    "policy": _word,
-    "low": _low,
-    "alpha_high": _number,
-    "alpha_low": _number,
-    "ratio": _number,
-    "budget": _size,
-    "high": _number,
-    "scope": _word,
-    "at": _word,
-    "scores": _word,
-    "pooling": _integer,
-    "skip": _number,
-    "layer_bits": _layers,
-    "backend": _word,
-}
-
-
-_JUDGED: tuple[PolicyName, ...] = ("budget", "threshold")
-_DROPPING: tuple[PolicyName, ...] = (*_JUDGED, "streaming")
-
-_NEEDS: dict[str, tuple[tuple[PolicyName, ...], bool]] = {
-    "low": (_JUDGED, False),
-    "alpha_high": (("threshold",), False),
-    "alpha_low": (("threshold",), False),
-    "ratio": (("budget",), False),
-    "budget": (("budget",), False),
-    "high": (("budget",), True),
-    "scope": (("budget",), False),
-    "at": (_DROPPING, False),
-    "scores": (_DROPPING, False),
-    "pooling": (_JUDGED, False),
-}
-"""The policies that read a setting, and whether it needs a low tier."""
-
-
-def _stepped(bits: int | tuple[int, ...], down: dict[int, int]) -> int | tuple[int, ...]:
-    if isinstance(bits, int):
-        return down[bits]
-    return tuple(down.get(group, 0) for group in bits)
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, float):
-        short = f"{value:g}"
-        return short if float(short) == value else repr(value)
-    if isinstance(value, tuple):
-        pairs = value if isinstance(value[0], tuple) else (value,)
-        return "/".join(f"k{k}v{v}" for k, v in pairs)
-    return str(value)
-
-
-def _join(bits: int | tuple[int, ...]) -> str:
-    return ".".join(map(str, bits)) if isinstance(bits, tuple) else str(bits)
+def _why_idle(config: CompressionConfig, name: str) -> str:
+    """What a setting does nothing with, and what to use; "" if it does something."""
+    policies = [policy for policy in POLICIES.values() if name in settings_of(policy)]
+    scorers = [scorer for scorer in SCORERS.values() if name in settings_of(scorer)]
+    if not policies and scorers:
+        policies = [policy for policy in POLICIES.values() if policy.scored]
+    elif name in ("at", "scores"):
+        policies = [policy for policy in POLICIES.values() if policy.drops]
+    if policies and type(config.policy) not in policies:
+        use = " or ".join(f"policy={policy.name}" for policy in policies)
+        return f"with policy={config.policy.name}; use {use}"
+    if scorers and type(config.scorer) not in scorers:
+        use = " or ".join(f"scores={scorer.name}" for scorer in scorers)
+        return f"with scores={config.scorer.name}; use {use}"
+    return config.policy.idle().get(name, "")

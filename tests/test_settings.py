@@ -6,15 +6,25 @@ not in another.
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from leankv_mlx.cache import CompressedKVCache
 from leankv_mlx.cache.persistence import load, save
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError, UsageError
+from leankv_mlx.policies import POLICIES, Budget, KeepAll, Policy, Streaming, Threshold
+from leankv_mlx.scorers import SCORERS, Queries, Repeat
+from leankv_mlx.settings import settings_of
 from leankv_mlx.sizes import parse_bytes
 
 SIZES = {
@@ -30,7 +40,7 @@ NO_SIZES = ("", "MB", "64Q", "64MBB", "-64MB", "6e4", "1.MB", "nan", "9" * 30, "
 def test_every_place_reads_sizes_alike(text: str) -> None:
     assert parse_bytes(text) == SIZES[text]
     parsed = CompressionConfig.parse(f"leankv:policy=budget,budget={text}")
-    assert parsed.budget == SIZES[text]
+    assert parsed.policy == Budget(budget=SIZES[text])
 
 
 @pytest.mark.parametrize("text", NO_SIZES)
@@ -51,9 +61,9 @@ IDLE = {
     "policy=budget,high=0.3": "high=0.3 does nothing without a low tier; add low=k3v2",
     "policy=threshold,high=0.3": "use policy=budget",
     "scope=model": "use policy=budget",
-    "low=k3v2": "use policy=budget or policy=threshold",
-    "policy=streaming,low=k3v2": "use policy=budget or policy=threshold",
-    "at=chunk": "use policy=budget or policy=threshold or policy=streaming",
+    "low=k3v2": "use policy=threshold or policy=budget, or drop it",
+    "policy=streaming,low=k3v2": "use policy=threshold or policy=budget, or drop it",
+    "at=chunk": "use policy=threshold or policy=budget or policy=streaming",
     "scores=repeat": "does nothing with policy=keep_all",
     "policy=streaming,pooling=7": "pooling=7 does nothing",
     "lean,policy=keep_all,ratio=3": "ratio=3 does nothing",
@@ -99,3 +109,103 @@ def test_the_chat_tells_somebody_who_types_it_and_takes_what_it_kept() -> None:
     with pytest.raises(ConfigError, match="ratio=12 does nothing"):
         full_kv("k4v4,ratio=12")
     assert full_kv("k4v4,ratio=12", stored=True) == "leankv:k4v4,ratio=12"
+
+
+def rows() -> Iterator[tuple[bool, str, str]]:
+    """Of specs.txt: whether somebody may give these settings, the settings, their text form."""
+    for line in Path(__file__).with_name("specs.txt").read_text().splitlines():
+        allowed, text, spec = line.split("\t")
+        yield allowed == "taken", text, spec
+
+
+def test_text_forms_are_those_of_files_and_document_keys_of_before() -> None:
+    """The kind of fault: a text form changes, and what was stored under the old one is lost.
+
+    The rows were written by the first implementation, whose 22 settings were fields of one class.
+    """
+    count = 0
+    for allowed, text, spec in rows():
+        config = CompressionConfig.parse(text, stored=True)
+        assert config.spec() == spec
+        again = CompressionConfig.parse(spec, stored=True)
+        assert again == config and hash(again) == hash(config) and again.spec() == spec
+        if allowed:
+            assert CompressionConfig.parse(text) == config
+        else:
+            with pytest.raises(ConfigError, match="does nothing"):
+                CompressionConfig.parse(text)
+        count += 1
+    assert count > 200
+
+
+OF_POLICIES: list[st.SearchStrategy[Policy]] = [
+    st.builds(KeepAll), st.builds(Streaming),
+    st.builds(
+        Threshold, st.sampled_from(["auto", "none", (3, 2), (8, 2)]), st.floats(1, 1e6),
+        st.floats(0, 1),
+    ),
+    st.builds(
+        Budget, st.sampled_from(["auto", "none", (3, 2), (2, 2)]), st.floats(1.001, 1e9),
+        st.integers(0, 2**63 - 1), st.floats(0, 1), st.sampled_from(["layer", "model"]),
+    ),
+]  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.one_of(OF_POLICIES), st.sampled_from([Queries, Repeat]), st.integers(0, 127),
+    st.sampled_from(["prompt", "chunk"]), st.floats(0, 0.999),
+)  # fmt: skip
+def test_every_configuration_survives_its_text(
+    policy: Policy, scorer: Any, half: int, at: Any, skip: float
+) -> None:
+    config = CompressionConfig(policy=policy, scorer=scorer(2 * half + 1), at=at, skip=skip)
+    again = CompressionConfig.parse(config.spec(), stored=True)
+    assert again == config and again.spec() == config.spec()
+
+
+def test_what_another_policy_would_read_keeps_its_text_and_changes_nothing_else() -> None:
+    config = CompressionConfig.parse("leankv:lean,policy=keep_all")
+    assert config == CompressionConfig(window=32) and hash(config) == hash(replace(config, idle=()))
+    assert config.spec() == "leankv:k4v4,window=32,ratio=14,scope=model"
+    with pytest.raises(ConfigError, match=r"ratio=0\.5 is out of range"):
+        CompressionConfig.parse("leankv:k4v4,ratio=0.5", stored=True)
+
+
+def test_a_name_means_one_thing() -> None:
+    own = set(settings_of(CompressionConfig)) | {"scores"}
+    for table in (POLICIES, SCORERS):
+        known: dict[str, Any] = {}
+        for name, part in table.items():
+            assert part.name == name
+            for setting in settings_of(part).values():
+                assert known.setdefault(setting.name, setting) == setting
+        assert not own & set(known)
+        own |= set(known)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: CompressionConfig(policy="budget"),  # type: ignore[arg-type]
+        lambda: CompressionConfig(scorer=KeepAll()),  # type: ignore[arg-type]
+        lambda: Budget(scope="head"),  # type: ignore[arg-type]
+        lambda: Budget(ratio=1), lambda: Budget(high=2), lambda: Budget(budget=-1),
+        lambda: Budget(low=(5, 5)), lambda: Threshold(low="small"),  # type: ignore[arg-type]
+        lambda: Threshold(alpha_low=2), lambda: Queries(pooling=4), lambda: Repeat(pooling=257),
+    ],
+)  # fmt: skip
+def test_objects_with_wrong_values_are_not_made(make: Any) -> None:
+    with pytest.raises(ConfigError) as refused:
+        make()
+    assert "; use " in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_settings_are_read_without_numpy() -> None:
+    """The chat reads them before its first screen."""
+    code = (
+        "import sys; from leankv_mlx.config import CompressionConfig as C; "
+        "C.parse('leankv:paper').spec(); print(sorted({'numpy', 'mlx.core'} & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -36,7 +36,7 @@ def measure_policy(settings: Settings, models: Models, advance: Advance) -> list
     rows = []
     for tokens in settings.policy:
         for name, config in settings.configs(USUAL).items():
-            if config.policy == "keep_all":
+            if not config.policy.drops:
                 continue
             advance(f"policy, {models.shape.name}, {name}, {tokens} tokens")
             runs = [

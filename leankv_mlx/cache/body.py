@@ -20,7 +20,8 @@ from leankv_mlx.kernels import Backend, Centers, Rows, Tier
 from leankv_mlx.kernels.dequantize import dequantize
 from leankv_mlx.kernels.encode import encode
 from leankv_mlx.kernels.repack import repack
-from leankv_mlx.sparsity import DROP, HIGH, LOW, Stored
+from leankv_mlx.policies import DROP, HIGH, LOW
+from leankv_mlx.sparsity import Stored
 from leankv_mlx.sparsity.marks import Marks, Scores, marks_of, scores_of
 
 _SLAB = 64

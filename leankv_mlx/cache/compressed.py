@@ -48,7 +48,7 @@ class CompressedKVCache:
         self._exact_dtype = exact_dtype
         self._backend: Backend = resolve_backend(self.config.backend)
         self._layer: Layer | None = None  # made by the first update, which tells the shape
-        self._sparsifier = None if self.config.policy == "keep_all" else Sparsifier(self.config)
+        self._sparsifier = Sparsifier(self.config) if self.config.policy.drops else None
         self._calls = Calls()
         self._parts: int | None = None  # that have come of an update in parts
         self._unread = -1  # fused calls before a fetch whose arrays do not hold all tokens

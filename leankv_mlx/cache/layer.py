@@ -65,7 +65,7 @@ class Layer:
         self.shape = shape
         self.offset = 0
         self.body: CompressedBody | None = None
-        self.observations = None if config.policy == "keep_all" else Observations()
+        self.observations = Observations() if config.policy.drops else None
         self.collector: LargestReceived | None = None
         self.placed = 0
         self._seen: list[tuple[mx.array, int]] = []

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError
 from leankv_mlx.kernels import MAX_DECODE_TOKENS
-from leankv_mlx.sparsity import LayerSlots, policy_of, pooled
+from leankv_mlx.policies import LayerSlots
 from leankv_mlx.sparsity.observations import OBSERVED_QUERIES
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ class Sparsifier:
 
     def __init__(self, config: CompressionConfig) -> None:
         self._config = config
-        self._policy = policy_of(config)
         self._members: list[weakref.ref[Layer]] = []
         self._ended = False  # whether the prompt is in
         self._judged_at = 0  # offset at which the stored scores were made
@@ -141,7 +140,7 @@ class Sparsifier:
         layers = self._alive()
         for layer in layers:
             layer.compress()
-        judged = self._judged(layers) if self._config.scores == "queries" else None
+        judged = None if self._config.scorer.repeats else self._judged(layers)
         if judged is None:
             self._keep_to_budget()  # while there are queries to judge by
         self._clear_queries()  # what is generated will be judged by what comes after it
@@ -158,11 +157,11 @@ class Sparsifier:
         """Place the stored tokens by given scores.
 
         Args:
-            scores: significance [H, S] of each layer that has a body, before pooling.
+            scores: attention received, [H, S], of each layer that has a body.
         """
         layers = [layer for layer in self._alive() if layer.body]
         smooth = [
-            pooled(score, body.describe().positions, self._config.pooling)
+            self._config.scorer.judge(score, body.describe().positions)
             for layer, score in zip(layers, scores, strict=True)
             if (body := layer.body)
         ]
@@ -173,13 +172,14 @@ class Sparsifier:
         layers = [layer]
         if self._leads(layer):
             layers = [x for x in self._alive() if x.offset == layer.offset and _leaves(x)]
-        if self._ended and self._config.scores == "queries":
+        by_queries = not self._config.scorer.repeats
+        if self._ended and by_queries:
             self._judge_and_place(layers)
         else:
             for each in layers:
                 each.compress()
             # Chunks of a prompt so small that they wait in the window.
-            small = not self._ended and self._config.scores == "queries"
+            small = not self._ended and by_queries
             if small and self._config.at == "chunk" and self._leads(layer):
                 self._place(*self._judged(self._alive()))
         if self._bound:
@@ -199,7 +199,7 @@ class Sparsifier:
             self._place([x for x in layers if x.observed], None)
 
     def _judged(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[Scores]]:
-        """Those of the layers that can be judged, and the pooled scores of all their slots."""
+        """Those of the layers that can be judged, and the scores of all their slots."""
         able = [layer for layer in layers if layer.body and layer.observed]
         lazy = [layer.judge() for layer in able]
         mx.eval(lazy)
@@ -208,10 +208,9 @@ class Sparsifier:
             assert layer.body is not None
             positions = layer.body.describe().positions
             around = np.broadcast_to(layer.exact_positions, exact.shape)
-            smooth = pooled(
+            smooth = self._config.scorer.judge(
                 np.concatenate([np.array(stored), np.array(exact)], axis=1),
                 np.concatenate([positions, around], axis=1),
-                self._config.pooling,
             )
             scores.append(smooth[:, : positions.shape[1]])
             self._judged_at = layer.offset
@@ -235,7 +234,7 @@ class Sparsifier:
                     layer.offset,
                 )
             )
-        plans = self._policy.plan(described) if described else []
+        plans = self._config.policy.plan(described) if described else []
         for i, (layer, plan) in enumerate(zip(layers, plans, strict=True)):
             body = bodies[i]
             assert body is not None
@@ -262,7 +261,7 @@ class Sparsifier:
         if not self._shrink():
             self._check_budget()
             raise ConfigError(
-                f"budget={self._config.budget} bytes does not hold this cache: "
+                f"budget={self._config.policy.limit} bytes does not hold this cache: "
                 f"{self._most_nbytes} are needed with all dropped that may be; use a larger "
                 "budget, or a smaller window."
             )
@@ -274,8 +273,7 @@ class Sparsifier:
                 layer.body.compact()
 
     def _over_budget(self) -> bool:
-        budget = self._config.budget if self._config.policy == "budget" else 0
-        return budget > 0 and budget < self._most_nbytes
+        return 0 < self._config.policy.limit < self._most_nbytes
 
     @property
     def _most_nbytes(self) -> int:
@@ -290,7 +288,7 @@ class Sparsifier:
         """Of the scores of the exact rows those of the rows that leave."""
         around = np.broadcast_to(layer.exact_positions, scores.shape)
         start, stop = layer.leaving
-        return pooled(scores, around, self._config.pooling)[:, start:stop]
+        return self._config.scorer.judge(scores, around)[:, start:stop]
 
     def _clear_queries(self) -> None:
         for layer in self._alive():
@@ -298,9 +296,9 @@ class Sparsifier:
                 layer.observations.clear()
 
     def _check_budget(self) -> None:
-        budget, layers = self._config.budget, self._alive()
+        budget, layers = self._config.policy.limit, self._alive()
         fixed = sum(layer.least_nbytes for layer in layers)
-        if self._config.policy == "budget" and 0 < budget < fixed:
+        if 0 < budget < fixed:
             raise ConfigError(
                 f"budget={budget} bytes is too small: sink tokens, window and observed queries of "
                 f"{len(layers)} layers alone take {fixed}; use a larger budget, or a smaller "

@@ -52,7 +52,7 @@ class Arm:
     @property
     def drops(self) -> bool:
         """Whether a policy may drop tokens."""
-        return self.config is not None and self.config.policy != "keep_all"
+        return self.config is not None and self.config.policy.drops
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:

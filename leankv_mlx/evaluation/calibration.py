@@ -15,12 +15,14 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from leankv_mlx.config import BITS, Bits, CompressionConfig
+from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import UsageError
 from leankv_mlx.evaluation.arms import NONE, Arm, Size
 from leankv_mlx.evaluation.fidelity import Corpus, run_fidelity
 from leankv_mlx.evaluation.retrieval import Cell, run_retrieval
 from leankv_mlx.mlx_lm.loading import LoadedModel
+from leankv_mlx.policies import Budget, KeepAll, Policy, Threshold
+from leankv_mlx.settings import BITS, Bits
 
 RATIOS = (4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 20.0)
 ALPHAS = ((30.0, 10.0), (16.0, 4.0), (8.0, 2.0), (4.0, 1.0), (2.0, 0.5), (1.0, 0.2), (1.0, 0.02))
@@ -80,14 +82,16 @@ def candidates(base: CompressionConfig) -> list[Arm]:
     Raises:
         UsageError: the policy has nothing to sweep.
     """
-    if base.policy == "budget":
-        configs = [replace(base, ratio=ratio) for ratio in reversed(RATIOS)]
-    elif base.policy == "threshold":
-        configs = [replace(base, alpha_high=high, alpha_low=low) for high, low in ALPHAS]
+    policy, policies = base.policy, list[Policy]()
+    if isinstance(policy, Budget):
+        policies += [replace(policy, ratio=ratio) for ratio in reversed(RATIOS)]
+    elif isinstance(policy, Threshold):
+        policies += [replace(policy, alpha_high=high, alpha_low=low) for high, low in ALPHAS]
     else:
         raise UsageError(
-            f"policy={base.policy} has nothing to calibrate; use policy=budget or policy=threshold."
+            f"policy={policy.name} has nothing to calibrate; use policy=budget or policy=threshold."
         )
+    configs = [replace(base, policy=each) for each in policies]
     return [Arm(config.spec().removeprefix("leankv:"), config) for config in configs]
 
 
@@ -152,7 +156,7 @@ def allocate(
     """
     if not min(BITS) <= bits <= max(BITS):
         raise UsageError(f"--bits {bits:g} is out of range; use {min(BITS)} to {max(BITS)}.")
-    plain = replace(base, policy="keep_all", layer_bits=())
+    plain = replace(base, policy=KeepAll(), layer_bits=())
     levels = sorted(BITS)
     top = np.full((layers, 2), levels[-1])
     arms: dict[str, Arm] = {}

@@ -25,7 +25,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx import nn
 
-from leankv_mlx.config import BLOCK_SLOTS, CompressionConfig
+from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import UsageError
 from leankv_mlx.evaluation import prose
 from leankv_mlx.evaluation.arms import Arm, Size, in_float32, prefill, settle
@@ -40,6 +40,7 @@ from leankv_mlx.evaluation.tasks import facts, seeded
 from leankv_mlx.kernels import MAX_DECODE_TOKENS
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel
+from leankv_mlx.settings import BLOCK_SLOTS
 
 STEP = BLOCK_SLOTS
 _TOGETHER = 16  # arms whose caches are there at the same time: calibration compares hundreds

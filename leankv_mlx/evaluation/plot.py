@@ -9,6 +9,7 @@ from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import UsageError
 from leankv_mlx.evaluation.arms import Arm
 from leankv_mlx.evaluation.lab import ArmResult, Report
+from leankv_mlx.policies import Budget, Threshold
 
 SUFFIXES = (".svg", ".png")
 
@@ -70,7 +71,7 @@ def _line(axes: Any, policy: str, points: list[tuple[float, float, str]]) -> Non
 def _by_policy(arms: list[ArmResult]) -> dict[str, list[ArmResult]]:
     groups: dict[str, list[ArmResult]] = {}
     for arm in arms:
-        groups.setdefault(_config(arm).policy, []).append(arm)
+        groups.setdefault(_config(arm).policy.name, []).append(arm)
     return groups
 
 
@@ -82,12 +83,12 @@ def _config(arm: ArmResult) -> CompressionConfig:
 
 def _label(arm: ArmResult) -> str:
     """What tells an arm from the others of its line."""
-    config = _config(arm)
-    if config.policy == "budget":
-        return f"{config.ratio:g}"
-    if config.policy == "threshold":
-        return f"{config.alpha_high:g}/{config.alpha_low:g}"
-    return arm.kv if config.policy == "keep_all" else ""
+    policy = _config(arm).policy
+    if isinstance(policy, Budget):
+        return f"{policy.ratio:g}"
+    if isinstance(policy, Threshold):
+        return f"{policy.alpha_high:g}/{policy.alpha_low:g}"
+    return "" if policy.drops else arm.kv
 
 
 def _ratio(report: Report, arm: ArmResult) -> float:

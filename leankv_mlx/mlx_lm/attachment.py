@@ -169,7 +169,7 @@ class Attachment:
         for index, (entry, path) in enumerate(zip(self._entries, attention, strict=True)):
             refused = self._reason(entry)
             reason = self.config.spec() if refused is None else refused
-            if refused is None and path == "fallback" and self.config.policy != "keep_all":
+            if refused is None and path == "fallback" and self.config.policy.drops:
                 reason += "; keeps every token, because its attention does not go through the cache"
             rows.append(LayerReport(index, type(entry).__name__, refused is None, reason, path))
         return rows

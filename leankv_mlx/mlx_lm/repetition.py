@@ -25,7 +25,7 @@ LEAD = 8
 
 def judges_by_repetition(caches: Sequence[Any]) -> bool:
     """Whether the settings of the caches ask for it (scores=repeat)."""
-    return any(cache.config.scores == "repeat" for cache in _with_policy(caches))
+    return any(cache.config.scorer.repeats for cache in _with_policy(caches))
 
 
 def settle_document(
@@ -84,7 +84,7 @@ def _repeat_and_place(
 
 def _with_policy(caches: Sequence[Any]) -> Iterator[CompressedKVCache]:
     for cache in caches:
-        if isinstance(cache, CompressedKVCache) and cache.config.policy != "keep_all":
+        if isinstance(cache, CompressedKVCache) and cache.config.policy.drops:
             yield cache
         else:
             yield from _with_policy(getattr(cache, "caches", ()))

@@ -1,44 +1,23 @@
-"""Which tokens each KV head keeps: how much attention they get, and policies over that."""
+"""How much attention stored tokens get: the queries of a cache, and what they look at.
+
+Which tokens stay is said by `leankv_mlx.policies` and `leankv_mlx.scorers`.
+"""
 
 from leankv_mlx.sparsity.observations import Observations, Observed
-from leankv_mlx.sparsity.policies import (
-    DROP,
-    HIGH,
-    LOW,
-    Budget,
-    KeepAll,
-    LayerSlots,
-    Policy,
-    Streaming,
-    Threshold,
-    policy_of,
-)
 from leankv_mlx.sparsity.scoring import (
     Exact,
     LargestReceived,
     Stored,
-    pooled,
     received,
     significance,
 )
 
 __all__ = [
-    "DROP",
-    "HIGH",
-    "LOW",
-    "Budget",
     "Exact",
-    "KeepAll",
     "LargestReceived",
-    "LayerSlots",
     "Observations",
     "Observed",
-    "Policy",
     "Stored",
-    "Streaming",
-    "Threshold",
-    "policy_of",
-    "pooled",
     "received",
     "significance",
 ]

@@ -23,7 +23,7 @@ from leankv_mlx.codec.format import TILE, Format
 from leankv_mlx.kernels import Centers, Rows, Tier
 from leankv_mlx.kernels.dequantize import dequantize_ops
 from leankv_mlx.kernels.encode import encode_ops
-from leankv_mlx.sparsity import DROP, HIGH, LOW
+from leankv_mlx.policies import DROP, HIGH, LOW
 
 H, G, DIM, SINKS, WINDOW = 2, 2, 32, 4, 32
 KV = f"leankv:k8v4,policy=threshold,window={WINDOW},sink_tokens={SINKS},backend=reference"

@@ -25,8 +25,8 @@ from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError, UnsupportedError
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.repetition import settle_document
-from leankv_mlx.sparsity import pooled
-from leankv_mlx.sparsity.policies import LEAST_SLOTS
+from leankv_mlx.policies.budget import LEAST_SLOTS
+from leankv_mlx.scorers.pooling import pooled
 from tests.models import TINY
 
 H, G, DIM = 2, 2, 64

@@ -15,10 +15,12 @@ from leankv_mlx.cli.app import run
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError, UsageError
 from leankv_mlx.evaluation import calibration
-from leankv_mlx.evaluation.arms import Size
+from leankv_mlx.evaluation.arms import Arm, Size
 from leankv_mlx.evaluation.calibration import Candidate, _greedy, _uniform, candidates
+from leankv_mlx.policies import Budget, Policy, Threshold
 from leankv_mlx.profiles import profiles as all_profiles
 from leankv_mlx.profiles import save_profile, user_profiles
+from leankv_mlx.scorers import Repeat
 
 QUICK = ["--tasks", "none", "--context", "256", "--chunks", "1"]
 
@@ -46,12 +48,17 @@ def test_the_uniform_setting_of_so_many_bits() -> None:
     ]  # fmt: skip
 
 
+def policies(arms: list[Arm]) -> list[Policy]:
+    return [arm.config.policy for arm in arms if arm.config]
+
+
 def test_candidates_are_the_policys_own_settings() -> None:
     budget = candidates(CompressionConfig.parse("leankv:policy=budget,window=32"))
-    ratios = [arm.config.ratio for arm in budget if arm.config]
+    ratios = [policy.ratio for policy in policies(budget) if isinstance(policy, Budget)]
     assert ratios == sorted(ratios, reverse=True) and len(ratios) == len(calibration.RATIOS)
     alphas = candidates(CompressionConfig.parse("leankv:k8v4,policy=threshold"))
-    assert [arm.config.alpha_low for arm in alphas if arm.config] == [10, 4, 2, 1, 0.5, 0.2, 0.02]
+    lows = [policy.alpha_low for policy in policies(alphas) if isinstance(policy, Threshold)]
+    assert lows == [10, 4, 2, 1, 0.5, 0.2, 0.02]
     with pytest.raises(UsageError, match="policy=streaming has nothing to calibrate"):
         candidates(CompressionConfig.parse("leankv:policy=streaming"))
 
@@ -73,7 +80,7 @@ def test_the_smallest_cache_within_limits_becomes_a_profile(
     assert document["profile"] == "mine" and document["kv"] == "policy=budget,ratio=6"
     assert len(document["candidates"]) == 3
     config = CompressionConfig.parse("leankv:mine,window=128")
-    assert (config.policy, config.ratio, config.window) == ("budget", 6, 128)
+    assert (config.policy, config.window) == (Budget(ratio=6), 128)
     assert (
         "5.5 times smaller"
         in tomllib.loads(user_profiles().read_text())["profiles"]["mine"]["about"]
@@ -106,7 +113,7 @@ def test_of_candidates_that_measure_the_same_the_mildest_is_taken(
     )  # fmt: skip
     monkeypatch.setattr(calibration, "sweep", lambda *arguments: rows)
     assert run(["calibrate", "mine", *QUICK]) == 0
-    assert CompressionConfig.parse("leankv:mine").ratio == 9
+    assert CompressionConfig.parse("leankv:mine").policy == Budget(ratio=9)
 
 
 def test_it_measures_through_the_real_cache(
@@ -165,5 +172,6 @@ def test_every_profile_is_understood() -> None:
     parsed: dict[str, Any] = {
         name: CompressionConfig.parse(f"leankv:{name}") for name in all_profiles()
     }
-    assert parsed["lean"].policy == "budget" and parsed["document"].scores == "repeat"
+    assert parsed["lean"].policy == Budget(ratio=14, scope="model")
+    assert parsed["document"].policy == Budget(ratio=7) and parsed["document"].scorer == Repeat()
     assert parsed["paper"].tiers == ((8, 4), (4, 2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 
 from leankv_mlx.cache import CompressedKVCache, owner_of
 from leankv_mlx.cache.layer import Layer
-from leankv_mlx.sparsity import LargestReceived, Observations, pooled
+from leankv_mlx.sparsity import LargestReceived, Observations
 
 H, G, DIM, SCALE = 2, 3, 32, 0.4
 KV = "leankv:window=32,policy=threshold,alpha_high=0,alpha_low=0"
@@ -168,29 +167,3 @@ def test_the_ring_does_not_hold_the_queries_of_the_prompt() -> None:
     ring = Observations()
     ring.add(mx.zeros((4, 5000, 64)), None, 5000, 1.0, None)
     assert ring.nbytes == 4 * 64 * 64 * 4
-
-
-def test_pooling_reaches_neighbours_by_position() -> None:
-    scores = np.array([[0.0, 0.9, 0.0, 0.2, 0.0, 7.0]], np.float32)
-    positions = np.array([[10, 12, 3, 4, 30, -1]], np.int32)
-    assert pooled(scores, positions, 5).tolist() == [pytest.approx([0.9, 0.9, 0.2, 0.2, 0.0, 0.0])]
-    assert pooled(scores, positions, 3)[0].tolist() == pytest.approx([0.0, 0.9, 0.2, 0.2, 0, 0])
-    assert pooled(scores, positions, 1)[0].tolist() == pytest.approx([0, 0.9, 0, 0.2, 0, 0])
-    far = np.array([[0, 1, 900, 902, 903, 5000]], np.int32)
-    scores = np.array([[0.1, 0.2, 0.9, 0.3, 0.4, 0.5]], np.float32)
-    assert pooled(scores, far, 5)[0].tolist() == pytest.approx([0.2, 0.2, 0.9, 0.9, 0.4, 0.5])
-    wide = np.random.default_rng(0).random((3, 200)).astype(np.float32)
-    at = np.broadcast_to(np.arange(200, dtype=np.int32), (3, 200))
-    expected = np.stack([wide[:, max(0, i - 7) : i + 8].max(axis=1) for i in range(200)], axis=1)
-    np.testing.assert_array_equal(pooled(wide, at, 15), expected)
-
-
-def test_pooling_a_few_tokens_late_in_a_long_context_takes_little_memory() -> None:
-    positions = np.tile(np.r_[0:4, (1 << 22) : (1 << 22) + 96].astype(np.int32), (64, 1))
-    tracemalloc.start()
-    try:
-        found = pooled(np.ones(positions.shape, np.float32), positions, 31)
-        assert tracemalloc.get_traced_memory()[1] < 64 << 20
-    finally:
-        tracemalloc.stop()
-    assert (found == 1).all()

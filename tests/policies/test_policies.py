@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError
-from leankv_mlx.sparsity import (
+from leankv_mlx.policies import (
     DROP,
     HIGH,
     LOW,
@@ -20,10 +20,11 @@ from leankv_mlx.sparsity import (
     LayerSlots,
     Streaming,
     Threshold,
-    policy_of,
 )
+from leankv_mlx.policies.budget import LEAST_SLOTS
+from leankv_mlx.policies.shares import FLOOR, descending
+from leankv_mlx.settings import LowBits
 from leankv_mlx.sparsity.marks import scores_of
-from leankv_mlx.sparsity.policies import FLOOR, LEAST_SLOTS, _descending
 
 
 def layer(scores: Any, tiers: Any = None, **numbers: Any) -> LayerSlots:
@@ -53,8 +54,12 @@ def test_keep_all_and_streaming() -> None:
 def test_thresholds_are_relative_to_the_length() -> None:
     slots = layer([[0.3, 0.05, 0.001, 0.3]], [[HIGH, HIGH, HIGH, LOW]], tokens=10)
     # 3.0, 0.5, 0.01 and 3.0 times 1/N; what is low stays low
-    assert Threshold(1.0, 0.1).plan([slots])[0].tolist() == [[HIGH, LOW, DROP, LOW]]
-    assert Threshold(0.4, 0.1).plan([slots])[0].tolist() == [[HIGH, HIGH, DROP, LOW]]
+    assert Threshold(alpha_high=1.0, alpha_low=0.1).plan([slots])[0].tolist() == [
+        [HIGH, LOW, DROP, LOW]
+    ]
+    assert Threshold(alpha_high=0.4, alpha_low=0.1).plan([slots])[0].tolist() == [
+        [HIGH, HIGH, DROP, LOW]
+    ]
 
 
 def test_a_budget_keeps_the_most_significant_slots_of_every_head() -> None:
@@ -81,7 +86,7 @@ def test_heads_that_matter_get_more_and_none_goes_blind() -> None:
 
 def test_the_high_tier_takes_its_share() -> None:
     slots = layer(np.random.default_rng(0).random((2, 4000)))
-    (plan,) = Budget(ratio=10, high=0.5).plan([slots])
+    (plan,) = Budget(low=(3, 2), ratio=10, high=0.5).plan([slots])
     room = slots.fp16_nbytes / 10 - slots.fixed_nbytes
     assert (plan == HIGH).sum() * 100 == pytest.approx(room / 2, rel=0.05)
     assert (plan == LOW).sum() * 50 == pytest.approx(room / 2, rel=0.05)
@@ -94,7 +99,7 @@ def test_the_low_tier_goes_to_what_the_high_one_left() -> None:
     scores[0, :1000], scores[1, :1000] = 1, 0.5
     slots = layer(scores)
     room = slots.fp16_nbytes / 16 - slots.fixed_nbytes
-    (plan,) = Budget(ratio=16, high=0.66).plan([slots])
+    (plan,) = Budget(low=(3, 2), ratio=16, high=0.66).plan([slots])
     assert 0.6 * room < (plan == HIGH).sum() * 100 <= 0.66 * room
     high, low = (plan == HIGH).sum(axis=1), (plan == LOW).sum(axis=1)
     assert high[0] > 2 * high[1] and low[1] > 2 * low[0]
@@ -111,7 +116,8 @@ def test_bytes_of_the_model_bound_the_layers_together() -> None:
     strong, weak = layer(rng.random((2, 3000))), layer(rng.random((2, 3000)) * 1e-3)
     nbytes = 200_000
     for together in (False, True):
-        plans = Budget(ratio=2, nbytes=nbytes, whole_model=together).plan([strong, weak])
+        scope = "model" if together else "layer"
+        plans = Budget(ratio=2, budget=nbytes, scope=scope).plan([strong, weak])
         spent = [cost(p, x) for p, x in zip(plans, (strong, weak), strict=True)]
         room = nbytes - 2000 - 4 * 3200  # and a block for each head
         assert room - 4 * 3200 < sum(spent) <= room
@@ -120,22 +126,31 @@ def test_bytes_of_the_model_bound_the_layers_together() -> None:
             if not together
             else (spent[0] > 3 * spent[1])
         )
-    assert (Budget(ratio=2, nbytes=1500).plan([strong, weak])[0] == DROP).all()
+    assert (Budget(ratio=2, budget=1500).plan([strong, weak])[0] == DROP).all()
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 4), st.integers(1, 300), st.floats(1.1, 50), st.floats(0, 1),
-    st.integers(0, 1 << 20), st.integers(0, 1000), st.booleans(),
+    st.integers(0, 1 << 20), st.integers(0, 1000), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_no_plan_moves_a_slot_up_or_costs_more_than_it_may(
-    heads: int, slots: int, ratio: float, high: float, nbytes: int, seed: int, together: bool
+    heads: int,
+    slots: int,
+    ratio: float,
+    high: float,
+    nbytes: int,
+    seed: int,
+    together: bool,
+    tiered: bool,
 ) -> None:
     rng = np.random.default_rng(seed)
     layers = [
         layer(rng.random((heads, slots)), rng.integers(-1, 2, (heads, slots))) for _ in range(2)
     ]
-    plans = Budget(ratio, nbytes, high, together).plan(layers)
+    scope: Literal["layer", "model"] = "model" if together else "layer"
+    low: LowBits = (3, 2) if tiered else "none"
+    plans = Budget(low, ratio, nbytes, high, scope).plan(layers)
     for plan, x in zip(plans, layers, strict=True):
         assert plan.shape == x.tiers.shape
         assert (plan[x.tiers == DROP] == DROP).all() and (plan[x.tiers == LOW] != HIGH).all()
@@ -153,20 +168,21 @@ def test_ranking_is_that_of_a_stable_sort(kind: str) -> None:
     elif kind == "ties":
         scores = rng.integers(0, 3, scores.shape).astype(np.float32) / 3
     scores[:, ::9], scores[:, 5] = -np.inf, 0
-    np.testing.assert_array_equal(_descending(scores), np.argsort(-scores, axis=1, kind="stable"))
+    np.testing.assert_array_equal(descending(scores), np.argsort(-scores, axis=1, kind="stable"))
 
 
 def test_the_settings_make_the_policy() -> None:
     parse = CompressionConfig.parse
-    assert policy_of(parse("leankv")) == KeepAll()
-    assert policy_of(parse("leankv:policy=streaming")) == Streaming()
+    assert parse("leankv").policy == KeepAll()
+    assert parse("leankv:policy=streaming").policy == Streaming()
     two = parse("leankv:k8v4,policy=threshold,alpha_high=3,alpha_low=.02")
-    assert policy_of(two) == Threshold(3, 0.02) and two.tiers == ((8, 4), (4, 2))
+    assert two.policy == Threshold("auto", 3, 0.02) and two.tiers == ((8, 4), (4, 2))
     assert parse("leankv:policy=threshold").tiers == ((4, 4), (3, 2))
     assert parse("leankv:policy=threshold,low=none").tiers == ((4, 4),)
     one = parse("leankv:policy=budget,ratio=6,budget=2M,scope=model")
-    assert policy_of(one) == Budget(6, 2 << 20, 1.0, True) and one.tiers == ((4, 4),)
-    assert policy_of(parse("leankv:policy=budget,low=k3v2,high=.25")) == Budget(8, 0, 0.25, False)
+    assert one.policy == Budget(ratio=6, budget=2 << 20, scope="model") and one.tiers == ((4, 4),)
+    two = parse("leankv:policy=budget,low=k3v2,high=.25")
+    assert two.policy == Budget((3, 2), 8, 0, 0.25, "layer") and two.tiers == ((4, 4), (3, 2))
 
 
 @pytest.mark.parametrize(
