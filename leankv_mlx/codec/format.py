@@ -16,13 +16,15 @@ def padded(head_dim: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """Bits of each channel group, in channel order; 0 stores nothing of that group.
+    """Bits of each channel group, in channel order; 0 stores nothing of that group. And what the
+    codes mean: the name of a codec in `codec.codecs`.
 
     A block of this format is `words` uint32: the key tiles, the value tiles, one row of scales.
     """
 
     k_bits: tuple[int, ...]
     v_bits: tuple[int, ...]
+    codec: str = "cubic"
 
     @classmethod
     def of(

@@ -24,6 +24,7 @@ def _reference() -> Backend:
         gather=gather_ops,
         append=append_ops,
         repack=repack_ops,
+        codecs=(),
     )
 
 

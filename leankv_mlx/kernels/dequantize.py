@@ -2,9 +2,9 @@
 
 import mlx.core as mx
 
+from leankv_mlx.codec.codecs import CODECS
 from leankv_mlx.codec.format import TILE
 from leankv_mlx.codec.packing import unpack_k, unpack_v
-from leankv_mlx.codec.quantize import dequantize as decode
 from leankv_mlx.kernels.types import Backend, Centers, Rows, Tier
 
 _SLAB = 64
@@ -13,7 +13,7 @@ _SLAB = 64
 
 def dequantize_ops(body: Tier, centers: Centers, dtype: mx.Dtype) -> Rows:
     """Ops-based reference implementation of `dequantize`."""
-    sides = []
+    decode, sides = CODECS[body.format.codec].decode, []
     for unpack, bits, center in (
         (unpack_k, body.format.k_bits, centers.k),
         (unpack_v, body.format.v_bits, centers.v),

@@ -2,9 +2,9 @@
 
 import mlx.core as mx
 
+from leankv_mlx.codec.codecs import CODECS
 from leankv_mlx.codec.format import TILE, Format
 from leankv_mlx.codec.packing import pack_blocks
-from leankv_mlx.codec.quantize import quantize
 from leankv_mlx.config import Rounding
 from leankv_mlx.errors import ShapeError
 from leankv_mlx.kernels.types import Backend, Centers, Rows
@@ -18,7 +18,7 @@ def encode_ops(rows: Rows, centers: Centers, format: Format, rounding: Rounding)
         # Slots behind the last row get a scale of 0.
         filled = mx.pad(centered, [(0, 0), (0, -x.shape[1] % TILE), (0, 0)])
         slots = filled.reshape(x.shape[0], -1, TILE, x.shape[2])
-        sides.append(quantize(slots, bits, rounding))
+        sides.append(CODECS[format.codec].encode(slots, bits, rounding))
     k, v = sides
     return pack_blocks(k, v, format)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
+from leankv_mlx.codec.codecs import CUBIC
 from leankv_mlx.codec.format import Format
 from leankv_mlx.codec.rotation import Rotation
 from leankv_mlx.config import Rounding
@@ -161,7 +162,7 @@ class DecodeOp(Protocol):
 @dataclass(frozen=True)
 class Backend:
     """One implementation of every operation. `widest`: stored channels that its kernels have room
-    for, 0 for any."""
+    for, 0 for any. `codecs`: those that they know, none for any."""
 
     name: str
     encode: EncodeOp
@@ -172,7 +173,9 @@ class Backend:
     append: Callable[[Rows, Rows, Rotations], Rows]
     repack: Callable[[Tier, mx.array], mx.array]
     widest: int = 0
+    codecs: tuple[str, ...] = (CUBIC,)
 
     def supports(self, format: Format) -> bool:
         """Whether it computes layers of this format; the reference computes all others."""
-        return not self.widest or max(format.k_dim, format.v_dim) <= self.widest
+        known = not self.codecs or format.codec in self.codecs
+        return known and (not self.widest or max(format.k_dim, format.v_dim) <= self.widest)
