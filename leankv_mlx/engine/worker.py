@@ -11,7 +11,6 @@ import mlx.core as mx
 
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.documents.cache import DocumentCache
-from leankv_mlx.documents.prefix import prefill
 from leankv_mlx.engine.compaction import first_part, folded
 from leankv_mlx.engine.download import progress_class
 from leankv_mlx.engine.events import (
@@ -42,6 +41,7 @@ from leankv_mlx.errors import ModelError, UsageError
 from leankv_mlx.mlx_lm.footprint import weight_bytes
 from leankv_mlx.mlx_lm.loading import LoadedModel, load
 from leankv_mlx.mlx_lm.loading import resolve_model as resolve
+from leankv_mlx.mlx_lm.reading import prefill
 from leankv_mlx.mlx_lm.usage import Usage, measure
 
 _SUMMARY_TOKENS = 256
