@@ -37,13 +37,6 @@ NoCache = Annotated[
 ]
 
 
-def setting(kv: str) -> CompressionConfig | None:
-    """The value of --kv; None stands for the uncompressed cache."""
-    from leankv_mlx.mlx_lm.command import parse_kv
-
-    return parse_kv(kv)
-
-
 def budget_bytes(text: str) -> int:
     """The value of --memory-budget; 0 stands for what is spare."""
     return parse_bytes(text) if text else 0

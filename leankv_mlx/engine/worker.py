@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from leankv_mlx.config import CompressionConfig
+from leankv_mlx.config import parse_kv
 from leankv_mlx.documents.cache import DocumentCache
 from leankv_mlx.engine.compaction import first_part, folded
 from leankv_mlx.engine.download import progress_class
@@ -113,7 +113,7 @@ class Worker:
     # Loading
 
     def _load(self, request: Load) -> None:
-        config = _parse(request.kv)
+        config = parse_kv(request.kv, stored=True)  # whoever asks has read it before
         emit = self._control.emit
         store = DocumentCache(lambda line: emit(Noted(line)))
         emit(Loading(request.model))
@@ -320,7 +320,7 @@ class Worker:
     # The compression of the session
 
     def _recode(self, request: Recode) -> None:
-        config = _parse(request.kv)
+        config = parse_kv(request.kv, stored=True)
         session = self._need()
         before = measure(session.conversation.caches).used
         kept = session.recode(config)
@@ -347,7 +347,3 @@ class Worker:
     def _snapshot_now_and_then(self, request: int, speed: float) -> None:
         if time.perf_counter() >= self._next_snapshot:
             self._snapshot(request, speed)
-
-
-def _parse(kv: str) -> CompressionConfig | None:
-    return None if kv == "none" else CompressionConfig.parse(kv, stored=True)  # read before

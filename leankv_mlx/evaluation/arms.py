@@ -12,16 +12,13 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from leankv_mlx.cache import CompressedKVCache, end_prompt
-from leankv_mlx.config import CompressionConfig
+from leankv_mlx.config import UNCOMPRESSED, CompressionConfig, parse_kv
 from leankv_mlx.errors import ModelError
 from leankv_mlx.mlx_lm.attachment import attach
 from leankv_mlx.mlx_lm.repetition import judges_by_repetition, settle_document
 from leankv_mlx.mlx_lm.usage import measure
 
-NONE = "none"
 DEFAULT_KV = ("k8v8", "k8v4", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2")
-
-_PREFIX = "leankv:"
 
 
 @dataclass(frozen=True)
@@ -38,13 +35,7 @@ class Arm:
         Raises:
             ConfigError: it is not understood.
         """
-        text = text.strip()
-        if text == NONE:
-            return cls(NONE, None)
-        if text == _PREFIX.rstrip(":"):
-            return cls(text, CompressionConfig())
-        name = text.removeprefix(_PREFIX)
-        return cls(name, CompressionConfig.parse(_PREFIX + name))
+        return cls(text.strip().removeprefix("leankv:"), parse_kv(text))
 
     @property
     def drops(self) -> bool:
@@ -70,7 +61,7 @@ class Arm:
 
 def parse_arms(texts: Sequence[str]) -> list[Arm]:
     """The arms of repeated `--kv`, the uncompressed one first, each once."""
-    arms = [Arm.parse(text) for text in (NONE, *(texts or DEFAULT_KV))]
+    arms = [Arm.parse(text) for text in (UNCOMPRESSED, *(texts or DEFAULT_KV))]
     return list({arm.kv: arm for arm in arms}.values())
 
 

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from leankv_mlx.cache import CompressedKVCache
-from leankv_mlx.config import CompressionConfig
+from leankv_mlx.config import UNCOMPRESSED, CompressionConfig, parse_kv
 from leankv_mlx.errors import CacheFileError, UsageError
 from leankv_mlx.kernels import resolve_backend
 from leankv_mlx.mlx_lm.attachment import Attachment, attach
@@ -31,7 +31,7 @@ from leankv_mlx.mlx_lm.cache_files import (
     save_prompt_cache,
 )
 from leankv_mlx.mlx_lm.document_prompt import DocumentPrompt, Documents
-from leankv_mlx.mlx_lm.flags import UNCOMPRESSED, add_flags
+from leankv_mlx.mlx_lm.flags import add_flags
 from leankv_mlx.mlx_lm.loading import (
     LoadedModel,
     check_context,
@@ -50,15 +50,6 @@ _COMPRESSED = CompressedKVCache.__name__
 _FINGERPRINT = "leankv_model"
 _IDLE_BESIDE_KV = {"kv_bits": "--kv-bits", "max_kv_size": "--max-kv-size"}
 """Flags of mlx-lm that would do nothing, because attach decides which caches there are."""
-
-
-def parse_kv(text: str) -> CompressionConfig | None:
-    """The value of `--kv`; None stands for the uncompressed cache.
-
-    Raises:
-        ConfigError: it is not understood.
-    """
-    return None if text == UNCOMPRESSED else CompressionConfig.parse(text)
 
 
 class Session:

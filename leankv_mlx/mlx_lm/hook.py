@@ -22,8 +22,9 @@ from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
 from leankv_mlx.blas import bind
+from leankv_mlx.config import UNCOMPRESSED
 from leankv_mlx.errors import LeanKVError, UsageError, error_line
-from leankv_mlx.mlx_lm.flags import UNCOMPRESSED, add_flags
+from leankv_mlx.mlx_lm.flags import add_flags
 
 COMMANDS = ("benchmark", "cache_prompt", "chat", "generate", "server")
 REFUSED = {
