@@ -1,4 +1,4 @@
-"""What the commands about documents have in common: their options, notes and progress."""
+"""What commands have in common, those about documents above all: options, notes and progress."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ Encoding = Annotated[
 ]
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Neither open nor keep documents that were read.")
+]
+LastJson = Annotated[
+    bool, typer.Option("--json", help="One JSON document as the last line on stdout.")
 ]
 
 
