@@ -112,9 +112,9 @@ class Queries {
 };
 
 // The memory of what each task finds.
-class Parts {
+class Partials {
  public:
-  Parts(size_t tasks, int rows, int v_dim)
+  Partials(size_t tasks, int rows, int v_dim)
       : rows_(rows),
         v_dim_(v_dim),
         // Whole cache lines, because neighbours are of different threads.
@@ -171,7 +171,7 @@ void run_attention(const AttentionJob& job) {
   const bool alone =
       thread_count() == 1 || units * kTile * rows * (a.k_dim + a.v_dim) < kSerialWork;
   const auto [tasks, ends] = plan(a, units, alone ? 1 : thread_count());
-  Parts memory(tasks.size(), a.rows(), a.v_dim);
+  Partials memory(tasks.size(), a.rows(), a.v_dim);
   const Queries queries(job, alone);
   queries.give_to(a);
 

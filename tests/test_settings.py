@@ -103,7 +103,6 @@ def test_every_value_of_kv_is_read_by_one_function() -> None:
     assert parse_kv("k4v4,ratio=12", stored=True) is not None
 
 
-
 def test_the_chat_tells_somebody_who_types_it_and_takes_what_it_kept() -> None:
     from leankv_app.factory import full_kv
 
