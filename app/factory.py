@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from leankv_app.options import Options
 from leankv_app.paths import Paths
-from leankv_mlx.config import CompressionConfig
+from leankv_mlx.config import UNCOMPRESSED, kv_text, parse_kv
 from leankv_mlx.engine.requests import Emit, EngineLike
 from leankv_mlx.errors import ConfigError, DocumentError, UsageError
 from leankv_mlx.profiles import profiles
@@ -27,16 +27,15 @@ def full_kv(text: str, stored: bool = False) -> str:
     Raises:
         ConfigError: it is not understood.
     """
-    text = text.strip()
-    return text if text == "none" else CompressionConfig.parse(text, stored).spec()
+    return kv_text(parse_kv(text, stored))
 
 
 def kv_choices() -> list[str]:
     """What the picker and the completion offer."""
     try:
-        return [*profiles(), "none"]
+        return [*profiles(), UNCOMPRESSED]
     except ConfigError:  # the user's file is damaged, which is said where one of them is used
-        return ["none"]
+        return [UNCOMPRESSED]
 
 
 def check(options: Options) -> None:

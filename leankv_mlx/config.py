@@ -162,6 +162,25 @@ class CompressionConfig:
         return "leankv:" + ",".join(parts)
 
 
+UNCOMPRESSED = "none"
+"""The value of `--kv` for mlx-lm's own cache."""
+
+
+def parse_kv(text: str, stored: bool = False) -> CompressionConfig | None:
+    """The value of `--kv`: `UNCOMPRESSED`, which is None, or what `CompressionConfig.parse` reads.
+
+    Raises:
+        ConfigError: it is not understood, see there.
+    """
+    text = text.strip()
+    return None if text == UNCOMPRESSED else CompressionConfig.parse(text, stored)
+
+
+def kv_text(config: CompressionConfig | None) -> str:
+    """The text that `parse_kv` reads back."""
+    return UNCOMPRESSED if config is None else config.spec()
+
+
 def _known() -> dict[str, Setting]:
     """Every setting by its name, in the order of the text form. A name means the same in all
     policies that have it."""

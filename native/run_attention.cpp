@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "ends.h"
@@ -42,7 +43,7 @@ Plan plan(const AttentionArgs& a, int units, int threads) {
       const int size = std::max(fewest, (end - done) / kCut);
       const int left = std::min(end - done, units_of(a, head) - first);  // of the share and the head
       const int taken = left < size + fewest ? left : size;
-      plan.tasks.push_back({head, first, first + taken});
+      plan.tasks.push_back({.head = head, .first = first, .last = first + taken});
       done += taken;
       first += taken;
       if (first == units_of(a, head)) {
@@ -92,9 +93,10 @@ class Queries {
       const int64_t chunk = r / kRowChunk * kRowChunk;
       const int64_t in_chunk = std::min(kRowChunk + chunk, rows_) - chunk;
       const int64_t at = (head * rows_ + chunk) * dim_ + (r - chunk) * kTile;
-      const QueryPlace place{floats_.data.get() + at, in_chunk * kTile,
-                             fixed_ ? pairs_.data.get() + at / 2 : nullptr,
-                             steps_ + head * rows_ + r};
+      const QueryPlace place{.queries = floats_.data.get() + at,
+                             .stride = in_chunk * kTile,
+                             .pairs = fixed_ ? pairs_.data.get() + at / 2 : nullptr,
+                             .step = steps_ + head * rows_ + r};
       const float* mu = job.mu_k ? job.mu_k + head * dim_ : nullptr;
       bias_[head * rows_ + r] = kernels().place(row, mu, dim_, place);
     }
@@ -107,6 +109,37 @@ class Queries {
   const Scratch<int32_t> pairs_;
   float* bias_;
   float* steps_;
+};
+
+// The memory of what each task finds.
+class Partials {
+ public:
+  Partials(size_t tasks, int rows, int v_dim)
+      : rows_(rows),
+        v_dim_(v_dim),
+        // Whole cache lines, because neighbours are of different threads.
+        size_((rows_ * (4 + v_dim_ + 2 * kMaxWidth) + 15) / 16 * 16),
+        floats_(tasks * size_),
+        reads_(2 * tasks) {}
+
+  Partial of(size_t task) {
+    float* next = floats_.data.get() + task * size_;
+    const auto take = [&next](int64_t n) { return std::exchange(next, next + n); };
+    return {.max = take(rows_),  // in this order: `size_` floats in all
+            .sum = take(rows_),
+            .body_sum = take(rows_),
+            .least = take(rows_),
+            .out = take(rows_ * v_dim_),
+            .lanes = take(2 * rows_ * kMaxWidth),
+            .reads = &reads_[2 * task]};
+  }
+
+ private:
+  const int64_t rows_;
+  const int v_dim_;
+  const int64_t size_;  // floats of a part
+  const Scratch<float> floats_;
+  std::vector<int32_t> reads_;
 };
 
 // The parts of one head -> its output, log-sum-exp and what was read.
@@ -138,21 +171,16 @@ void run_attention(const AttentionJob& job) {
   const bool alone =
       thread_count() == 1 || units * kTile * rows * (a.k_dim + a.v_dim) < kSerialWork;
   const auto [tasks, ends] = plan(a, units, alone ? 1 : thread_count());
-  // Whole cache lines, because neighbours are of different threads.
-  const int64_t part_size = (rows * (4 + a.v_dim + 2 * kMaxWidth) + 15) / 16 * 16;
-  const Scratch<float> scratch(tasks.size() * part_size);
+  Partials memory(tasks.size(), a.rows(), a.v_dim);
   const Queries queries(job, alone);
   queries.give_to(a);
 
-  std::vector<int32_t> reads(2 * tasks.size());
   if (job.reads) std::fill(job.reads, job.reads + 2 * a.heads, 0);
   std::vector<Partial> parts;
   std::vector<int> first_task(a.heads + 1);
   std::vector<std::atomic<int>> left(a.heads);  // tasks of each head that are not done
   for (size_t i = 0; i < tasks.size(); ++i) {
-    float* at = scratch.data.get() + i * part_size;
-    parts.push_back({at, at + rows, at + 2 * rows, at + 4 * rows, at + (4 + a.v_dim) * rows,
-                     at + 3 * rows, &reads[2 * i]});
+    parts.push_back(memory.of(i));
     first_task[tasks[i].head + 1] = static_cast<int>(i) + 1;
     ++left[tasks[i].head];
   }

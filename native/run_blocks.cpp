@@ -55,13 +55,15 @@ void run_decode(const DecodeJob& job) {
   const auto exact = [&](int first, int last) {
     for (; first < last; first += kTile) {
       const int n = std::min(kTile, last - first);
-      pieces.push_back({nullptr, first, n, to});
+      pieces.push_back({.body = nullptr, .first = first, .n = n, .to = to});
       to += n;
     }
   };
   exact(0, job.sinks);
   for (const Body* body = job.bodies; body < job.bodies + job.n_bodies; ++body) {
-    for (int b = 0; b < body->width; ++b, to += kTile) pieces.push_back({body, b, kTile, to});
+    for (int b = 0; b < body->width; ++b, to += kTile) {
+      pieces.push_back({.body = body, .first = b, .n = kTile, .to = to});
+    }
   }
   exact(job.sinks, job.exact);
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from leankv_mlx.cache import CompressedKVCache
 from leankv_mlx.cache.persistence import load, save
-from leankv_mlx.config import CompressionConfig
+from leankv_mlx.config import CompressionConfig, kv_text, parse_kv
 from leankv_mlx.errors import ConfigError, UsageError
 from leankv_mlx.policies import POLICIES, Budget, KeepAll, Policy, Streaming, Threshold
 from leankv_mlx.scorers import SCORERS, Queries, Repeat
@@ -101,6 +101,16 @@ def test_what_was_stored_goes_on_loading(settings: str, tmp_path: Path) -> None:
 def test_settings_that_do_something_are_taken(settings: str) -> None:
     config = CompressionConfig.parse(f"leankv:{settings}")
     assert CompressionConfig.parse(config.spec(), stored=True) == config
+
+
+def test_every_value_of_kv_is_read_by_one_function() -> None:
+    for text in ("none", " none ", "leankv", "k4v3", "leankv:k4v3,window=128"):
+        config = parse_kv(text)
+        assert (config is None) == (text.strip() == "none")
+        assert parse_kv(kv_text(config)) == config
+    with pytest.raises(ConfigError, match="does nothing"):
+        parse_kv("k4v4,ratio=12")
+    assert parse_kv("k4v4,ratio=12", stored=True) is not None
 
 
 def test_the_chat_tells_somebody_who_types_it_and_takes_what_it_kept() -> None:

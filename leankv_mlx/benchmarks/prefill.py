@@ -74,6 +74,7 @@ def _prompt(
     with compressed_caches(model, configs) as made:
         caches = {**made, dtype: stock_caches(models.shape)}
         found = dict.fromkeys(caches, (0.0, 0))
+        # Not `reading.prefill`: all arms take turns, and each chunk is timed.
         for start in range(0, tokens, CHUNK):
             for name, own in caches.items():
                 mx.reset_peak_memory()

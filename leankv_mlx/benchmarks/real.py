@@ -24,12 +24,13 @@ from leankv_mlx.benchmarks.settings import Advance, Row
 from leankv_mlx.benchmarks.suite import machine
 from leankv_mlx.benchmarks.timing import Timings
 from leankv_mlx.errors import BackendUnavailableError, UsageError
-from leankv_mlx.evaluation.arms import Arm, Size, parse_arms, prefill, settle
+from leankv_mlx.evaluation.arms import Arm, Size, parse_arms, settle
 from leankv_mlx.evaluation.fidelity import Corpus, corpus, read_text, run_fidelity
 from leankv_mlx.evaluation.metrics import Fidelity, TokenScores, summarize
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.context import context_length
 from leankv_mlx.mlx_lm.loading import LoadedModel, check_context, load
+from leankv_mlx.mlx_lm.reading import prefill
 from leankv_mlx.mlx_lm.usage import measure
 
 OURS = "leankv"
@@ -237,13 +238,13 @@ def _label(cache: _Cache) -> str:
 
 def _ours(loaded: LoadedModel, arm: Arm) -> Runner:
     def run(prompt: list[int], steps: list[int]) -> Run:
-        model, ids = loaded.model, mx.array(prompt)
+        model = loaded.model
         with arm.attached(model):
             caches = make_caches(model)
             begin = time.perf_counter()
-            prefill(model, ids[:-1], caches)  # as mlx-lm does: the last token is a step
-            settle(model, caches, ids[:-1])
-            mx.eval(model(ids[None, -1:], cache=caches))
+            prefill(model, prompt[:-1], caches)  # as mlx-lm does: the last token is a step
+            settle(model, caches, prompt[:-1])
+            mx.eval(model(mx.array([prompt[-1:]]), cache=caches))
             read = time.perf_counter()
             for token in steps:
                 mx.eval(model(mx.array([[token]]), cache=caches))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -26,6 +26,7 @@ from leankv_mlx.kernels.decode_attention import decode_attention
 from leankv_mlx.mlx_lm.attachment import attach, make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel, load
 from leankv_mlx.mlx_lm.patches import replaced
+from leankv_mlx.mlx_lm.reading import prefill
 
 SKIPS = (0.0001, 0.001, 0.01)
 NONE = "no skip"
@@ -97,9 +98,8 @@ def _calls(loaded: LoadedModel, config: CompressionConfig, tokens: int) -> list[
     with attach(loaded.model, config), replaced(fetch, "decode_attention", record):
         caches = make_caches(loaded.model)
         split = tokens - STEPS
-        for start in range(0, split, CHUNK):
-            part = text[:, start : min(start + CHUNK, split)]
-            mx.eval(loaded.model(part, cache=caches))
+        prompt = cast(list[int], text[0, :split].tolist())
+        prefill(loaded.model, prompt, caches, chunk=CHUNK)
         calls.clear()  # a short rest of the prompt
         for at in range(split, tokens):
             mx.eval(loaded.model(text[:, at : at + 1], cache=caches))

@@ -21,7 +21,7 @@ def tune_attention(
     """Time all candidates on a body of 4-bit codes and set the best for this bucket of lengths.
 
     Args:
-        launch: of the device, from `kernels.metal.launcher` or `kernels.cuda.launcher`.
+        launch: of the device, from `kernels.gpu.devices.launcher`.
         heads: KV heads.
         group: query heads of a KV head.
         head_dim: of the model.

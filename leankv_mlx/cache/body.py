@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from leankv_mlx.blocks import BlockPool, BlockTable
 from leankv_mlx.cache.memory import CacheMemory
+from leankv_mlx.cache.moves import Mask, in_front, plan_move, taken
 from leankv_mlx.cache.state import TierState
 from leankv_mlx.codec.format import TILE, Format
 from leankv_mlx.config import Rounding
@@ -28,7 +29,6 @@ _SLAB = 64
 """Blocks that change their tier at a time: bounds what is decoded at once."""
 
 Positions = NDArray[np.int32]
-Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,9 @@ class _Tier:
         return mask
 
     def remember(self, positions: Positions, marks: Marks) -> None:
-        """Make side data of what is given for all slots, [H, S]."""
-        held = positions[self.used]
-        kind = np.min_scalar_type(int(held.max(initial=0)))
-        self.side = held.astype(kind), marks[self.used]
+        """Make side data of what is known of the used slots, head by head."""
+        kind = np.min_scalar_type(int(positions.max(initial=0)))
+        self.side = positions.astype(kind), marks
 
     def recall(self) -> tuple[Positions, Marks]:
         """The side data for all slots, [H, S]; -1 and 0 where there is no token."""
@@ -88,6 +87,13 @@ class _Tier:
     def nbytes(self) -> int:
         """Bytes of the side data."""
         return sum(x.nbytes for x in self.side) if self.side else 0
+
+    def at(self, columns: NDArray[Any]) -> mx.array:
+        """Blocks [H, B, words] at these columns of the table, [H, B]."""
+        if not columns.size:
+            return mx.zeros((*columns.shape, self.format.words), mx.uint32)
+        ids = np.take_along_axis(self.table.ids, columns, axis=1)
+        return self.table.pool.array[mx.array(ids)]
 
     def view(self) -> Tier:
         ids, lengths = self.table.arrays()
@@ -197,7 +203,8 @@ class CompressedBody:
         if scores is not None:
             start = 0
             for tier in self._tiers:
-                tier.remember(tier.recall()[0], marks_of(scores[:, start : start + tier.slots]))
+                marks = marks_of(scores[:, start : start + tier.slots])
+                tier.remember(tier.recall()[0][tier.used], marks[tier.used])
                 start += tier.slots
         high, *lows = self._tiers
         of_high, of_low = plan[:, : high.slots], plan[:, high.slots :]
@@ -289,12 +296,13 @@ class CompressedBody:
         """Store positions and marks from now on."""
         for tier, positions in zip(self._tiers, self._positions(), strict=True):
             if tier.side is None:
-                tier.remember(positions, np.full(positions.shape, 255, np.uint8))
+                held = positions[tier.used]
+                tier.remember(held, np.full(held.shape, 255, np.uint8))
                 tier.table.compact()  # the pool of a prompt has room to grow
 
     def _encoded_again(self, tier: _Tier, format: Format, chosen: Mask) -> _Extra:
         """Slots of a tier in another format, without anything but their codes."""
-        index, _ = _in_front(chosen)
+        index, _ = in_front(chosen)
         index = np.pad(index, ((0, 0), (0, -index.shape[1] % TILE)), constant_values=-1)
         parts = []
         view = tier.view()
@@ -304,52 +312,28 @@ class CompressedBody:
             rows = dequantize(body, self.centers, mx.float32, self._backend)
             parts.append(encode(rows, self.centers, format, self._rounding, self._backend))
         blocks = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
-        positions, marks = (_taken(x, index) for x in tier.recall())
+        positions, marks = (taken(x, index, index >= 0) for x in tier.recall())
         return _Extra(blocks, np.where(index >= 0, positions, -1), marks)
 
     def _rewrite(self, tier: _Tier, keep: Mask, extra: _Extra | None = None) -> None:
-        """Keep some slots of a tier and put others behind them.
-
-        Full blocks before the first slot that goes stay where they are; the rest is gathered into
-        new blocks. Shared blocks are never written.
-        """
-        if extra is None and not (tier.used & ~keep).any():
-            return
-        leading = np.logical_and.accumulate(tier.used & keep, axis=1).sum(axis=1)
-        fixed = leading // TILE
-        blocks, at = self._behind(tier, fixed)
-        valid = (at >= 0) & _taken(keep, at)
-        old = tier.recall()
-        positions, marks = (_taken(x, at) for x in old)
-        if extra is not None:
+        """Keep some slots of a tier and put others behind them, see `cache.moves`."""
+        if extra is None:
+            if not (tier.used & ~keep).any():
+                return
+            extra = _Extra.nothing(tier)
+        move = plan_move(tier.table.lengths, keep, extra.positions >= 0)
+        blocks = tier.at(move.behind)
+        if extra.blocks.size:
             blocks = mx.concatenate([blocks, extra.blocks], axis=1)
-            valid = np.concatenate([valid, extra.positions >= 0], axis=1)
-            positions = np.concatenate([positions, extra.positions], axis=1)
-            marks = np.concatenate([marks, extra.marks], axis=1)
-        index, counts = _in_front(valid)
-        packed = blocks
-        if index.shape[1]:
-            packed = repack(_loose(blocks, tier.format), mx.array(index), self._backend)
-        tier.table.replace_tails(fixed, counts, packed)
-        tails = _taken(positions, index), _taken(marks, index)
-        tier.remember(
-            _continued(old[0], fixed * TILE, tails[0], tier.slots),
-            _continued(old[1], fixed * TILE, tails[1], tier.slots),
+        if move.picked.shape[1]:
+            picked = mx.array(move.picked)
+            blocks = repack(_loose(blocks, tier.format), picked, self._backend)
+        positions, marks = (
+            np.concatenate([old, new], axis=1)[move.order]
+            for old, new in zip(tier.recall(), (extra.positions, extra.marks), strict=True)
         )
-
-    def _behind(self, tier: _Tier, fixed: NDArray[Any]) -> tuple[mx.array, NDArray[np.int32]]:
-        """Blocks [H, B, words] of each head behind its first `fixed`, and the numbers of their
-        slots in the tier, int32 [H, B * 32], -1 where there is none."""
-        lengths = tier.table.lengths
-        width = int((-(-lengths // TILE) - fixed).max(initial=0))
-        if width == 0:
-            none = mx.zeros((len(lengths), 0, tier.format.words), mx.uint32)
-            return none, np.zeros((len(lengths), 0), np.int32)
-        column = np.minimum(fixed[:, None] + np.arange(width), tier.table.ids.shape[1] - 1)
-        ids = np.take_along_axis(tier.table.ids, column, axis=1)
-        at = fixed[:, None] * TILE + np.arange(width * TILE)
-        at = np.where(at < lengths[:, None], at, -1)
-        return tier.table.pool.array[mx.array(ids)], np.asarray(at, np.int32)
+        tier.table.replace_tails(move.fixed, move.counts, blocks)
+        tier.remember(positions, marks)
 
 
 @dataclass(frozen=True)
@@ -361,6 +345,11 @@ class _Extra:
     positions: Positions
     marks: Marks
 
+    @classmethod
+    def nothing(cls, tier: _Tier) -> _Extra:
+        none = np.zeros((tier.table.heads, 0), np.int32)
+        return cls(tier.at(none), none, none.astype(np.uint8))
+
 
 def _loose(blocks: mx.array, format: Format) -> Tier:
     """A body of blocks [H, M, words] that belong to no pool."""
@@ -368,28 +357,3 @@ def _loose(blocks: mx.array, format: Format) -> Tier:
     table = mx.arange(heads * columns, dtype=mx.int32).reshape(heads, columns)
     lengths = mx.full((heads,), columns * TILE, mx.int32)
     return Tier(blocks.reshape(-1, words), table, lengths, format, True)
-
-
-def _in_front(chosen: Mask) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Indices of the chosen columns in order, -1 behind them: int32 [H, most]; and how many."""
-    counts = chosen.sum(axis=1).astype(np.int32)
-    order = np.argsort(~chosen, axis=1, kind="stable")[:, : int(counts.max(initial=0))]
-    return np.where(np.arange(order.shape[1]) < counts[:, None], order, -1).astype(np.int32), counts
-
-
-def _taken(x: NDArray[Any], index: NDArray[np.int32]) -> NDArray[Any]:
-    """x at the indices; anything at -1."""
-    if not x.shape[1]:
-        return np.zeros(index.shape, x.dtype)
-    return np.take_along_axis(x, np.maximum(index, 0), axis=1)
-
-
-def _continued(
-    x: NDArray[Any], fixed: NDArray[Any], tail: NDArray[Any], width: int
-) -> NDArray[Any]:
-    """Each row's first `fixed` entries and then its tail, in `width` columns."""
-    column = np.arange(width)[None]
-    source = np.where(column < fixed[:, None], column, x.shape[1] + column - fixed[:, None])
-    both = np.concatenate([x, tail], axis=1)
-    taken: NDArray[Any] = np.take_along_axis(both, np.minimum(source, both.shape[1] - 1), axis=1)
-    return taken

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from leankv_mlx.cli import reading
+from leankv_mlx.config import parse_kv
 from leankv_mlx.errors import UsageError
 from leankv_mlx.terminal import note, say, say_json
 
@@ -32,7 +33,7 @@ def ask(
 ) -> None:
     """Answer a question about a document. Its compressed KV cache is kept, so that the next
     question about it starts at once."""
-    config, budget = reading.setting(kv), reading.budget_bytes(memory_budget)
+    config, budget = parse_kv(kv), reading.budget_bytes(memory_budget)
     if not question.strip():
         raise UsageError("the question is empty.")
     found = reading.document(file, encoding)

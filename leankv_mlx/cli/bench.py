@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from leankv_mlx.cli.console import console, show
+from leankv_mlx.cli.reading import LastJson
 from leankv_mlx.errors import UsageError
 from leankv_mlx.terminal import say_json
 
@@ -19,83 +20,112 @@ if TYPE_CHECKING:
     from leankv_mlx.evaluation.tables import Grid
 
 
+_Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Part to run: attention, steps, prefill, encode, skip or policy; repeat for more.",
+        show_default="all",
+    ),
+]
+_Kv = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Setting, such as k4v4; repeat to compare.",
+        show_default="k4v4, and k3v2 for attention",
+    ),
+]
+_Tokens = Annotated[
+    str | None,
+    typer.Option(help="Contexts of all parts, such as 512,4096.", show_default="per part"),
+]
+_Heads = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Query heads x KV heads x head_dim of attention; repeat for more.",
+        show_default="32x8x128, 4x1x128, 4x1x256",
+    ),
+]
+_Shape = Annotated[
+    str | None,
+    typer.Option(
+        help="Model of the other parts, with random weights; -8l leaves 8 layers.",
+        show_default="qwen3-0.6b-8l",
+    ),
+]
+_Backend = Annotated[str, typer.Option(help="Whose kernels.")]
+_Fast = Annotated[bool, typer.Option("--fast", help="Small settings: two minutes on two cores.")]
+_Static = Annotated[
+    bool, typer.Option("--static", help="Instead, what nvcc makes of the CUDA kernels.")
+]
+_Ui = Annotated[
+    bool, typer.Option("--ui", help="Instead, first paint and frame rate of the chat app.")
+]
+_Documents = Annotated[
+    bool,
+    typer.Option("--documents", help="Instead, the second question about a document."),
+]
+_Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Instead, prefill, decode and fidelity of a real model: folder, hub id or GGUF file.",
+    ),
+]
+_Peer = Annotated[
+    Path | None,
+    typer.Option(
+        help="The same beside ik_llama.cpp on this GGUF file, which is also the default of --model."
+    ),
+]
+_PeerPython = Annotated[
+    str | None,
+    typer.Option(
+        envvar="LEANKV_PEER_PYTHON",
+        help="The interpreter that has ik-llama-cpp-python.",
+        show_default="this one",
+    ),
+]
+_Text = Annotated[
+    Path | None, typer.Option(help="Text file for --model (default: generated text).")
+]
+_Context = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens per chunk for the fidelity of --model; half are scored.", show_default="1024"
+    ),
+]
+_Chunks = Annotated[int | None, typer.Option(help="Chunks of them.", show_default="4")]
+_Rounds = Annotated[
+    int | None, typer.Option(help="Turns of each cache with --model.", show_default="3")
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
     app.command("bench")(bench)
 
 
 def bench(
-    only: Annotated[
-        list[str] | None,
-        typer.Option(help="Part to run: attention, steps, prefill, encode, skip or policy; "
-                     "repeat for more.", show_default="all"),
-    ] = None,
-    kv: Annotated[
-        list[str] | None,
-        typer.Option(help="Setting, such as k4v4; repeat to compare.",
-                     show_default="k4v4, and k3v2 for attention"),
-    ] = None,
-    tokens: Annotated[
-        str | None, typer.Option(help="Contexts of all parts, such as 512,4096.",
-                                 show_default="per part"),
-    ] = None,
-    heads: Annotated[
-        list[str] | None,
-        typer.Option(help="Query heads x KV heads x head_dim of attention; repeat for more.",
-                     show_default="32x8x128, 4x1x128, 4x1x256"),
-    ] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(help="Model of the other parts, with random weights; -8l leaves 8 layers.",
-                     show_default="qwen3-0.6b-8l"),
-    ] = None,
-    backend: Annotated[str, typer.Option(help="Whose kernels.")] = "auto",
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Small settings: two minutes on two cores.")
-    ] = False,
-    static: Annotated[
-        bool, typer.Option("--static", help="Instead, what nvcc makes of the CUDA kernels.")
-    ] = False,
-    ui: Annotated[
-        bool, typer.Option("--ui", help="Instead, first paint and frame rate of the chat app.")
-    ] = False,
-    documents: Annotated[
-        bool,
-        typer.Option("--documents", help="Instead, the second question about a document."),
-    ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Instead, prefill, decode and fidelity of a real model: "
-                     "folder, hub id or GGUF file."),
-    ] = None,
-    peer: Annotated[
-        Path | None,
-        typer.Option(help="The same beside ik_llama.cpp on this GGUF file, which is also the "
-                     "default of --model."),
-    ] = None,
-    peer_python: Annotated[
-        str | None,
-        typer.Option(envvar="LEANKV_PEER_PYTHON", help="The interpreter that has "
-                     "ik-llama-cpp-python.", show_default="this one"),
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Text file for --model (default: generated text).")
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(help="Tokens per chunk for the fidelity of --model; half are scored.",
-                     show_default="1024"),
-    ] = None,
-    chunks: Annotated[
-        int | None, typer.Option(help="Chunks of them.", show_default="4")
-    ] = None,
-    rounds: Annotated[
-        int | None, typer.Option(help="Turns of each cache with --model.", show_default="3")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document as the last line on stdout.")
-    ] = False,
-) -> None:  # fmt: skip
+    only: _Only = None,
+    kv: _Kv = None,
+    tokens: _Tokens = None,
+    heads: _Heads = None,
+    shape: _Shape = None,
+    backend: _Backend = "auto",
+    fast: _Fast = False,
+    static: _Static = False,
+    ui: _Ui = False,
+    documents: _Documents = False,
+    model: _Model = None,
+    peer: _Peer = None,
+    peer_python: _PeerPython = None,
+    text: _Text = None,
+    context: _Context = None,
+    chunks: _Chunks = None,
+    rounds: _Rounds = None,
+    as_json: LastJson = False,
+) -> None:
     """Measure speed: medians and ratios of interleaved runs."""
     if model is not None or peer is not None:
         given: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ import typer
 
 from leankv_mlx.cli.console import show
 from leankv_mlx.cli.eval import parsed_lengths, parsed_tasks, progress_bar
-from leankv_mlx.cli.reading import Model
+from leankv_mlx.cli.reading import LastJson, Model
 from leankv_mlx.errors import LeanKVError
 from leankv_mlx.terminal import say_json
 
@@ -19,42 +20,50 @@ if TYPE_CHECKING:
     from leankv_mlx.evaluation.tables import Grid
 
 
+_Name = Annotated[str, typer.Argument(help="Name of the profile: --kv leankv:NAME takes it.")]
+_Kv = Annotated[str, typer.Option(help="What to start from; its policy says what is swept.")]
+_Bits = Annotated[
+    float | None,
+    typer.Option(help="First give each layer and side its own bits, so many on average."),
+]
+_Kld = Annotated[
+    float, typer.Option(help="Largest mean KL divergence from the uncompressed model, in nats.")
+]
+_Points = Annotated[float, typer.Option(help="Largest loss of retrieval, in points of 100.")]
+_Tasks = Annotated[str, typer.Option(help="Retrieval tasks, or none.")]
+_Lengths = Annotated[str, typer.Option(help="Prompt lengths of retrieval in tokens.")]
+_Samples = Annotated[int, typer.Option(help="Prompts per task and length.")]
+_Text = Annotated[
+    Path | None, typer.Option(help="Text file for the divergence (default: generated text).")
+]
+_Context = Annotated[int, typer.Option(help="Tokens per chunk of text; half are scored.")]
+_Chunks = Annotated[int, typer.Option(help="Chunks of text.")]
+_Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="TOML file (default: your own profiles)."),
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
     app.command("calibrate")(calibrate)
 
 
 def calibrate(
-    name: Annotated[str, typer.Argument(help="Name of the profile: --kv leankv:NAME takes it.")],
+    name: _Name,
     model: Model = None,
-    kv: Annotated[
-        str, typer.Option(help="What to start from; its policy says what is swept.")
-    ] = "leankv:policy=budget,scope=model,window=32",
-    bits: Annotated[
-        float | None,
-        typer.Option(help="First give each layer and side its own bits, so many on average."),
-    ] = None,
-    kld: Annotated[
-        float, typer.Option(help="Largest mean KL divergence from the uncompressed model, in nats.")
-    ] = 0.02,
-    points: Annotated[
-        float, typer.Option(help="Largest loss of retrieval, in points of 100.")
-    ] = 2.0,
-    tasks: Annotated[str, typer.Option(help="Retrieval tasks, or none.")] = "S2,MK1",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths of retrieval in tokens.")] = "2048",
-    samples: Annotated[int, typer.Option(help="Prompts per task and length.")] = 6,
-    text: Annotated[
-        Path | None, typer.Option(help="Text file for the divergence (default: generated text).")
-    ] = None,
-    context: Annotated[int, typer.Option(help="Tokens per chunk of text; half are scored.")] = 2048,
-    chunks: Annotated[int, typer.Option(help="Chunks of text.")] = 2,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="TOML file (default: your own profiles)."),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document as the last line on stdout.")
-    ] = False,
+    kv: _Kv = "leankv:policy=budget,scope=model,window=32",
+    bits: _Bits = None,
+    kld: _Kld = 0.02,
+    points: _Points = 2.0,
+    tasks: _Tasks = "S2,MK1",
+    lengths: _Lengths = "2048",
+    samples: _Samples = 6,
+    text: _Text = None,
+    context: _Context = 2048,
+    chunks: _Chunks = 2,
+    output: _Output = None,
+    as_json: LastJson = False,
 ) -> None:
     """Find the smallest cache of a model that stays within limits; keep it as a profile."""
     from leankv_mlx.config import CompressionConfig
@@ -89,18 +98,7 @@ def calibrate(
             progress.advance,
         )  # fmt: skip
     show(_tables(allocation, found), machine(), to_stderr=as_json)
-    told = measured(found)
-    if not told:
-        raise _NothingWithinLimits(
-            f"no candidate dropped a token at --context {context}: nothing was measured of what "
-            "they lose; use a longer --context, 4096 or more."
-        )
-    best = max((c for c in told if c.within), key=lambda c: c.size.ratio, default=None)
-    if best is None:
-        raise _NothingWithinLimits(
-            f"no candidate stays within --kld {kld:g} and --points {points:g}; raise them, or "
-            "start from more bits (--kv leankv:k8v4,policy=...)."
-        )
+    best = _best(measured(found), context, kld, points)
     about = f"calibrated on {lab.loaded.path.name}: {best.size.ratio:.1f} times smaller after "
     about += f"{context // 2} tokens, mean KL divergence {best.kld:.4f}"
     target = output or user_profiles()
@@ -112,6 +110,26 @@ def calibrate(
 
 class _NothingWithinLimits(LeanKVError):
     """No candidate was good enough."""
+
+
+def _best(told: Sequence[Candidate], context: int, kld: float, points: float) -> Candidate:
+    """The smallest within the limits, of those of which something was measured.
+
+    Raises:
+        _NothingWithinLimits: there is none.
+    """
+    if not told:
+        raise _NothingWithinLimits(
+            f"no candidate dropped a token at --context {context}: nothing was measured of what "
+            "they lose; use a longer --context, 4096 or more."
+        )
+    best = max((c for c in told if c.within), key=lambda c: c.size.ratio, default=None)
+    if best is None:
+        raise _NothingWithinLimits(
+            f"no candidate stays within --kld {kld:g} and --points {points:g}; raise them, or "
+            "start from more bits (--kv leankv:k8v4,policy=...)."
+        )
+    return best
 
 
 def _document(

@@ -11,12 +11,57 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from leankv_mlx.cli.console import console, show
-from leankv_mlx.cli.reading import Model
+from leankv_mlx.cli.reading import LastJson, Model
 from leankv_mlx.errors import UsageError
 from leankv_mlx.terminal import say_json
 
 if TYPE_CHECKING:
     from leankv_mlx.evaluation.lab import Progress, Settings
+
+
+_Kv = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Setting to measure, such as k4v3 or leankv:k4v4,window=128; repeat to compare. "
+        "The uncompressed cache (none) is always measured too.",
+        show_default="k8v8 k8v4 k4v4 k4v3 k3v3 k3v2 k2v2",
+    ),
+]
+_Tasks = Annotated[
+    str | None,
+    typer.Option(help="Retrieval tasks, such as S2,MK1; or none.", show_default="all eight"),
+]
+_Lengths = Annotated[
+    str | None,
+    typer.Option(help="Prompt lengths of retrieval in tokens.", show_default="1024,2048"),
+]
+_Samples = Annotated[
+    int | None, typer.Option(help="Prompts per task and length.", show_default="11")
+]
+_Text = Annotated[
+    Path | None, typer.Option(help="Text file for fidelity (default: generated text).")
+]
+_Context = Annotated[
+    int | None,
+    typer.Option(help="Tokens per chunk of text; half are scored.", show_default="1024"),
+]
+_Chunks = Annotated[int | None, typer.Option(help="Chunks of text.", show_default="8")]
+_Documents = Annotated[
+    int | None,
+    typer.Option(
+        help="Documents per length that ten questions each are asked about.", show_default="0"
+    ),
+]
+_Fast = Annotated[bool, typer.Option("--fast", help="Small settings: two minutes on two cores.")]
+_Ablate = Annotated[
+    bool, typer.Option("--ablate", help="Also switch off rotation, centering, scale search.")
+]
+_Stress = Annotated[
+    bool, typer.Option("--stress", help="Also inject outlier channels and key biases.")
+]
+_Plot = Annotated[
+    Path | None, typer.Option(help="Write a picture (.svg or .png); needs the extra plot.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -26,54 +71,19 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     model: Model = None,
-    kv: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Setting to measure, such as k4v3 or leankv:k4v4,window=128; repeat to compare. "
-            "The uncompressed cache (none) is always measured too.",
-            show_default="k8v8 k8v4 k4v4 k4v3 k3v3 k3v2 k2v2",
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Retrieval tasks, such as S2,MK1; or none.", show_default="all eight"),
-    ] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option(help="Prompt lengths of retrieval in tokens.", show_default="1024,2048"),
-    ] = None,
-    samples: Annotated[
-        int | None, typer.Option(help="Prompts per task and length.", show_default="11")
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="Text file for fidelity (default: generated text).")
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(help="Tokens per chunk of text; half are scored.", show_default="1024"),
-    ] = None,
-    chunks: Annotated[int | None, typer.Option(help="Chunks of text.", show_default="8")] = None,
-    documents: Annotated[
-        int | None,
-        typer.Option(
-            help="Documents per length that ten questions each are asked about.", show_default="0"
-        ),
-    ] = None,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Small settings: two minutes on two cores.")
-    ] = False,
-    ablate: Annotated[
-        bool, typer.Option("--ablate", help="Also switch off rotation, centering, scale search.")
-    ] = False,
-    stress: Annotated[
-        bool, typer.Option("--stress", help="Also inject outlier channels and key biases.")
-    ] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Write a picture (.svg or .png); needs the extra plot.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON document as the last line on stdout.")
-    ] = False,
+    kv: _Kv = None,
+    tasks: _Tasks = None,
+    lengths: _Lengths = None,
+    samples: _Samples = None,
+    text: _Text = None,
+    context: _Context = None,
+    chunks: _Chunks = None,
+    documents: _Documents = None,
+    fast: _Fast = False,
+    ablate: _Ablate = False,
+    stress: _Stress = False,
+    plot: _Plot = None,
+    as_json: LastJson = False,
 ) -> None:
     """Measure what compression does to a model's quality."""
     given: dict[str, Any] = {

@@ -45,7 +45,7 @@ def generate(context: typer.Context) -> None:
         raise UsageError(
             "-m is --model in commands of leankv and --max-tokens in mlx-lm's; write it out here."
         )
-    from leankv_mlx.mlx_lm.command import run_generate
+    from leankv_mlx.mlx_lm.commands import run_generate
 
     run_generate(context.args, _PROG, _KV, documents=_Documents())
 

@@ -1,4 +1,4 @@
-"""What the commands about documents have in common: their options, notes and progress."""
+"""What commands have in common, those about documents above all: options, notes and progress."""
 
 from __future__ import annotations
 
@@ -35,13 +35,9 @@ Encoding = Annotated[
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="Neither open nor keep documents that were read.")
 ]
-
-
-def setting(kv: str) -> CompressionConfig | None:
-    """The value of --kv; None stands for the uncompressed cache."""
-    from leankv_mlx.mlx_lm.command import parse_kv
-
-    return parse_kv(kv)
+LastJson = Annotated[
+    bool, typer.Option("--json", help="One JSON document as the last line on stdout.")
+]
 
 
 def budget_bytes(text: str) -> int:

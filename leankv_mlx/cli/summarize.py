@@ -13,6 +13,7 @@ import typer
 
 from leankv_mlx.cli import reading
 from leankv_mlx.cli.running import run_command
+from leankv_mlx.config import parse_kv
 from leankv_mlx.errors import DocumentError, UsageError
 from leankv_mlx.terminal import json_text, note, printable, say, say_json
 
@@ -104,7 +105,7 @@ def summarize(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Summarize documents, each in one pass over the whole if it fits the memory budget."""
-    config, budget = reading.setting(kv), reading.budget_bytes(memory_budget)
+    config, budget = parse_kv(kv), reading.budget_bytes(memory_budget)
     form = Format.json if as_json else format
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise UsageError(f"cannot write {output}; name a file in a folder that exists.")

@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from leankv_mlx import __version__
 from leankv_mlx.cache import CompressedKVCache, container
-from leankv_mlx.config import CompressionConfig
+from leankv_mlx.config import CompressionConfig, kv_text
 from leankv_mlx.errors import BackendUnavailableError, CacheFileError, UnsupportedError, UsageError
 from leankv_mlx.folders import folder
 from leankv_mlx.mlx_lm.cache_files import load_prompt_cache, save_prompt_cache
@@ -95,7 +95,7 @@ def model_identity(path: Path) -> str:
 
 def kv_name(config: CompressionConfig | None) -> str:
     """The setting as a key has it: the backend is no part of it."""
-    return "none" if config is None else replace(config, backend="auto").spec()
+    return kv_text(None if config is None else replace(config, backend="auto"))
 
 
 def cache_limit() -> int:

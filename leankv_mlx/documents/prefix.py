@@ -19,15 +19,8 @@ from leankv_mlx.documents.cache import DocumentCache, Key, kv_name, model_identi
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel
 from leankv_mlx.mlx_lm.precision import weights_dtype
-from leankv_mlx.mlx_lm.reading import Pace, read
+from leankv_mlx.mlx_lm.reading import PREFILL_CHUNK, Pace, Progress, prefill
 from leankv_mlx.mlx_lm.repetition import settle_document
-
-PREFILL_CHUNK = 512
-"""Prompt tokens that are compressed together. It is the same everywhere, because what a cache holds
-depends on it."""
-
-Progress = Callable[[int, int], None]
-"""Called with the tokens read so far and their number; may raise to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,26 +105,3 @@ def settle(
     settle_document(model, caches, prefix, pace=pace, look=look)
     mx.eval([cache.state for cache in caches])
     mx.clear_cache()  # buffers of the prefill
-
-
-def prefill(
-    model: nn.Module,
-    tokens: Sequence[int],
-    caches: list[Any],
-    progress: Progress,
-    pace: Pace | None = None,
-) -> None:
-    """Read tokens into caches, a chunk at a time.
-
-    Args:
-        pace: how often progress is told within a chunk; None tells it once a chunk.
-    """
-    total = len(tokens)
-    progress(0, total)
-    for start in range(0, total, PREFILL_CHUNK):
-
-        def look(done: int, start: int = start) -> None:
-            progress(start + done, total)
-
-        read(model, tokens[start : start + PREFILL_CHUNK], caches, pace, look)
-        mx.clear_cache()

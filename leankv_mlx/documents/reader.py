@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.documents.cache import DocumentCache
-from leankv_mlx.documents.prefix import PREFILL_CHUNK, Opener, Progress
+from leankv_mlx.documents.prefix import Opener
 from leankv_mlx.documents.readers import document_head
 from leankv_mlx.errors import ContextLengthError
 from leankv_mlx.mlx_lm import prompts
@@ -21,6 +21,7 @@ from leankv_mlx.mlx_lm.attachment import Attachment, attach
 from leankv_mlx.mlx_lm.context import longest_context
 from leankv_mlx.mlx_lm.footprint import Footprint, spare_memory
 from leankv_mlx.mlx_lm.loading import LoadedModel, load
+from leankv_mlx.mlx_lm.reading import PREFILL_CHUNK, Progress
 from leankv_mlx.mlx_lm.usage import Usage, measure
 
 

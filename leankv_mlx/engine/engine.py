@@ -13,17 +13,13 @@ import threading
 from typing import TYPE_CHECKING
 
 from leankv_mlx.engine.events import Event, Failed, Stopped
-from leankv_mlx.engine.requests import Emit, Load, Read, Reply, Request
+from leankv_mlx.engine.requests import Cancelled, Emit, Load, Read, Reply, Request
 from leankv_mlx.faults import described
 
 if TYPE_CHECKING:
     from leankv_mlx.engine.worker import Worker
 
 _SNAPSHOT_SECONDS = 0.25
-
-
-class Cancelled(Exception):
-    """A reply was stopped, or the engine closes."""
 
 
 class Engine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from leankv_mlx.config import CompressionConfig
+from leankv_mlx.config import UNCOMPRESSED, CompressionConfig
 from leankv_mlx.engine.catalogue import CatalogueEntry
 from leankv_mlx.profiles import profiles
 
@@ -51,7 +51,7 @@ def plan(entry: CatalogueEntry, memory: int, reserve: int = RESERVE) -> Plan:
     A policy drops tokens when the whole prompt is in, so it does not let a longer one in.
     """
     budget = memory - entry.weights - reserve
-    settings: list[tuple[str, str, CompressionConfig | None]] = [("fp16", "none", None)]
+    settings: list[tuple[str, str, CompressionConfig | None]] = [("fp16", UNCOMPRESSED, None)]
     for name, spec in profiles().items():
         try:
             config = CompressionConfig.parse(f"leankv:{spec}", stored=True)

@@ -85,6 +85,20 @@ class Forget:
 Request = Load | Reply | Read | Recode | Forget
 
 
+class Cancelled(Exception):
+    """A request was stopped, or the engine closes."""
+
+
+class Control(Protocol):
+    """What whoever serves a request tells, and whether it should go on."""
+
+    def emit(self, event: Event) -> None:
+        """Tell an event."""
+
+    def check(self, request: int) -> None:
+        """Raise `Cancelled` if a reply (0: the load being served) should end."""
+
+
 class EngineLike(Protocol):
     """What a user interface needs; the real engine and the replaying one have it."""
 

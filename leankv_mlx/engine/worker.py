@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
-from leankv_mlx.config import CompressionConfig
+from leankv_mlx.config import parse_kv
 from leankv_mlx.documents.cache import DocumentCache
-from leankv_mlx.documents.prefix import prefill
 from leankv_mlx.engine.compaction import first_part, folded
 from leankv_mlx.engine.download import progress_class
 from leankv_mlx.engine.events import (
@@ -25,17 +24,25 @@ from leankv_mlx.engine.events import (
     Stopped,
     Text,
 )
-from leankv_mlx.engine.requests import Forget, Load, Read, Recode, Reply, Request, Turn
+from leankv_mlx.engine.requests import (
+    Cancelled,
+    Control,
+    Forget,
+    Load,
+    Read,
+    Recode,
+    Reply,
+    Request,
+    Turn,
+)
 from leankv_mlx.engine.session import Session
 from leankv_mlx.engine.telemetry import snapshot
 from leankv_mlx.errors import ModelError, UsageError
 from leankv_mlx.mlx_lm.footprint import weight_bytes
 from leankv_mlx.mlx_lm.loading import LoadedModel, load
 from leankv_mlx.mlx_lm.loading import resolve_model as resolve
+from leankv_mlx.mlx_lm.reading import prefill
 from leankv_mlx.mlx_lm.usage import Usage, measure
-
-if TYPE_CHECKING:
-    from leankv_mlx.engine.engine import Engine
 
 _SUMMARY_TOKENS = 256
 """The longest summary of a part of a conversation."""
@@ -62,10 +69,15 @@ class _Run:
 
 
 class Worker:
-    """Owns the model and the conversation; used by one thread only."""
+    """Owns the model and the conversation; used by one thread only.
 
-    def __init__(self, engine: Engine, snapshot_seconds: float) -> None:
-        self._engine = engine
+    Args:
+        control: is told every event, and says when to stop.
+        snapshot_seconds: time between two snapshots of the cache during a reply.
+    """
+
+    def __init__(self, control: Control, snapshot_seconds: float) -> None:
+        self._control = control
         self._snapshot_seconds = snapshot_seconds
         self._next_snapshot = 0.0
         self._session: Session | None = None
@@ -101,8 +113,8 @@ class Worker:
     # Loading
 
     def _load(self, request: Load) -> None:
-        config = _parse(request.kv)
-        emit = self._engine.emit
+        config = parse_kv(request.kv, stored=True)  # whoever asks has read it before
+        emit = self._control.emit
         store = DocumentCache(lambda line: emit(Noted(line)))
         emit(Loading(request.model))
         loaded = self._fetched(request.model)
@@ -128,10 +140,10 @@ class Worker:
 
     def _fetched(self, model: str) -> LoadedModel:
         """A model in memory; what takes long before, a download or a conversion, can be stopped."""
-        emit = self._engine.emit
+        emit = self._control.emit
 
         def look() -> None:
-            self._engine.check(0)
+            self._control.check(0)
 
         progress = progress_class(model, emit, look)
         try:
@@ -152,15 +164,15 @@ class Worker:
         run = _Run()
         reason: Any = "length"
         try:
-            self._engine.check(request.request)
+            self._control.check(request.request)
             turns = self._that_fit(request) if request.summary else request.turns
             limit = self._open(run, turns, request.max_tokens)
             reason = self._generate(request, run, turns, limit)
-        except _stop_type():
-            self._engine.emit(Stopped(request.request, run.stage, len(run.tokens)))
+        except Cancelled:
+            self._control.emit(Stopped(request.request, run.stage, len(run.tokens)))
         else:
             now = time.perf_counter()
-            self._engine.emit(
+            self._control.emit(
                 Done(
                     request.request,
                     reason,
@@ -181,7 +193,7 @@ class Worker:
         summary = min(request.max_tokens, _SUMMARY_TOKENS, alone // 4)
 
         def tokens(turns: Sequence[Turn]) -> int:
-            self._engine.check(request.request)
+            self._control.check(request.request)
             return len(conversation.prompt(turns))
 
         turns, shorter = request.turns, True
@@ -209,17 +221,17 @@ class Worker:
         run = _Run(prompt, conversation.reuse([*prompt, -1]))
         session.limit(prompt, 1)
         self._find(request, run)
-        emit, progress = self._engine.emit, self._progress(request.request, run)
+        emit, progress = self._control.emit, self._progress(request.request, run)
 
         def look() -> None:
-            self._engine.check(request.request)
+            self._control.check(request.request)
 
         try:
             rest, caches = prompt[run.reused :], conversation.caches
             prefill(session.loaded.model, rest, caches, progress, session.pace)
             if request.name and not run.reused:
                 session.opener.keep(prompt, request.name, caches, session.pace, look)
-        except _stop_type():
+        except Cancelled:
             emit(Stopped(request.request, "prefill", 0))
         else:
             seconds = time.perf_counter() - run.start
@@ -261,7 +273,7 @@ class Worker:
         from mlx_lm.generate import wired_limit
         from mlx_lm.sample_utils import make_sampler
 
-        session, emit = self._need(), self._engine.emit
+        session, emit = self._need(), self._control.emit
         model, conversation = session.loaded.model, session.conversation
         rest = run.prompt[run.reused :]
         progress = self._progress(request.request, run, len(rest))
@@ -288,7 +300,7 @@ class Worker:
                 if step.finish_reason:
                     return str(step.finish_reason)
                 self._snapshot_now_and_then(request.request, run.speed)
-                self._engine.check(request.request)
+                self._control.check(request.request)
         finally:
             steps.close()
             conversation.settle(run.prompt, [*run.tokens, *run.end])
@@ -299,8 +311,8 @@ class Worker:
         """Tells how far a prompt is read, of `total` tokens, and looks whether to go on."""
 
         def progress(done: int, tokens: int) -> None:
-            self._engine.emit(Prefill(number, done, total or tokens, run.reused))
-            self._engine.check(number)
+            self._control.emit(Prefill(number, done, total or tokens, run.reused))
+            self._control.check(number)
             self._snapshot_now_and_then(number, 0.0)
 
         return progress
@@ -308,11 +320,11 @@ class Worker:
     # The compression of the session
 
     def _recode(self, request: Recode) -> None:
-        config = _parse(request.kv)
+        config = parse_kv(request.kv, stored=True)
         session = self._need()
         before = measure(session.conversation.caches).used
         kept = session.recode(config)
-        self._engine.emit(
+        self._control.emit(
             Recoded(
                 request.kv,
                 session.backend,
@@ -330,18 +342,8 @@ class Worker:
         session = self._need()
         self._next_snapshot = time.perf_counter() + self._snapshot_seconds
         caches, room = session.conversation.caches, session.room
-        self._engine.emit(snapshot(request, caches, room, speed))
+        self._control.emit(snapshot(request, caches, room, speed))
 
     def _snapshot_now_and_then(self, request: int, speed: float) -> None:
         if time.perf_counter() >= self._next_snapshot:
             self._snapshot(request, speed)
-
-
-def _parse(kv: str) -> CompressionConfig | None:
-    return None if kv == "none" else CompressionConfig.parse(kv, stored=True)  # read before
-
-
-def _stop_type() -> type[Exception]:
-    from leankv_mlx.engine.engine import Cancelled
-
-    return Cancelled

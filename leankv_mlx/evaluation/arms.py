@@ -8,23 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import mlx.core as mx
-import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from leankv_mlx.cache import CompressedKVCache, end_prompt, reading
-from leankv_mlx.config import CompressionConfig
+from leankv_mlx.cache import CompressedKVCache, end_prompt
+from leankv_mlx.config import UNCOMPRESSED, CompressionConfig, parse_kv
 from leankv_mlx.errors import ModelError
 from leankv_mlx.mlx_lm.attachment import attach
 from leankv_mlx.mlx_lm.repetition import judges_by_repetition, settle_document
 from leankv_mlx.mlx_lm.usage import measure
 
-NONE = "none"
 DEFAULT_KV = ("k8v8", "k8v4", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2")
-PREFILL_CHUNK = 512
-"""Tokens per prefill call: small, so that most of a prompt re-reads the compressed cache."""
-
-_PREFIX = "leankv:"
 
 
 @dataclass(frozen=True)
@@ -41,13 +35,7 @@ class Arm:
         Raises:
             ConfigError: it is not understood.
         """
-        text = text.strip()
-        if text == NONE:
-            return cls(NONE, None)
-        if text == _PREFIX.rstrip(":"):
-            return cls(text, CompressionConfig())
-        name = text.removeprefix(_PREFIX)
-        return cls(name, CompressionConfig.parse(_PREFIX + name))
+        return cls(text.strip().removeprefix("leankv:"), parse_kv(text))
 
     @property
     def drops(self) -> bool:
@@ -73,7 +61,7 @@ class Arm:
 
 def parse_arms(texts: Sequence[str]) -> list[Arm]:
     """The arms of repeated `--kv`, the uncompressed one first, each once."""
-    arms = [Arm.parse(text) for text in (NONE, *(texts or DEFAULT_KV))]
+    arms = [Arm.parse(text) for text in (UNCOMPRESSED, *(texts or DEFAULT_KV))]
     return list({arm.kv: arm for arm in arms}.values())
 
 
@@ -131,18 +119,10 @@ def _entries(caches: Sequence[Any]) -> Iterator[Any]:
         yield from [cache] if children is None else _entries(children)
 
 
-def prefill(model: nn.Module, tokens: mx.array, caches: list[Any]) -> None:
-    """Read tokens [N] in chunks of `PREFILL_CHUNK`."""
-    with reading(caches):
-        for start in range(0, tokens.shape[0], PREFILL_CHUNK):
-            model(tokens[None, start : start + PREFILL_CHUNK], cache=caches)
-            mx.eval([cache.state for cache in caches])
-
-
-def settle(model: nn.Module, caches: list[Any], tokens: mx.array) -> None:
-    """The whole prompt, `tokens` [N], is in: policies drop what they drop."""
+def settle(model: nn.Module, caches: list[Any], tokens: Sequence[int]) -> None:
+    """The whole prompt is in: policies drop what they drop."""
     if judges_by_repetition(caches):
-        settle_document(model, caches, [int(token) for token in np.array(tokens)])
+        settle_document(model, caches, tokens)
     else:
         end_prompt(caches)
 

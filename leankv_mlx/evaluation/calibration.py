@@ -15,9 +15,9 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from leankv_mlx.config import CompressionConfig
+from leankv_mlx.config import UNCOMPRESSED, CompressionConfig
 from leankv_mlx.errors import UsageError
-from leankv_mlx.evaluation.arms import NONE, Arm, Size
+from leankv_mlx.evaluation.arms import Arm, Size
 from leankv_mlx.evaluation.fidelity import Corpus, run_fidelity
 from leankv_mlx.evaluation.retrieval import Cell, run_retrieval
 from leankv_mlx.mlx_lm.loading import LoadedModel
@@ -105,7 +105,7 @@ def sweep(
     advance: Advance,
 ) -> list[Candidate]:
     """Measure every arm beside the uncompressed cache, in the order given, see `measured`."""
-    every = [Arm(NONE, None), *arms]
+    every = [Arm(UNCOMPRESSED, None), *arms]
     sizes: dict[str, Size] = {}
     found = run_fidelity(loaded, every, corpus, advance, sizes=sizes)
     retrieval = run_retrieval(loaded, every, cells, samples, advance)
@@ -119,7 +119,7 @@ def sweep(
     for arm in arms:
         kld = found[arm.kv].kld["mean"]
         score = mean(arm.kv) if solved else None
-        lost = 100 * (mean(NONE) - score) if score is not None else 0.0
+        lost = 100 * (mean(UNCOMPRESSED) - score) if score is not None else 0.0
         within = kld <= limits.kld and lost <= limits.points
         results.append(Candidate(arm.kv, sizes[arm.kv], kld, score, within))
     return results
@@ -216,5 +216,5 @@ def _arm(config: CompressionConfig, bits: NDArray[np.int64]) -> Arm:
 def _klds(
     loaded: LoadedModel, arms: Sequence[Arm], corpus: Corpus, advance: Advance
 ) -> dict[str, float]:
-    found = run_fidelity(loaded, [Arm(NONE, None), *arms], corpus, advance)
+    found = run_fidelity(loaded, [Arm(UNCOMPRESSED, None), *arms], corpus, advance)
     return {arm.kv: found[arm.kv].kld["mean"] for arm in arms}

@@ -45,7 +45,8 @@ BUNDLED_TOKENS = 3000
 OTHER_TOKENS = 1000
 """Lengths by default: a real model may read fewer than 100 tokens a second on a CPU."""
 ANSWER_TOKENS = 96
-PREFILL_CHUNK = 2048
+CHUNK = 2048
+"""Of the document, as mlx-lm reads it by default."""
 _FACTS = 4
 
 
@@ -284,8 +285,10 @@ class _Runner:
         with self._attached():
             self._caches = make_caches(self._loaded.model)
             start = time.perf_counter()
-            for i in range(0, len(tokens), PREFILL_CHUNK):
-                self._forward(tokens[i : i + PREFILL_CHUNK], self._caches)
+            # Not `reading.prefill`: what is measured is a cache that nobody tells of a prompt, so
+            # that a budget in bytes holds while it is read.
+            for i in range(0, len(tokens), CHUNK):
+                self._forward(tokens[i : i + CHUNK], self._caches)
             self.arm.prefill_seconds = time.perf_counter() - start
         self.arm.prefill_tokens = len(tokens)
         self.arm.usage = measure(self._caches)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 from mlx import nn
@@ -28,7 +29,7 @@ from mlx import nn
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import UsageError
 from leankv_mlx.evaluation import prose
-from leankv_mlx.evaluation.arms import Arm, Size, in_float32, prefill, settle
+from leankv_mlx.evaluation.arms import Arm, Size, in_float32, settle
 from leankv_mlx.evaluation.metrics import (
     Fidelity,
     TokenScores,
@@ -40,6 +41,7 @@ from leankv_mlx.evaluation.tasks import facts, seeded
 from leankv_mlx.kernels import MAX_DECODE_TOKENS
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel
+from leankv_mlx.mlx_lm.reading import prefill
 from leankv_mlx.settings import BLOCK_SLOTS
 
 STEP = BLOCK_SLOTS
@@ -211,8 +213,9 @@ class _Reading:
         self._model, self._advance = model, advance
         self._step = min(step, MAX_DECODE_TOKENS) if arm.drops else step
         self._caches = make_caches(model)
-        prefill(model, chunk.tokens[: self.at], self._caches)
-        settle(model, self._caches, chunk.tokens[: self.at])
+        prompt = cast(list[int], chunk.tokens[: self.at].tolist())
+        prefill(model, prompt, self._caches)
+        settle(model, self._caches, prompt)
         self._dropped = Size.of(self._caches) if arm.drops else None
         advance(f"fidelity {arm.kv}", self.at)
 
@@ -230,6 +233,7 @@ class _Reading:
         them, and their log-probabilities [n, V]."""
         while True:
             begin, self.at = self.at, min(self.at + self._step, self.chunk.context)
+            # Not `reading.prefill`: the logits of every call are scored.
             logits = self._model(self.chunk.tokens[None, begin : self.at], cache=self._caches)[0]
             mx.eval(logits, [cache.state for cache in self._caches])
             self._advance(f"fidelity {self.arm.kv}", self.at - begin)

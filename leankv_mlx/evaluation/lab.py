@@ -12,8 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from leankv_mlx.config import UNCOMPRESSED
 from leankv_mlx.errors import UsageError
-from leankv_mlx.evaluation.arms import NONE, Arm, Size, parse_arms, varied
+from leankv_mlx.evaluation.arms import Arm, Size, parse_arms, varied
 from leankv_mlx.evaluation.fidelity import corpus, read_text, run_fidelity
 from leankv_mlx.evaluation.metrics import Fidelity
 from leankv_mlx.evaluation.questions import Answers, run_questions
@@ -230,7 +231,7 @@ class Lab:
 
 def ablation_arms() -> list[Arm]:
     """The uncompressed arm, then each ablated setting whole and without one part."""
-    arms = [Arm.parse(NONE)]
+    arms = [Arm.parse(UNCOMPRESSED)]
     for kv in ABLATED:
         whole = Arm.parse(kv)
         arms += [whole, *(varied(whole, name, **fields) for name, fields in ABLATIONS)]

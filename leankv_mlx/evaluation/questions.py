@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import mlx.core as mx
-
 from leankv_mlx.errors import ModelError, UsageError
-from leankv_mlx.evaluation.arms import Arm, prefill
+from leankv_mlx.evaluation.arms import Arm
 from leankv_mlx.evaluation.retrieval import reply_to, tokens_of
 from leankv_mlx.evaluation.tasks import Sample, document_chat, document_turn, score, seeded
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel
+from leankv_mlx.mlx_lm.reading import prefill
 from leankv_mlx.mlx_lm.repetition import settle_document
 from leankv_mlx.mlx_lm.usage import measure
 
@@ -97,12 +96,12 @@ def _ask(loaded: LoadedModel, samples: Sequence[Sample]) -> tuple[list[float], f
     prompts = [tokens_of(loaded, document_turn(s.document, s.question)) for s in samples]
     shared = _shared(prompts)
     caches = make_caches(loaded.model)
-    prefill(loaded.model, mx.array(prompts[0][:shared]), caches)
-    settle_document(loaded.model, caches, prompts[0][:shared])
+    document = prompts[0][:shared]
+    prefill(loaded.model, document, caches)
+    settle_document(loaded.model, caches, document)
     scores, ratios = [], []
     for sample, prompt in zip(samples, prompts, strict=True):
-        rest = mx.array(prompt[shared:])
-        reply = reply_to(loaded, caches, rest, sample, _REPLY_TOKENS)
+        reply = reply_to(loaded, caches, prompt[shared:], sample, _REPLY_TOKENS)
         scores.append(score(sample, reply))
         ratios.append(measure(caches).ratio)
         for cache in caches:

@@ -16,10 +16,11 @@ from typing import Any
 import mlx.core as mx
 
 from leankv_mlx.errors import ModelError, UsageError
-from leankv_mlx.evaluation.arms import PREFILL_CHUNK, Arm, prefill, settle
+from leankv_mlx.evaluation.arms import Arm, settle
 from leankv_mlx.evaluation.tasks import TASKS, Sample, score, seeded, user_turn
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel, check_context
+from leankv_mlx.mlx_lm.reading import PREFILL_CHUNK, prefill
 from leankv_mlx.mlx_lm.repetition import judges_by_repetition
 from leankv_mlx.mlx_lm.usage import measure
 
@@ -105,7 +106,7 @@ class Retrieval:
 @dataclass(frozen=True)
 class _Prompt:
     sample: Sample
-    tokens: mx.array
+    tokens: list[int]
     limit: int
 
 
@@ -172,7 +173,7 @@ def _make(loaded: LoadedModel, cell: Cell, i: int) -> _Prompt:
     tokens = tokens_of(loaded, user_turn(sample))
     reply = len(loaded.tokenizer.encode(sample.reply, add_special_tokens=False))
     limit = check_context(loaded.config, len(tokens), 2 * reply + _SPARE_TOKENS)
-    return _Prompt(sample, mx.array(tokens), limit)
+    return _Prompt(sample, tokens, limit)
 
 
 def tokens_of(loaded: LoadedModel, turn: str) -> list[int]:
@@ -198,7 +199,7 @@ def _answer(loaded: LoadedModel, prompt: _Prompt) -> tuple[str, float]:
 
 
 def reply_to(
-    loaded: LoadedModel, caches: list[Any], tokens: mx.array, sample: Sample, limit: int
+    loaded: LoadedModel, caches: list[Any], tokens: Sequence[int], sample: Sample, limit: int
 ) -> str:
     """The greedy reply to a prompt whose beginning is in the caches and whose end is `tokens`; it
     ends early once it holds every answer."""
@@ -208,7 +209,7 @@ def reply_to(
     reply: list[int] = []
     text = ""
     steps = generate_step(
-        tokens, loaded.model, max_tokens=limit, prompt_cache=caches,
+        mx.array(list(tokens)), loaded.model, max_tokens=limit, prompt_cache=caches,
         prefill_step_size=PREFILL_CHUNK,
     )  # fmt: skip
     for token, _ in steps:

@@ -1,14 +1,16 @@
 """Which implementations exist, and which of them run here."""
 
 from collections.abc import Callable
+from functools import partial
 
 from leankv_mlx.errors import BackendUnavailableError
-from leankv_mlx.kernels import cpu, cuda, metal
+from leankv_mlx.kernels import cpu
 from leankv_mlx.kernels.append import append_ops
 from leankv_mlx.kernels.decode_attention import decode_attention_ops
 from leankv_mlx.kernels.dequantize import dequantize_ops
 from leankv_mlx.kernels.encode import encode_ops
 from leankv_mlx.kernels.gather import gather_ops
+from leankv_mlx.kernels.gpu import devices
 from leankv_mlx.kernels.prefill_attention import prefill_attention_ops
 from leankv_mlx.kernels.repack import repack_ops
 from leankv_mlx.kernels.types import Backend
@@ -29,8 +31,7 @@ def _reference() -> Backend:
 
 
 _MAKERS: dict[str, Callable[[], Backend]] = {
-    "metal": metal.make,
-    "cuda": cuda.make,
+    **{name: partial(devices.make, name) for name in devices.DEVICES},
     "cpu": cpu.make,
     "reference": _reference,
 }

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from leankv_mlx.errors import ModelError
 
-UNCOMPRESSED = "none"
 _KV = (
     "KV cache: leankv, leankv:SPEC (for example leankv:k4v3,window=128), a profile such as small, "
     "or none for the uncompressed cache (default: %(default)s)"

@@ -22,8 +22,9 @@ from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
 from leankv_mlx.blas import bind
+from leankv_mlx.config import UNCOMPRESSED
 from leankv_mlx.errors import LeanKVError, UsageError, error_line
-from leankv_mlx.mlx_lm.flags import UNCOMPRESSED, add_flags
+from leankv_mlx.mlx_lm.flags import add_flags
 
 COMMANDS = ("benchmark", "cache_prompt", "chat", "generate", "server")
 REFUSED = {
@@ -156,10 +157,10 @@ class _Run:
     """One command with `--kv`, from its flags to the end of the process."""
 
     def __init__(self, module: ModuleType, command: str, parser: argparse.ArgumentParser) -> None:
-        from leankv_mlx.mlx_lm.command import Session, hooked
+        from leankv_mlx.mlx_lm.commands import SESSIONS, hooked
         from leankv_mlx.mlx_lm.patches import replaced
 
-        self.session = Session(command, f"{_PACKAGE}.{command}")
+        self.session = SESSIONS[command](f"{_PACKAGE}.{command}")
         self.failed = False
         self.session.prepare(parser, UNCOMPRESSED)
         _ACTIVE.enter_context(hooked(module, self.session, self.guard))
@@ -189,7 +190,7 @@ class _Run:
 
     def finish(self) -> None:
         """At the end of the process: the summary, if it ended well."""
-        from leankv_mlx.mlx_lm.command import print_summary
+        from leankv_mlx.mlx_lm.commands import print_summary
 
         if not self.failed:
             print_summary(self.session)

@@ -1,4 +1,8 @@
-"""Reading tokens into caches, in parts that somebody can wait for."""
+"""Reading tokens into caches: a prompt in chunks, and those in parts that somebody can wait for.
+
+This is the one loop over a prompt. Besides it there are those of mlx-lm's own commands, and a few
+in `benchmarks` and `evaluation` that time or score what happens inside of them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,13 @@ from mlx import nn
 
 from leankv_mlx.cache import one_update, reading
 from leankv_mlx.kernels import MAX_DECODE_TOKENS
+
+PREFILL_CHUNK = 512
+"""Prompt tokens that are compressed together. It is the same everywhere, because what a cache holds
+depends on it; and small, so that most of a prompt re-reads the compressed cache."""
+
+Progress = Callable[[int, int], None]
+"""Called with the tokens read so far and their number; may raise to stop."""
 
 _STEP = 32
 """Parts are multiples of it, and the first one of a model is of this size."""
@@ -37,6 +48,35 @@ class Pace:
         """Tokens of the next part, with `held` tokens in the caches."""
         fair = max(_STEP, held // _HELD_FOR_ONE)
         return min(max(int(self.speed * self.seconds), fair) // _STEP * _STEP, _LONGEST)
+
+
+def _untold(done: int, total: int) -> None:
+    """Nobody waits."""
+
+
+def prefill(
+    model: nn.Module,
+    tokens: Sequence[int],
+    caches: list[Any],
+    progress: Progress = _untold,
+    pace: Pace | None = None,
+    chunk: int = PREFILL_CHUNK,
+) -> None:
+    """Read a prompt, or its beginning, into caches, `chunk` tokens at a time.
+
+    Args:
+        progress: is also told that nothing is read yet.
+        pace: how often progress is told within a chunk; None tells it once a chunk.
+    """
+    total = len(tokens)
+    progress(0, total)
+    for start in range(0, total, chunk):
+
+        def look(done: int, start: int = start) -> None:
+            progress(start + done, total)
+
+        read(model, tokens[start : start + chunk], caches, pace, look)
+        mx.clear_cache()
 
 
 def read(

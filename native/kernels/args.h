@@ -100,9 +100,9 @@ struct Partial {
   float* max = nullptr;       // [R], in units of log2
   float* sum = nullptr;       // [R]
   float* body_sum = nullptr;  // [R], the part of the sum that is of centered tokens
+  float* least = nullptr;     // [R], in units of log2: the score that a block must reach to be read
   float* out = nullptr;       // [R, Dv]
   float* lanes = nullptr;     // [2, R, kMaxWidth]: the sums lane by lane, body and exact rows
-  float* least = nullptr;     // [R], in units of log2: the score that a block must reach to be read
   int32_t* reads = nullptr;   // [2]: blocks whose values were read, and all blocks
 };
 

@@ -97,7 +97,7 @@ inline void attend_block(const Chunk& chunk, const Format& format, const uint32_
     });
   }
   if (read) {
-    Factors weights{scores};
+    Factors weights{.x = scores};
 #ifdef LEANKV_PAIRS
     alignas(64) int16_t pairs[kRowChunk * kTile * W];
     float steps[kRowChunk];
@@ -108,7 +108,7 @@ inline void attend_block(const Chunk& chunk, const Format& format, const uint32_
         pack_pairs(scores + r * kTile, steps[r], packed);
         repeat_pairs(packed, kPairs, pairs + r * kTile * W);
       }
-      weights = {scores, pairs, steps};
+      weights = {.x = scores, .pairs = pairs, .steps = steps};
     }
 #endif
     value_tiles(format.v, values, ahead, chunk.rows, weights, chunk.out);
@@ -257,11 +257,18 @@ LEANKV_INLINE void each_chunk(const AttentionArgs& a, int head, const Partial& p
   for (int first = 0; first < a.rows(); first += kRowChunk) {
     const int left = a.rows() - first;
     const int64_t at = (row + first) * a.k_dim;
-    const Factors queries{a.queries + at, nullptr, a.pairs ? a.steps + row + first : nullptr};
-    const int32_t* pairs = a.pairs ? a.pairs + at / 2 : nullptr;
-    f(Chunk{first, left < kRowChunk ? left : kRowChunk, a.v_dim, queries, pairs, a.bias + row + first,
-            p.max + first, p.lanes + first * W, p.lanes + (a.rows() + first) * W,
-            p.out + static_cast<int64_t>(first) * a.v_dim, p.least + first, reads});
+    f(Chunk{.first = first,
+            .rows = left < kRowChunk ? left : kRowChunk,
+            .v_dim = a.v_dim,
+            .queries = {.x = a.queries + at, .steps = a.pairs ? a.steps + row + first : nullptr},
+            .pairs = a.pairs ? a.pairs + at / 2 : nullptr,
+            .bias = a.bias + row + first,
+            .max = p.max + first,
+            .body_sum = p.lanes + first * W,
+            .exact_sum = p.lanes + (a.rows() + first) * W,
+            .out = p.out + static_cast<int64_t>(first) * a.v_dim,
+            .least = p.least + first,
+            .reads = reads});
   }
 }
 

@@ -32,7 +32,7 @@ LEANKV_INLINE const uint32_t* key_tiles(const Side& side, const uint32_t* words,
     const int bits = side.bits[c];
     int run = 1;
     while (c + run < side.groups && side.bits[c + run] == bits) ++run;
-    add_tiles({words, run, ahead}, bits, rows, factors, c, acc, kTile);
+    add_tiles({.words = words, .count = run, .ahead = ahead}, bits, rows, factors, c, acc, kTile);
     words += kTile * bits * run;
     c += run;
   }
@@ -43,7 +43,8 @@ LEANKV_INLINE const uint32_t* key_tiles(const Side& side, const uint32_t* words,
 LEANKV_INLINE void value_tiles(const Side& side, const uint32_t* words, int64_t ahead, int rows,
                                const Factors& factors, float* acc) {
   for (int c = 0; c < side.groups; ++c) {
-    add_tiles({words, 1, ahead}, side.bits[c], rows, factors, 0, acc + c * kTile, side.dim());
+    add_tiles({.words = words, .count = 1, .ahead = ahead}, side.bits[c], rows, factors, 0,
+              acc + c * kTile, side.dim());
     words += kTile * side.bits[c];
   }
 }

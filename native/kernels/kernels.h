@@ -22,8 +22,21 @@ constexpr Kernels kernels(const char* name) {
 #else
   constexpr bool pairs = false;
 #endif
-  return {name, attend, pairs,  place,    merge,     encode,  decode,      repack,
-          read, write,  rotate, unrotate, kRowLanes, prefill, multiply_add};
+  return {.name = name,
+          .attend = attend,
+          .pairs = pairs,
+          .place = place,
+          .merge = merge,
+          .encode = encode,
+          .decode = decode,
+          .repack = repack,
+          .read = read,
+          .write = write,
+          .rotate = rotate,
+          .unrotate = unrotate,
+          .lanes = kRowLanes,
+          .prefill = prefill,
+          .multiply_add = multiply_add};
 }
 
 }  // namespace leankv::LEANKV_ISA

@@ -20,39 +20,46 @@ inline Type type_of(const mx::array& a) {
   throw std::invalid_argument("expected float32, float16 or bfloat16.");
 }
 
+// Vectors [H, T, dim] of this memory, without gaps.
+template <class V>
+V without_gaps(auto* data, const mx::array& a) {
+  return {.data = data,
+          .type = type_of(a),
+          .head_stride = int64_t{a.shape(1)} * a.shape(2),
+          .row_stride = a.shape(2)};
+}
+
 // Reads inputs in the order in which an operation lists them, when it is scheduled: they have memory by
 // then, and what is read from it is read when the operation runs.
 class Reader {
  public:
   Reader(const std::vector<mx::array>& in, mx::Stream stream) : in_(in), stream_(stream) {}
 
-  // In row order: the array's own memory where it can be, else that of a copy.
+  // In row order: the array's own memory where it can be, else that of a copy. Null if it is no input.
   template <class T>
-  const T* dense() {
-    return reinterpret_cast<const T*>(in_row_order(in_[at_++]));
+  const T* dense(bool present = true) {
+    return present ? reinterpret_cast<const T*>(in_row_order(in_[at_++])) : nullptr;
   }
 
   // Rows [H, T, dim]: any strides but between channels.
   Vectors rows() {
     const mx::array& a = in_[at_++];
     if (a.shape(2) == 1 || a.strides(2) == 1) {
-      return {a.data<char>(), type_of(a), a.strides(0), a.strides(1)};
+      return {.data = a.data<char>(),
+              .type = type_of(a),
+              .head_stride = a.strides(0),
+              .row_stride = a.strides(1)};
     }
-    return {in_row_order(a), type_of(a), int64_t{a.shape(1)} * a.shape(2), a.shape(2)};
+    return without_gaps<Vectors>(in_row_order(a), a);
   }
 
   Body body(const Format& format) {
-    Body body;
-    body.pool = dense<uint32_t>();
-    body.width = in_[at_].shape(1);
-    body.table = dense<int32_t>();
-    body.lengths = dense<int32_t>();
-    body.format = format;
-    return body;
-  }
-
-  void rotation(Rotation& rotation, bool present) {
-    if (present) rotation.signs = dense<float>();
+    const mx::array& table = in_[at_ + 1];
+    return {.pool = dense<uint32_t>(),  // braces are evaluated in order
+            .table = dense<int32_t>(),
+            .lengths = dense<int32_t>(),
+            .width = table.shape(1),
+            .format = format};
   }
 
  private:
@@ -81,7 +88,7 @@ class Reader {
 inline void allocate(mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); }
 
 inline Output output_of(mx::array& out) {
-  return {out.data<char>(), type_of(out), int64_t{out.shape(1)} * out.shape(2), out.shape(2)};
+  return without_gaps<Output>(out.data<char>(), out);
 }
 
 }  // namespace leankv

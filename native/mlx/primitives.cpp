@@ -65,17 +65,22 @@ struct Parts {
     if (!rotations) return;
     const auto plain = [&](const RotationArrays& r) {
       in.push_back(r.signs);
-      return Rotation{nullptr, r.signs.shape(0), r.block, r.head_dim};
+      return Rotation{.dim = r.signs.shape(0), .block = r.block, .head_dim = r.head_dim};
     };
     k_rotation = plain(rotations->first);
     v_rotation = plain(rotations->second);
   }
 
-  void read_rotations(Reader& reader, Rotation& k, Rotation& v) const {
-    k = k_rotation;
-    v = v_rotation;
-    reader.rotation(k, rotated);
-    reader.rotation(v, rotated);
+  // Of keys and values; null without centers.
+  std::array<const float*, 2> centers(Reader& reader) const {
+    return {reader.dense<float>(centered), reader.dense<float>(centered)};
+  }
+
+  // Of keys and values.
+  std::array<Rotation, 2> rotations(Reader& reader) const {
+    std::array both{k_rotation, v_rotation};
+    for (Rotation& rotation : both) rotation.signs = reader.dense<float>(rotated);
+    return both;
   }
 
   std::vector<Body> bodies(Reader& reader) const {
@@ -94,32 +99,33 @@ class DecodeAttention : public Operation {
 
  protected:
   std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const override {
-    AttentionJob job;
-    const mx::array& q = in[0];
-    job.ends.queries = reader.rows();
-    const mx::array& k = in[1];
-    const mx::array& v = in[2];
-    job.args.exact_k = reader.rows();
-    job.args.exact_v = reader.rows();
+    const mx::array &q = in[0], &k = in[1], &v = in[2];
+    const Vectors queries = reader.rows(), exact_k = reader.rows(), exact_v = reader.rows();
     auto bodies = parts_.bodies(reader);
-    if (parts_.centered) {
-      job.mu_k = reader.dense<float>();
-      job.mu_v = reader.dense<float>();
-    }
-    parts_.read_rotations(reader, job.ends.k_rotation, job.ends.v_rotation);
-    if (logits_) job.ends.sink_logits = reader.dense<float>();
-    job.args.heads = k.shape(0);
-    job.args.group = q.shape(0) / k.shape(0);
-    job.args.length = q.shape(1);
-    job.args.k_dim = k.shape(2);
-    job.args.v_dim = v.shape(2);
-    job.args.exact = k.shape(1);
-    job.args.causal = causal_;
-    job.args.skip = skip_;
-    job.ends.scale = scale_;
-    job.ends.out = output_of(out[0]);
-    job.lse = out[1].data<float>();
-    if (out.size() > 2) job.reads = out[2].data<int32_t>();
+    const auto [mu_k, mu_v] = parts_.centers(reader);
+    const auto [k_rotation, v_rotation] = parts_.rotations(reader);
+    AttentionJob job{
+        .args = {.heads = k.shape(0),
+                 .group = q.shape(0) / k.shape(0),
+                 .length = q.shape(1),
+                 .k_dim = k.shape(2),
+                 .v_dim = v.shape(2),
+                 .exact_k = exact_k,
+                 .exact_v = exact_v,
+                 .exact = k.shape(1),
+                 .causal = causal_,
+                 .skip = skip_},
+        .ends = {.queries = queries,
+                 .k_rotation = k_rotation,
+                 .v_rotation = v_rotation,
+                 .sink_logits = reader.dense<float>(logits_),
+                 .scale = scale_,
+                 .out = output_of(out[0])},
+        .mu_k = mu_k,
+        .mu_v = mu_v,
+        .lse = out[1].data<float>(),
+        .reads = out.size() > 2 ? out[2].data<int32_t>() : nullptr,
+    };
     return [job, bodies = std::move(bodies)]() mutable {
       job.args.bodies = bodies.data();
       job.args.n_bodies = static_cast<int>(bodies.size());
@@ -144,25 +150,27 @@ class PrefillAttention : public Operation {
 
  protected:
   std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const override {
-    PrefillJob job;
-    const mx::array& q = in[0];
-    job.ends.queries = reader.rows();
-    const mx::array& k = in[1];
-    const mx::array& v = in[2];
-    job.args.k = reader.rows();
-    job.args.v = reader.rows();
-    parts_.read_rotations(reader, job.ends.k_rotation, job.ends.v_rotation);
-    if (present_) job.args.present = reader.dense<bool>();
-    if (logits_) job.ends.sink_logits = reader.dense<float>();
-    job.args.heads = k.shape(0);
-    job.args.group = q.shape(0) / k.shape(0);
-    job.args.length = q.shape(1);
-    job.args.tokens = k.shape(1);
-    job.args.k_dim = k.shape(2);
-    job.args.v_dim = v.shape(2);
-    job.args.causal = causal_;
-    job.ends.scale = scale_;
-    job.ends.out = output_of(out[0]);
+    const mx::array &q = in[0], &k = in[1], &v = in[2];
+    const Vectors queries = reader.rows(), keys = reader.rows(), values = reader.rows();
+    const auto [k_rotation, v_rotation] = parts_.rotations(reader);
+    const PrefillJob job{
+        .args = {.heads = k.shape(0),
+                 .group = q.shape(0) / k.shape(0),
+                 .length = q.shape(1),
+                 .tokens = k.shape(1),
+                 .k_dim = k.shape(2),
+                 .v_dim = v.shape(2),
+                 .k = keys,
+                 .v = values,
+                 .present = reader.dense<bool>(present_),
+                 .causal = causal_},
+        .ends = {.queries = queries,
+                 .k_rotation = k_rotation,
+                 .v_rotation = v_rotation,
+                 .sink_logits = reader.dense<float>(logits_),
+                 .scale = scale_,
+                 .out = output_of(out[0])},
+    };
     return [job] { run_prefill(job); };
   }
 
@@ -180,15 +188,14 @@ class Encode : public Operation {
 
  protected:
   std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const override {
-    EncodeArgs args;
-    args.k = reader.rows();
-    args.v = reader.rows();
-    args.mu_k = reader.dense<float>();
-    args.mu_v = reader.dense<float>();
-    args.tokens = in[0].shape(1);
-    args.format = format_;
-    args.rounding = rounding_;
-    args.blocks = out[0].data<uint32_t>();
+    const EncodeArgs args{.k = reader.rows(),  // braces are evaluated in order
+                          .v = reader.rows(),
+                          .mu_k = reader.dense<float>(),
+                          .mu_v = reader.dense<float>(),
+                          .tokens = in[0].shape(1),
+                          .format = format_,
+                          .rounding = rounding_,
+                          .blocks = out[0].data<uint32_t>()};
     return [args, heads = in[0].shape(0)] { run_encode(args, heads); };
   }
 
@@ -204,11 +211,10 @@ class Repack : public Operation {
 
  protected:
   std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const override {
-    RepackArgs args;
-    args.body = reader.body(format_);
-    args.index = reader.dense<int32_t>();
-    args.kept = in[3].shape(1);
-    args.blocks = out[0].data<uint32_t>();
+    const RepackArgs args{.body = reader.body(format_),
+                          .index = reader.dense<int32_t>(),
+                          .kept = in[3].shape(1),
+                          .blocks = out[0].data<uint32_t>()};
     return [args, heads = in[3].shape(0)] { run_repack(args, heads); };
   }
 
@@ -223,22 +229,25 @@ class Decode : public Operation {
 
  protected:
   std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const override {
-    DecodeJob job;
-    job.exact_k = reader.rows();
-    job.exact_v = reader.rows();
+    const Vectors exact_k = reader.rows(), exact_v = reader.rows();
     auto bodies = parts_.bodies(reader);
-    if (parts_.centered) {
-      job.args.mu_k = reader.dense<float>();
-      job.args.mu_v = reader.dense<float>();
-    }
-    parts_.read_rotations(reader, job.args.k_rotation, job.args.v_rotation);
-    job.args.k = output_of(out[0]);
-    job.args.v = output_of(out[1]);
-    job.heads = in[0].shape(0);
-    job.exact = in[0].shape(1);
-    job.sinks = sinks_;
-    job.k_dim = in[0].shape(2);
-    job.v_dim = in[1].shape(2);
+    const auto [mu_k, mu_v] = parts_.centers(reader);
+    const auto [k_rotation, v_rotation] = parts_.rotations(reader);
+    DecodeJob job{
+        .args = {.k = output_of(out[0]),
+                 .v = output_of(out[1]),
+                 .mu_k = mu_k,
+                 .mu_v = mu_v,
+                 .k_rotation = k_rotation,
+                 .v_rotation = v_rotation},
+        .heads = in[0].shape(0),
+        .exact_k = exact_k,
+        .exact_v = exact_v,
+        .exact = in[0].shape(1),
+        .sinks = sinks_,
+        .k_dim = in[0].shape(2),
+        .v_dim = in[1].shape(2),
+    };
     return [job, bodies = std::move(bodies)]() mutable {
       job.bodies = bodies.data();
       job.n_bodies = static_cast<int>(bodies.size());
@@ -263,11 +272,13 @@ class Append : public Operation {
       Rotation rotation;
       Output out;
     };
-    std::array<OneSide, 2> sides;
-    for (auto& side : sides) side.exact = reader.rows();
-    for (auto& side : sides) side.rows = reader.rows();
-    parts_.read_rotations(reader, sides[0].rotation, sides[1].rotation);
-    for (int i = 0; i < 2; ++i) sides[i].out = output_of(out[i]);
+    const Vectors exact_k = reader.rows(), exact_v = reader.rows();
+    const Vectors k = reader.rows(), v = reader.rows();
+    const auto [k_rotation, v_rotation] = parts_.rotations(reader);
+    const std::array sides{
+        OneSide{.exact = exact_k, .rows = k, .rotation = k_rotation, .out = output_of(out[0])},
+        OneSide{.exact = exact_v, .rows = v, .rotation = v_rotation, .out = output_of(out[1])},
+    };
     return [sides, n_exact = in[0].shape(1), n_rows = in[2].shape(1), heads = in[0].shape(0)] {
       for (const OneSide& side : sides) {
         run_append(side.exact, n_exact, side.rows, n_rows, side.rotation, heads, side.out);

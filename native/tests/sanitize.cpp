@@ -40,7 +40,16 @@ Side side(int dim, int first) {
 
 template <class T>
 Vectors rows_of(const std::vector<T>& data, Type type, int tokens, int dim) {
-  return {data.data(), type, int64_t{tokens} * dim, dim};
+  return {.data = data.data(), .type = type, .head_stride = int64_t{tokens} * dim, .row_stride = dim};
+}
+
+template <class T>
+Output output_of(std::vector<T>& data, Type type, int tokens, int dim) {
+  return {.data = data.data(), .type = type, .head_stride = int64_t{tokens} * dim, .row_stride = dim};
+}
+
+Rotation rotation(const std::vector<float>& signs, int dim) {
+  return {.signs = signs.data(), .dim = dim, .block = dim & -dim, .head_dim = dim};
 }
 
 void check(bool right, const char* what) {
@@ -54,15 +63,15 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
   const int heads = 2, blocks = blocks_of(tokens);
   const auto k = normal(heads * tokens * k_dim), v = normal(heads * tokens * v_dim);
   const auto mu_k = normal(heads * k_dim), mu_v = normal(heads * v_dim);
-  EncodeArgs encode;
-  encode.k = rows_of(k, Type::f32, tokens, k_dim);
-  encode.v = rows_of(v, Type::f32, tokens, v_dim);
-  encode.mu_k = mu_k.data();
-  encode.mu_v = mu_v.data();
-  encode.tokens = tokens;
-  encode.format = {side(k_dim, group), side(v_dim, length)};
-  std::vector<uint32_t> pool(size_t(heads) * blocks * encode.format.words());
-  encode.blocks = pool.data();
+  const Format format{.k = side(k_dim, group), .v = side(v_dim, length)};
+  std::vector<uint32_t> pool(size_t(heads) * blocks * format.words());
+  EncodeArgs encode{.k = rows_of(k, Type::f32, tokens, k_dim),
+                    .v = rows_of(v, Type::f32, tokens, v_dim),
+                    .mu_k = mu_k.data(),
+                    .mu_v = mu_v.data(),
+                    .tokens = tokens,
+                    .format = format,
+                    .blocks = pool.data()};
   for (const Rounding rounding : {Rounding::rms, Rounding::search}) {
     encode.rounding = rounding;
     run_encode(encode, heads);
@@ -70,38 +79,50 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
 
   std::vector<int32_t> table(heads * blocks), lengths{tokens, tokens / 2};
   for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i);
-  const Body body{pool.data(), table.data(), lengths.data(), blocks, encode.format};
+  const Body body{.pool = pool.data(),
+                  .table = table.data(),
+                  .lengths = lengths.data(),
+                  .width = blocks,
+                  .format = format};
   // All slots backwards, twice: what was there. Then some, with slots that do not exist.
   std::vector<int32_t> backwards(heads * blocks * kTile);
   for (int h = 0, i = 0; h < heads; ++h) {
     for (int slot = blocks * kTile - 1; slot >= 0; --slot) backwards[i++] = slot;
   }
   std::vector<uint32_t> turned(pool.size()), back(pool.size());
-  run_repack({body, backwards.data(), blocks * kTile, turned.data()}, heads);
+  const auto repack = [&](const Body& from, const std::vector<int32_t>& index, int kept,
+                          std::vector<uint32_t>& to) {
+    run_repack({.body = from, .index = index.data(), .kept = kept, .blocks = to.data()}, heads);
+  };
+  repack(body, backwards, blocks * kTile, turned);
   Body other = body;
   other.pool = turned.data();
-  run_repack({other, backwards.data(), blocks * kTile, back.data()}, heads);
+  repack(other, backwards, blocks * kTile, back);
   check(back == pool, "repacked codes changed");
   const std::vector<int32_t> odd{-1, 3, blocks * kTile, 1 << 30, 0, -(1 << 30)};
-  std::vector<uint32_t> kept(size_t(heads) * encode.format.words());
-  run_repack({body, odd.data(), 3, kept.data()}, heads);
+  std::vector<uint32_t> kept(size_t(heads) * format.words());
+  repack(body, odd, 3, kept);
 
   std::vector<uint16_t> exact_k(heads * exact * k_dim * 2), exact_v(heads * exact * v_dim * 2);
   const int all = exact + kTile * blocks;
   std::vector<float> out_k(heads * all * k_dim), out_v(heads * all * v_dim);
-  DecodeJob decode;
-  decode.args = {{out_k.data(), Type::f32, int64_t{all} * k_dim, k_dim},
-                 {out_v.data(), Type::f32, int64_t{all} * v_dim, v_dim},
-                 mu_k.data(), mu_v.data(), {}, {}};
-  decode.bodies = &body;
-  decode.n_bodies = 1;
-  decode.heads = heads;
-  decode.exact_k = rows_of(exact_k, type, exact, k_dim);
-  decode.exact_v = rows_of(exact_v, type, exact, v_dim);
-  decode.exact = exact;
-  decode.sinks = exact < 4 ? exact : 4;
-  decode.k_dim = k_dim;
-  decode.v_dim = v_dim;
+  const DecodeJob decode{
+      .args = {.k = output_of(out_k, Type::f32, all, k_dim),
+               .v = output_of(out_v, Type::f32, all, v_dim),
+               .mu_k = mu_k.data(),
+               .mu_v = mu_v.data(),
+               .k_rotation = {},
+               .v_rotation = {}},
+      .bodies = &body,
+      .n_bodies = 1,
+      .heads = heads,
+      .exact_k = rows_of(exact_k, type, exact, k_dim),
+      .exact_v = rows_of(exact_v, type, exact, v_dim),
+      .exact = exact,
+      .sinks = exact < 4 ? exact : 4,
+      .k_dim = k_dim,
+      .v_dim = v_dim,
+  };
   run_decode(decode);
   for (const float x : out_k) check(std::isfinite(x), "a decoded key is not finite");
 
@@ -110,31 +131,32 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
   std::vector<uint16_t> half(queries.size());  // numbers of any 16-bit type
   for (uint16_t& x : half) x = static_cast<uint16_t>((draw() & 1) << 15 | (0x3000 + draw() % 0x0C00));
   std::vector<float> out(query_heads * length * v_dim), lse(query_heads * length);
-  AttentionJob job;
-  job.args.heads = heads;
-  job.args.group = group;
-  job.args.length = length;
-  job.args.k_dim = k_dim;
-  job.args.v_dim = v_dim;
-  job.args.bodies = &body;
-  job.args.n_bodies = 1;
-  job.args.exact_k = decode.exact_k;
-  job.args.exact_v = decode.exact_v;
-  job.args.exact = exact;
-  job.args.causal = exact >= length;
-  job.ends.queries = type == Type::f32 ? rows_of(queries, type, length, k_dim)
-                                       : rows_of(half, type, length, k_dim);
-  job.ends.k_rotation = {signs.data(), k_dim, k_dim & -k_dim, k_dim};
-  job.ends.v_rotation = {signs.data(), v_dim, v_dim & -v_dim, v_dim};
-  job.mu_k = mu_k.data();
-  job.mu_v = mu_v.data();
-  job.ends.sink_logits = signs.data();
-  job.ends.scale = 0.1f;
   std::vector<int32_t> reads(2 * heads);
-  job.args.skip = exact ? 0.1f : 0.0f;
-  job.reads = reads.data();
-  job.ends.out = {out.data(), Type::f32, int64_t{length} * v_dim, v_dim};
-  job.lse = lse.data();
+  const AttentionJob job{
+      .args = {.heads = heads,
+               .group = group,
+               .length = length,
+               .k_dim = k_dim,
+               .v_dim = v_dim,
+               .bodies = &body,
+               .n_bodies = 1,
+               .exact_k = decode.exact_k,
+               .exact_v = decode.exact_v,
+               .exact = exact,
+               .causal = exact >= length,
+               .skip = exact ? 0.1f : 0.0f},
+      .ends = {.queries = type == Type::f32 ? rows_of(queries, type, length, k_dim)
+                                            : rows_of(half, type, length, k_dim),
+               .k_rotation = rotation(signs, k_dim),
+               .v_rotation = rotation(signs, v_dim),
+               .sink_logits = signs.data(),
+               .scale = 0.1f,
+               .out = output_of(out, Type::f32, length, v_dim)},
+      .mu_k = mu_k.data(),
+      .mu_v = mu_v.data(),
+      .lse = lse.data(),
+      .reads = reads.data(),
+  };
   run_attention(job);
   for (const float x : out) check(std::isfinite(x), "an output is not finite");
   for (int h = 0; h < heads; ++h) {
@@ -145,7 +167,7 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
   const int longer = exact + tokens;
   std::vector<float> appended(heads * longer * k_dim);
   run_append(decode.exact_k, exact, encode.k, tokens, job.ends.k_rotation, heads,
-             {appended.data(), type, int64_t{longer} * k_dim, k_dim});
+             output_of(appended, type, longer, k_dim));
 }
 
 // Attends to rows of which the first head misses every third.
@@ -156,23 +178,24 @@ void many_queries(int k_dim, int v_dim, int group, int length, int tokens, Type 
   std::vector<float> out(query_heads * length * v_dim), logits = normal(query_heads);
   const std::unique_ptr<bool[]> present(new bool[heads * tokens]);
   for (int t = 0; t < heads * tokens; ++t) present[t] = t >= tokens - length || t % 3;
-  PrefillJob job;
-  job.args.heads = heads;
-  job.args.group = group;
-  job.args.length = length;
-  job.args.tokens = tokens;
-  job.args.k_dim = k_dim;
-  job.args.v_dim = v_dim;
-  job.args.k = rows_of(k, type, tokens, k_dim);
-  job.args.v = rows_of(v, type, tokens, v_dim);
-  job.args.present = group % 2 ? present.get() : nullptr;
-  job.args.causal = length % 2;
-  job.ends.queries = rows_of(queries, Type::f32, length, k_dim);
-  job.ends.k_rotation = {signs.data(), k_dim, k_dim & -k_dim, k_dim};
-  job.ends.v_rotation = {signs.data(), v_dim, v_dim & -v_dim, v_dim};
-  job.ends.sink_logits = group > 2 ? logits.data() : nullptr;
-  job.ends.scale = 0.1f;
-  job.ends.out = {out.data(), Type::f32, int64_t{length} * v_dim, v_dim};
+  const PrefillJob job{
+      .args = {.heads = heads,
+               .group = group,
+               .length = length,
+               .tokens = tokens,
+               .k_dim = k_dim,
+               .v_dim = v_dim,
+               .k = rows_of(k, type, tokens, k_dim),
+               .v = rows_of(v, type, tokens, v_dim),
+               .present = group % 2 ? present.get() : nullptr,
+               .causal = length % 2 == 1},
+      .ends = {.queries = rows_of(queries, Type::f32, length, k_dim),
+               .k_rotation = rotation(signs, k_dim),
+               .v_rotation = rotation(signs, v_dim),
+               .sink_logits = group > 2 ? logits.data() : nullptr,
+               .scale = 0.1f,
+               .out = output_of(out, Type::f32, length, v_dim)},
+  };
   run_prefill(job);
   for (const float x : out) check(std::isfinite(x), "an output of a prefill is not finite");
 }

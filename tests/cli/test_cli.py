@@ -107,7 +107,7 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("leankv_mlx.mlx_lm.loading.resolve_model", interrupted)
-    monkeypatch.setattr("leankv_mlx.mlx_lm.command.resolve_model", interrupted)
+    monkeypatch.setattr("leankv_mlx.mlx_lm.commands.session.resolve_model", interrupted)
     assert app.run(["demo"]) == 130
     assert app.run(["generate"]) == 130
 
@@ -118,7 +118,7 @@ def test_unexpected_errors_are_one_line_too(
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise IndexError("first\nsecond")
 
-    monkeypatch.setattr("leankv_mlx.mlx_lm.command.resolve_model", broken)
+    monkeypatch.setattr("leankv_mlx.mlx_lm.commands.session.resolve_model", broken)
     assert app.run(["generate"]) == 1
     err = capfd.readouterr().err
     assert err.startswith("leankv: error: IndexError: first second (the traceback is in ")

@@ -23,9 +23,10 @@ from leankv_mlx.cache import container
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.documents import cache as module
 from leankv_mlx.documents.cache import DocumentCache, Key, cache_limit, model_identity
-from leankv_mlx.documents.prefix import PREFILL_CHUNK, Opener, prefill
+from leankv_mlx.documents.prefix import Opener
 from leankv_mlx.errors import CacheFileError, UsageError
 from leankv_mlx.mlx_lm import LoadedModel, attach, load, make_caches
+from leankv_mlx.mlx_lm.reading import PREFILL_CHUNK, prefill
 from leankv_mlx.resources import demo_model
 from tests.cache.prompt_files import content
 

@@ -9,11 +9,11 @@ import pytest
 
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.documents.cache import DocumentCache
-from leankv_mlx.documents.prefix import prefill
 from leankv_mlx.documents.reader import Answer, Reader
 from leankv_mlx.errors import ContextLengthError
 from leankv_mlx.mlx_lm import LoadedModel, attach, load, make_caches, measure
 from leankv_mlx.mlx_lm.footprint import Footprint, spare_memory
+from leankv_mlx.mlx_lm.reading import prefill
 from tests.documents.files import FACT, QUESTION, prose
 
 DOCUMENT = f"{prose(12)}\n\n{FACT}\n\n{prose(12, 13)}"

@@ -11,9 +11,8 @@ import pytest
 
 from leankv_mlx.engine import Engine
 from leankv_mlx.engine.download import progress_class
-from leankv_mlx.engine.engine import Cancelled
 from leankv_mlx.engine.events import Downloading, Event, Failed, Loaded
-from leankv_mlx.engine.requests import Load
+from leankv_mlx.engine.requests import Cancelled, Load
 from leankv_mlx.resources import demo_model
 
 

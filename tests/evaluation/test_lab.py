@@ -17,7 +17,7 @@ from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError, ContextLengthError, ModelError, UsageError
 from leankv_mlx.evaluation import fidelity as fidelity_module
 from leankv_mlx.evaluation import lab as lab_module
-from leankv_mlx.evaluation.arms import DEFAULT_KV, Arm, Size, in_float32, parse_arms, prefill
+from leankv_mlx.evaluation.arms import DEFAULT_KV, Arm, Size, in_float32, parse_arms
 from leankv_mlx.evaluation.fidelity import Chunk, Corpus, corpus, generated_text, run_fidelity
 from leankv_mlx.evaluation.lab import Lab, Report, Settings
 from leankv_mlx.evaluation.metrics import log_probabilities
@@ -27,6 +27,7 @@ from leankv_mlx.evaluation.tables import tables
 from leankv_mlx.kernels import encode as encode_module
 from leankv_mlx.kernels.types import Backend
 from leankv_mlx.mlx_lm import LoadedModel, load, make_caches
+from leankv_mlx.mlx_lm.reading import prefill
 from tests.models import TINY
 
 CONTEXT = 256
@@ -122,7 +123,7 @@ def test_arms_are_named_as_asked_and_none_comes_first() -> None:
 def test_bytes_are_those_of_the_buffers(loaded: LoadedModel) -> None:
     with in_float32(loaded.model), Arm.parse("k4v4").attached(loaded.model):
         caches = make_caches(loaded.model)
-        prefill(loaded.model, mx.arange(CONTEXT), caches)
+        prefill(loaded.model, range(CONTEXT), caches)
         found = Size.of(caches)
     exact = 4 + 64 + (CONTEXT - 68) % 32
     layers, heads, dim, blocks = 5, 2, 64, (CONTEXT - exact) // 32
@@ -302,7 +303,7 @@ def test_every_arm_gets_the_same_prompts(
     asked: list[tuple[int, ...]] = []
 
     def answer(loaded: LoadedModel, prompt: Any) -> tuple[str, float]:
-        asked.append(tuple(prompt.tokens.tolist()))
+        asked.append(tuple(prompt.tokens))
         return prompt.sample.reply, 1.0
 
     monkeypatch.setattr("leankv_mlx.evaluation.retrieval._answer", answer)

@@ -6,6 +6,7 @@ there, the backend is also a row of the parity matrix.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from leankv_mlx.kernels import (
     available_backends,
     resolve_backend,
 )
-from leankv_mlx.kernels.gpu import Kernel, make_backend, probe
+from leankv_mlx.kernels.gpu import Kernel, devices, make_backend, probe
 from leankv_mlx.kernels.gpu.attention import MAX_ROWS
 from leankv_mlx.kernels.gpu.geometry import CANDIDATES, Geometry, Shape, Tuner, built_in
 from leankv_mlx.kernels.gpu.launch import MAX_GROUPS, SHUFFLE, MlxLauncher, side_code
@@ -50,6 +51,15 @@ def test_without_its_device_a_named_backend_never_falls_back(name: str) -> None:
     with pytest.raises(BackendUnavailableError, match=r"no .* device|another device|kernels"):
         resolve_backend(name)
     assert resolve_backend("auto").name != name
+
+
+def test_a_device_on_which_mlx_does_not_compute_is_no_backend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, device in devices.DEVICES.items():
+        monkeypatch.setitem(devices.DEVICES, name, replace(device, available=lambda: True))
+        with mx.stream(mx.cpu), pytest.raises(BackendUnavailableError, match="another device"):
+            resolve_backend(name)
 
 
 class Nothing:

@@ -21,6 +21,7 @@ from leankv_mlx.cli import app as cli
 from leankv_mlx.evaluation import prose
 from leankv_mlx.evaluation.tasks import document_turn
 from leankv_mlx.mlx_lm import hook
+from leankv_mlx.mlx_lm.commands import SESSIONS
 from tests.mlx_lm.commands import (
     LONG,
     MODEL,
@@ -55,6 +56,10 @@ def everything(module: ModuleType) -> list[Any]:
         dict(vars(module)), dict(vars(argparse.ArgumentParser)), sys.excepthook,
         list(sys.meta_path), llama.scaled_dot_product_attention,
     ]  # fmt: skip
+
+
+def test_every_command_that_is_hooked_has_its_class() -> None:
+    assert set(hook.COMMANDS) == set(SESSIONS)
 
 
 @pytest.fixture

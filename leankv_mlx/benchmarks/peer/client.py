@@ -15,9 +15,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from leankv_mlx.errors import PeerError
-from leankv_mlx.evaluation.arms import PREFILL_CHUNK
 from leankv_mlx.evaluation.fidelity import STEP, Chunk
 from leankv_mlx.evaluation.metrics import TokenScores
+from leankv_mlx.mlx_lm.reading import PREFILL_CHUNK
 
 BITS: Mapping[str, float] = {"f16": 16.0, "q8_0": 8.5, "q4_0 hadamard": 4.5}
 """Caches of the peer, and their bits per element: codes and a scale of 16 bits for 32 of them. The
