@@ -185,5 +185,5 @@ class Tables(RuleBasedStateMachine):
         assert (self.pool.references(np.arange(self.pool.capacity)) == counts).all()
 
 
-Tables.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+Tables.TestCase.settings = settings(max_examples=12, stateful_step_count=20, deadline=None)
 TestTables = Tables.TestCase
