@@ -20,4 +20,5 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Files of the user go to a folder of the test run, in subprocesses too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEANKV_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("COLUMNS", raising=False)  # pytest-xdist's: output is not cut to a width
         yield
