@@ -13,6 +13,7 @@ export PIP_NO_INPUT := 1
 DEMO := .venv/installed-demo-$(EXTRA)
 DEV := .venv/installed-dev-$(EXTRA)
 NATIVE := $(wildcard native/*.* native/*/*.*)
+CXX_FILES := $(filter %.cpp %.h,$(NATIVE)) $(wildcard tests/msl/runtime/*)
 # Neighbours stay with one worker, which makes their fixtures once; whoever is done first helps.
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal
 
@@ -44,6 +45,7 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 clean:
 	rm -rf .venv build dist leankv_mlx/*.so .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -20,8 +20,8 @@ inline Type type_of(const mx::array& a) {
   throw std::invalid_argument("expected float32, float16 or bfloat16.");
 }
 
-// Reads inputs in the order in which an operation lists them, when it is scheduled: they have memory by
-// then, and what is read from it is read when the operation runs.
+// Reads inputs in the order in which an operation lists them, when it is scheduled: they have
+// memory by then, and what is read from it is read when the operation runs.
 class Reader {
  public:
   Reader(const std::vector<mx::array>& in, mx::Stream stream) : in_(in), stream_(stream) {}

@@ -1,6 +1,6 @@
-// Runs every kernel of every instruction set that this processor executes, for a sanitizer to watch:
-// built by CMake with -DLEANKV_SANITIZE=..., run by tests/kernels/test_sanitizers.py. Buffers have
-// exactly the size that is promised, so that AddressSanitizer sees every read beyond.
+// Runs every kernel of every instruction set that this processor executes, for a sanitizer to
+// watch: built by CMake with -DLEANKV_SANITIZE=..., run by tests/kernels/test_sanitizers.py.
+// Buffers have exactly the size that is promised, so that AddressSanitizer sees every read beyond.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -92,7 +92,10 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
   DecodeJob decode;
   decode.args = {{out_k.data(), Type::f32, int64_t{all} * k_dim, k_dim},
                  {out_v.data(), Type::f32, int64_t{all} * v_dim, v_dim},
-                 mu_k.data(), mu_v.data(), {}, {}};
+                 mu_k.data(),
+                 mu_v.data(),
+                 {},
+                 {}};
   decode.bodies = &body;
   decode.n_bodies = 1;
   decode.heads = heads;
@@ -108,7 +111,8 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
   const int query_heads = heads * group;
   const auto queries = normal(query_heads * length * k_dim), signs = normal(kMaxDim);
   std::vector<uint16_t> half(queries.size());  // numbers of any 16-bit type
-  for (uint16_t& x : half) x = static_cast<uint16_t>((draw() & 1) << 15 | (0x3000 + draw() % 0x0C00));
+  for (uint16_t& x : half)
+    x = static_cast<uint16_t>((draw() & 1) << 15 | (0x3000 + draw() % 0x0C00));
   std::vector<float> out(query_heads * length * v_dim), lse(query_heads * length);
   AttentionJob job;
   job.args.heads = heads;
@@ -185,7 +189,8 @@ void all_shapes() {
       const Type type = std::vector{Type::f32, Type::f16, Type::bf16}[turn % 3];
       round_trip(k_dim, turn % 2 ? k_dim : 160, group, length, 1 + turn * 7 % 90, turn * 13 % 104,
                  type);
-      many_queries(k_dim, turn % 2 ? k_dim : 160, group, 9 + turn * 5 % 70, 80 + turn * 11 % 90, type);
+      many_queries(k_dim, turn % 2 ? k_dim : 160, group, 9 + turn * 5 % 70, 80 + turn * 11 % 90,
+                   type);
       ++turn;
     }
   }
