@@ -1,7 +1,8 @@
 # make demo | test | test-real | test-msl | real-models | lint | clean
-# PYTHON=python3.12 and EXTRA=cuda13 choose others.
+# PYTHON=python3.12 and EXTRA=cuda13 choose others; WORKERS=1 runs tests one after another.
 # The stamp is per EXTRA, but cpu and cuda13 cannot share .venv: `make clean` between them.
 PYTHON ?= python3
+WORKERS ?= auto
 EXTRA ?= $(if $(filter Darwin,$(shell uname -s)),,cpu)
 BIN := .venv/bin
 comma := ,
@@ -12,6 +13,9 @@ export PIP_NO_INPUT := 1
 DEMO := .venv/installed-demo-$(EXTRA)
 DEV := .venv/installed-dev-$(EXTRA)
 NATIVE := $(wildcard native/*.* native/*/*.*)
+CXX_FILES := $(filter %.cpp %.h,$(NATIVE)) $(wildcard tests/msl/runtime/*)
+# Neighbours stay with one worker, which makes their fixtures once; whoever is done first helps.
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(WORKERS) --maxprocesses=8 --dist=worksteal
 
 .PHONY: demo test test-real test-msl real-models lint clean
 .NOTPARALLEL:
@@ -22,7 +26,7 @@ demo: $(DEMO)
 # Tests with a real model skip where it cannot be had.
 test: lint
 	@$(BIN)/python tests/real_models.py smollm2 || true
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Those that need all of the real models, or long.
 test-real: $(DEV) real-models
@@ -30,7 +34,7 @@ test-real: $(DEV) real-models
 
 # The GPU kernels on the CPU, under the checker: those parts of `make test` alone.
 test-msl: $(DEV)
-	$(BIN)/python -m pytest tests/msl tests/kernels -k msl
+	$(PYTEST) tests/msl tests/kernels -k msl
 
 # Three trained models, 820 MB, into .venv/models or the folder that LEANKV_MODELS names.
 real-models: .venv/created
@@ -41,6 +45,7 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 clean:
 	rm -rf .venv build dist leankv_mlx/*.so .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from typing import TYPE_CHECKING
 
 from markdown_it import MarkdownIt
 from markdown_it.rules_block import StateBlock, blockquote, fence, list_block, table
+
+if TYPE_CHECKING:
+    from markdown_it.ruler import RuleOptionsType
 
 DEEPEST = 12
 """Levels of quotes and lists, counted as markdown-it does; it drops what is nested beyond its own
@@ -27,7 +31,7 @@ _LANGUAGE = re.compile(r"[\w+#.-]*")
 def parser() -> MarkdownIt:
     """The parser of all replies."""
     made = MarkdownIt("gfm-like", {"html": False, "linkify": False}).disable(_HIDES)
-    ends_paragraph = {"alt": ["paragraph", "reference", "blockquote", "list"]}
+    ends_paragraph: RuleOptionsType = {"alt": ["paragraph", "reference", "blockquote", "list"]}
     made.block.ruler.at("blockquote", _quote, ends_paragraph)
     made.block.ruler.at("list", _list, {"alt": ["paragraph", "reference", "blockquote"]})
     made.block.ruler.at("fence", _fence, ends_paragraph)

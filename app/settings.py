@@ -78,7 +78,7 @@ def checked(name: str, value: Any) -> Any:
     Raises:
         ValueError: it does not fit.
     """
-    kind = type(getattr(Settings(), name, None))
+    kind: type[Any] = type(getattr(Settings(), name, None))
     if kind is type(None):
         known = ", ".join(field.name for field in fields(Settings))
         raise ValueError(f"no setting {name}; known are {known}")
@@ -94,9 +94,10 @@ def checked(name: str, value: Any) -> Any:
         value.encode()  # a lone half of a pair is no text: UnicodeEncodeError is a ValueError
     if type(value) is not kind:
         raise ValueError(f"{name} has the wrong type")
-    low, high = RANGES.get(name, (None, None))
-    if low is not None and high is not None and not low <= value <= high:
-        raise ValueError(f"{name} is from {low} to {high}")
+    if name in RANGES:
+        low, high = RANGES[name]
+        if not low <= value <= high:
+            raise ValueError(f"{name} is from {low} to {high}")
     return value
 
 

@@ -5,8 +5,8 @@
 
 namespace leankv {
 
-// `fixed`: levels as integers are this many times as large. Found by search, so that rounding errs by
-// 5e-6 or less (root mean square, in units of the scale) and no integer is beyond 5,540.
+// `fixed`: levels as integers are this many times as large. Found by search, so that rounding errs
+// by 5e-6 or less (root mean square, in units of the scale) and no integer is beyond 5,540.
 template <int B>
 struct Cubic;
 template <>

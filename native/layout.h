@@ -6,9 +6,11 @@
 //   key tile of channel group c:   lane = slot, i = channel of the group
 //   value tile of channel group c: lane = channel of the group, i = slot
 // B in {2, 4, 8} is a field of B bits: row i / (32 / B), shift B * (i % (32 / B)). B = 3 is a 2-bit
-// field in rows 0 and 1 and a row 2 of high bits, at bit 8 * ((i & 15) >> 2) + 4 * (i >> 4) + (i & 3).
-// Scales: slot l's word has the fp16 scale of the key in its low half, of the value in its high half.
-// A group of 0 bits stores nothing and decodes to 0.
+// field in rows 0 and 1 and a row 2 of high bits, at bit
+// 8 * ((i & 15) >> 2) + 4 * (i >> 4) + (i & 3).
+//
+// Scales: slot l's word has the fp16 scale of the key in its low half, of the value in its high
+// half. A group of 0 bits stores nothing and decodes to 0.
 #pragma once
 
 #include <cstdint>
@@ -26,15 +28,17 @@
 
 namespace leankv {
 
-constexpr int kTile = 32;       // slots of a block, channels of a group, lanes of a tile
-constexpr int kMaxGroups = 8;   // head_dim up to 256
+constexpr int kTile = 32;      // slots of a block, channels of a group, lanes of a tile
+constexpr int kMaxGroups = 8;  // head_dim up to 256
 constexpr int kMaxDim = kTile * kMaxGroups;
-constexpr int kMaxNew = 8;      // new tokens of a decode step
+constexpr int kMaxNew = 8;  // new tokens of a decode step
 
 LEANKV_INLINE constexpr int field_bits(int bits) { return bits == 3 ? 2 : bits; }
 LEANKV_INLINE constexpr int codes_per_word(int bits) { return 32 / field_bits(bits); }
 LEANKV_INLINE constexpr int field_row(int bits, int i) { return i / codes_per_word(bits); }
-LEANKV_INLINE constexpr int field_shift(int bits, int i) { return field_bits(bits) * (i % codes_per_word(bits)); }
+LEANKV_INLINE constexpr int field_shift(int bits, int i) {
+  return field_bits(bits) * (i % codes_per_word(bits));
+}
 LEANKV_INLINE constexpr int high_bit(int i) { return 8 * ((i & 15) >> 2) + 4 * (i >> 4) + (i & 3); }
 
 LEANKV_INLINE constexpr int blocks_of(int slots) { return (slots + kTile - 1) / kTile; }

@@ -12,7 +12,8 @@ namespace {
 const cpu_set_t& allowed() {
   static const cpu_set_t set = [] {
     cpu_set_t given;
-    if (sched_getaffinity(0, sizeof(given), &given) != 0) CPU_ZERO(&given);  // more than a set holds
+    if (sched_getaffinity(0, sizeof(given), &given) != 0)
+      CPU_ZERO(&given);  // more than a set holds
     return given;
   }();
   return set;

@@ -14,9 +14,9 @@ int processors();
 // Keeps the calling thread on the i-th of them, counted round.
 void stay_on(int i);
 
-// Keeps threads off the processor of whoever wakes them. Linux wakes a thread where it or its waker ran
-// last, and on a machine of few processors that are not idle does not look for a better one: the worker
-// then takes the processor from its caller, and a loop is as slow as on one thread.
+// Keeps threads off the processor of whoever wakes them. Linux wakes a thread where it or its waker
+// ran last, and on a machine of few processors that are not idle does not look for a better one:
+// the worker then takes the processor from its caller, and a loop is as slow as on one thread.
 class Elsewhere {
  public:
   void reserve(size_t threads) { threads_.reserve(threads); }

@@ -8,21 +8,21 @@ namespace leankv {
 
 // What goes into any attention besides the tokens, and what comes out.
 struct Ends {
-  Vectors queries;      // [Hq, L, k_dim or the rotation's head_dim]
-  Rotation k_rotation;  // of the queries, if present
-  Rotation v_rotation;  // undone in the output, if present
+  Vectors queries;                     // [Hq, L, k_dim or the rotation's head_dim]
+  Rotation k_rotation;                 // of the queries, if present
+  Rotation v_rotation;                 // undone in the output, if present
   const float* sink_logits = nullptr;  // [Hq] or null
   float scale = 1.0f;
-  Output out;           // [Hq, L, v_dim or the rotation's head_dim]
+  Output out;  // [Hq, L, v_dim or the rotation's head_dim]
 };
 
 struct AttentionJob {
-  AttentionArgs args;           // queries and bias are made here
+  AttentionArgs args;  // queries and bias are made here
   Ends ends;
   const float* mu_k = nullptr;  // [H, Dk], null without centers
   const float* mu_v = nullptr;
-  float* lse = nullptr;         // [Hq, L]
-  int32_t* reads = nullptr;     // [H, 2] or null: blocks whose values were read, and all blocks
+  float* lse = nullptr;      // [Hq, L]
+  int32_t* reads = nullptr;  // [H, 2] or null: blocks whose values were read, and all blocks
 };
 void run_attention(const AttentionJob& job);
 

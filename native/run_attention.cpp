@@ -13,9 +13,9 @@
 namespace leankv {
 namespace {
 
-constexpr int kMinUnits = 8;      // of a task: less is not worth its merge
-constexpr int kMinSkipping = 32;  // the same where each task scores the exact rows as well
-constexpr int kCut = 4;           // a task is this part of what is left of a share
+constexpr int kMinUnits = 8;              // of a task: less is not worth its merge
+constexpr int kMinSkipping = 32;          // the same where each task scores the exact rows as well
+constexpr int kCut = 4;                   // a task is this part of what is left of a share
 constexpr int64_t kSerialWork = 1 << 20;  // products below which waking a thread costs more
 
 struct Task {
@@ -31,8 +31,8 @@ struct Plan {
   std::vector<int> ends;    // of each thread's share of the tasks
 };
 
-// The same number of units for each thread. The tasks of a share become smaller, so that there are small
-// ones left for whoever is done first, and all end at about the same time.
+// The same number of units for each thread. The tasks of a share become smaller, so that there are
+// small ones left for whoever is done first, and all end at about the same time.
 Plan plan(const AttentionArgs& a, int units, int threads) {
   const int fewest = threads == 1 ? units : a.skip > 0 ? kMinSkipping : kMinUnits;
   threads = std::clamp(units / fewest, 1, threads);
@@ -41,7 +41,8 @@ Plan plan(const AttentionArgs& a, int units, int threads) {
   for (int i = 1, done = 0; i <= threads; ++i) {
     for (const int end = static_cast<int>(int64_t{units} * i / threads); done < end;) {
       const int size = std::max(fewest, (end - done) / kCut);
-      const int left = std::min(end - done, units_of(a, head) - first);  // of the share and the head
+      // Of the share and the head.
+      const int left = std::min(end - done, units_of(a, head) - first);
       const int taken = left < size + fewest ? left : size;
       plan.tasks.push_back({.head = head, .first = first, .last = first + taken});
       done += taken;
@@ -89,7 +90,8 @@ class Queries {
     const AttentionArgs& a = job.args;
     float row[kMaxDim];
     for (int64_t r = 0; r < rows_; ++r) {
-      read_query(job.ends, static_cast<int>(head * a.group + r / a.length), r % a.length, dim_, row);
+      read_query(job.ends, static_cast<int>(head * a.group + r / a.length), r % a.length, dim_,
+                 row);
       const int64_t chunk = r / kRowChunk * kRowChunk;
       const int64_t in_chunk = std::min(kRowChunk + chunk, rows_) - chunk;
       const int64_t at = (head * rows_ + chunk) * dim_ + (r - chunk) * kTile;

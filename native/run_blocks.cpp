@@ -11,8 +11,8 @@ namespace leankv {
 namespace {
 
 // Exact rows [first, first + n), n <= 32, of one side to output rows from `to` on.
-void copy_exact(const Vectors& from, const Output& out, const Rotation& rotation, int head, int first,
-                int n, int dim, int64_t to) {
+void copy_exact(const Vectors& from, const Output& out, const Rotation& rotation, int head,
+                int first, int n, int dim, int64_t to) {
   alignas(64) float rows[kTile * kMaxDim];
   kernels().read(from, head, first, n, dim, rows);
   int out_dim = dim;

@@ -13,8 +13,8 @@ namespace leankv {
 
 double multiply_add_rate(int64_t n) {
   using Clock = std::chrono::steady_clock;
-  // Threads of its own, each on a processor of its own: two that share one, or a worker that wakes up
-  // late, would pass for a slow processor.
+  // Threads of its own, each on a processor of its own: two that share one, or a worker that wakes
+  // up late, would pass for a slow processor.
   std::vector<double> rates(thread_count());
   std::vector<std::thread> threads;
   threads.reserve(rates.size());

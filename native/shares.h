@@ -1,5 +1,6 @@
-// Tasks 0, 1, ... of which each thread has a share of its own, all in a row: it takes them from the front,
-// so that it reads on where it stopped. One that has none left takes those at the back of the others.
+// Tasks 0, 1, ... of which each thread has a share of its own, all in a row: it takes them from the
+// front, so that it reads on where it stopped. One that has none left takes those at the back of
+// the others.
 #pragma once
 
 #include <atomic>
@@ -35,7 +36,8 @@ class Shares {
 
  private:
   struct alignas(64) Share {
-    std::atomic<uint64_t> left;  // the first task in the low half, the one behind the last in the other
+    std::atomic<uint64_t>
+        left;  // the first task in the low half, the one behind the last in the other
   };
   std::vector<Share> shares_;
 };

@@ -18,16 +18,18 @@
 namespace leankv {
 namespace {
 
-// How long a thread waits awake, the caller for tasks that a worker has begun and a worker for the next
-// loop: falling asleep and being woken takes ten to twenty microseconds.
+// How long a thread waits awake, the caller for tasks that a worker has begun and a worker for the
+// next loop: falling asleep and being woken takes ten to twenty microseconds.
 constexpr std::chrono::microseconds kAwake{50};
 
 class Pool {
  public:
-  // `awake`: whether there is a processor for each thread, so that waiting awake takes it from none.
+  // `awake`: whether there is a processor for each thread, so that waiting awake takes it from
+  // none.
   explicit Pool(bool awake) : awake_(awake) {}
 
-  // Not part of the constructor: those that were made wait in this object, so it must stay if one cannot be.
+  // Not part of the constructor: those that were made wait in this object, so it must stay if one
+  // cannot be.
   void start(int workers) {
     elsewhere_.reserve(workers);
     try {
@@ -73,8 +75,9 @@ class Pool {
     if (!awake_) return;
     lock.unlock();
     const auto end = std::chrono::steady_clock::now() + kAwake;
-    // Yields to whoever wakes up on this processor: at the end of an evaluation that is MLX's caller. And
-    // tries the lock, which whoever made it ready may hold for a moment more: waiting for it is to sleep.
+    // Yields to whoever wakes up on this processor: at the end of an evaluation that is MLX's
+    // caller. And tries the lock, which whoever made it ready may hold for a moment more: waiting
+    // for it is to sleep.
     while (!(ready() && lock.try_lock()) && std::chrono::steady_clock::now() < end) sched_yield();
     if (!lock.owns_lock()) lock.lock();
   }
@@ -98,7 +101,7 @@ class Pool {
 
   const bool awake_;
   Elsewhere elsewhere_;
-  std::mutex loop_;  // held by whoever runs a loop
+  std::mutex loop_;   // held by whoever runs a loop
   std::mutex mutex_;  // of everything below
   std::condition_variable begin_, done_;
   const std::function<void(int)>* task_ = nullptr;
@@ -130,12 +133,12 @@ Pool& pool() {
   std::lock_guard<std::mutex> lock(starting);
   if (!instance.load(std::memory_order_relaxed)) {
     // A forked child has none of the workers: it starts over with a pool of its own.
-    static const int registered = pthread_atfork(
-        [] { starting.lock(); }, [] { starting.unlock(); },
-        [] {
-          instance.store(nullptr, std::memory_order_relaxed);
-          starting.unlock();
-        });
+    static const int registered =
+        pthread_atfork([] { starting.lock(); }, [] { starting.unlock(); },
+                       [] {
+                         instance.store(nullptr, std::memory_order_relaxed);
+                         starting.unlock();
+                       });
     (void)registered;
     const int threads = all_threads();
     Pool* made = new Pool(threads <= processors());

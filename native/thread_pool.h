@@ -1,11 +1,14 @@
 // A small persistent pool for loops of independent tasks.
 //
-// Between loops workers sleep on a condition variable, after a short while in which they wait awake for
-// one that follows at once. The caller takes part and, when no task is left, waits only for those that a
-// worker has already begun, awake at first too. Nobody waits awake unless there is a processor for each
-// thread, and then workers are kept off the caller's. So a loop costs little even if no worker wakes up
-// in time.
-// A worker that cannot be made (no memory for its stack, no more threads for this user) is done without.
+// Between loops workers sleep on a condition variable, after a short while in which they wait awake
+// for one that follows at once. The caller takes part and, when no task is left, waits only for
+// those that a worker has already begun, awake at first too. Nobody waits awake unless there is a
+// processor for each thread, and then workers are kept off the caller's. So a loop costs little
+// even if no worker wakes up in time.
+//
+// A worker that cannot be made (no memory for its stack, no more threads for this user) is done
+// without.
+//
 // While one thread runs a loop, loops of other threads (of a second MLX stream) run on their own
 // thread alone: never more threads than the pool has.
 #pragma once

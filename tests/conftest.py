@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from leankv_mlx.blas import bind
 
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+    # Each product waits for all threads, some of which wait for the other workers of the test run.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 bind()  # before a test imports mlx
 
 
@@ -16,4 +20,5 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Files of the user go to a folder of the test run, in subprocesses too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEANKV_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("COLUMNS", raising=False)  # pytest-xdist's: output is not cut to a width
         yield

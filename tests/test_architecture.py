@@ -63,3 +63,33 @@ def test_only_kernels_make_gpu_kernels() -> None:
             if isinstance(node, ast.Attribute) and node.attr in ("metal_kernel", "cuda_kernel"):
                 found.append(f"{path}:{node.lineno}")
     assert not found
+
+
+TESTS = Path(__file__).parent
+CHECKS = ("raises", "fail", "assert_allclose", "assert_array_equal")
+
+
+def calls(function: ast.AST) -> set[str]:
+    """Names of all that it calls."""
+    found = [node.func for node in ast.walk(function) if isinstance(node, ast.Call)]
+    return {getattr(f, "attr", getattr(f, "id", "")) for f in found}
+
+
+def test_every_test_asserts_something() -> None:
+    """Itself, or in a function of tests/ that it calls, known by its name."""
+    functions = [
+        (path, node)
+        for path in sorted(TESTS.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    asserting = set(CHECKS)
+    for _ in range(3):  # a test, its helper, and what that calls
+        asserting |= {
+            node.name
+            for _, node in functions
+            if calls(node) & asserting or any(isinstance(x, ast.Assert) for x in ast.walk(node))
+        }
+    tests = [(path, node.name) for path, node in functions if node.name.startswith("test_")]
+    assert len(tests) > 500
+    assert not [f"{path}: {name}" for path, name in tests if name not in asserting]

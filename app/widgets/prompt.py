@@ -71,7 +71,7 @@ class Prompt(Guarded, TextArea):
         self._offer(self._complete(self.text) if offers else ())
 
     async def _on_key(self, event: events.Key) -> None:
-        action = {
+        actions: dict[str, Callable[[], bool]] = {
             "enter": self._submit,
             "shift+enter": self._newline,
             "ctrl+j": self._newline,
@@ -80,7 +80,8 @@ class Prompt(Guarded, TextArea):
             "down": self._down,
             "pageup": lambda: self._page(-1),
             "pagedown": lambda: self._page(1),
-        }.get(event.key)
+        }
+        action = actions.get(event.key)
         if action is not None and action():
             event.prevent_default()
             event.stop()

@@ -61,9 +61,9 @@ LEANKV_EXPORT int leankv_blas_open(const char* path) {
 // Products computed so far: whether MLX's go through here.
 LEANKV_EXPORT int64_t leankv_blas_products() { return calls.load(std::memory_order_relaxed); }
 
-LEANKV_EXPORT void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha,
-                               const float* a, int lda, const float* b, int ldb, float beta, float* c,
-                               int ldc) {
+LEANKV_EXPORT void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k,
+                               float alpha, const float* a, int lda, const float* b, int ldb,
+                               float beta, float* c, int ldc) {
   calls.fetch_add(1, std::memory_order_relaxed);
   // One row of activations, a decode step: OpenBLAS's general product would copy all weights into
   // its own layout first.

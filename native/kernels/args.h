@@ -1,5 +1,5 @@
-// What the kernels work on: plain pointers and numbers, so that a kernel's translation unit includes
-// nothing that the linker could merge with code of other instruction sets.
+// What the kernels work on: plain pointers and numbers, so that a kernel's translation unit
+// includes nothing that the linker could merge with code of other instruction sets.
 //
 // Shapes: H KV heads, R = group * L query rows of a KV head (row g * L + l is new token l of query
 // head g), E exact rows, Dk and Dv the stored channels. Everything is rotated.
@@ -15,13 +15,13 @@ constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kLowest = -1e30f;  // a score that is masked, finite so that differences are too
 #ifdef LEANKV_SANITIZED
-constexpr int kRowChunk = 2;       // the loops are the same, with fewer instances to build
+constexpr int kRowChunk = 2;  // the loops are the same, with fewer instances to build
 #else
-constexpr int kRowChunk = 8;       // query rows that share one decoding of a code
+constexpr int kRowChunk = 8;  // query rows that share one decoding of a code
 #endif
 
-constexpr int kMaxWidth = 16;       // floats of the widest vector
-constexpr int kPairs = kTile / 2;   // of the codes or factors of a tile, see kernels/pairs.h
+constexpr int kMaxWidth = 16;      // floats of the widest vector
+constexpr int kPairs = kTile / 2;  // of the codes or factors of a tile, see kernels/pairs.h
 
 enum class Type { f32, f16, bf16 };
 
@@ -76,19 +76,20 @@ struct AttentionArgs {
   const Body* bodies = nullptr;
   int n_bodies = 0;
   Vectors exact_k, exact_v;
-  int exact = 0;             // E
+  int exact = 0;  // E
   bool causal = false;
-  float skip = 0;            // values of blocks in which no token weighs this much stay unread
+  float skip = 0;  // values of blocks in which no token weighs this much stay unread
   // Queries in units of log2, [H][chunk of rows][channel group][row][32]: what a tile needs lies
   // together. A chunk has kRowChunk rows, the last one the rest.
   const float* queries = nullptr;
   // The same in fixed point if products of int16 will do, or null; see kernels/pairs.h.
   const int32_t* pairs = nullptr;  // [kPairs] in place of [32]
   const float* steps = nullptr;    // [H, R]
-  const float* bias = nullptr;  // [H, R]: what centering takes off body scores, in units of log2
+  const float* bias = nullptr;     // [H, R]: what centering takes off body scores, in units of log2
 
   LEANKV_INLINE int rows() const { return group * length; }
-  LEANKV_INLINE int units(int head) const {  // of 32 tokens: exact rows first, then blocks of the bodies
+  // Of 32 tokens: exact rows first, then blocks of the bodies.
+  LEANKV_INLINE int units(int head) const {
     int n = blocks_of(exact);
     for (int i = 0; i < n_bodies; ++i) n += bodies[i].blocks(head);
     return n;
@@ -108,7 +109,8 @@ struct Partial {
 
 constexpr int kQueryTile = 128;  // query rows that share one conversion of a key tile
 constexpr int kKeyTile = 64;
-// Floats from row to row of a key tile. Not a multiple of 64: rows would lie in the same few cache sets.
+// Floats from row to row of a key tile. Not a multiple of 64: rows would lie in the same few cache
+// sets.
 constexpr int kTileStride = kMaxDim + 16;
 
 // Prefill attention. Query row r of a KV head is new token r / group of query head r % group.
@@ -123,9 +125,9 @@ struct PrefillArgs {
   LEANKV_INLINE int seen(int r) const { return causal ? tokens - length + r / group + 1 : tokens; }
 };
 
-// Up to kQueryTile query rows of a head, and room for what their kernel needs. Queries and output lie
-// in blocks of Kernels::lanes rows, [block][dim][lanes]: a lane of a vector is a query row, and what
-// keys and values are multiplied with is the same for all lanes.
+// Up to kQueryTile query rows of a head, and room for what their kernel needs. Queries and output
+// lie in blocks of Kernels::lanes rows, [block][dim][lanes]: a lane of a vector is a query row, and
+// what keys and values are multiplied with is the same for all lanes.
 struct PrefillTile {
   int first = 0, rows = 0;
   alignas(64) float queries[kQueryTile * kMaxDim];  // in units of log2
@@ -180,8 +182,8 @@ struct Kernels {
   bool pairs;  // whether products of int16 are faster than those of floats
   // A query -> its place; returns its product with mu, 0 if that is null.
   float (*place)(const float* row, const float* mu, int dim, const QueryPlace&);
-  // Row r of n parts -> output row [Dv] and log-sum-exp in units of log2. `logit`: of a token without a
-  // value, in the same units; mu [Dv] or null: what is added to the values of the bodies.
+  // Row r of n parts -> output row [Dv] and log-sum-exp in units of log2. `logit`: of a token
+  // without a value, in the same units; mu [Dv] or null: what is added to the values of the bodies.
   float (*merge)(const AttentionArgs&, const Partial* parts, int n, int r, float logit,
                  const float* mu, float* row);
   // Rows [32 * block, 32 * block + 32) of one head to one block.

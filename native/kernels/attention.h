@@ -27,8 +27,8 @@ inline void move_max(const Chunk& chunk, int r, float to) {
   for (int i = 0; i < chunk.v_dim; i += W) store(out + i, load(out + i) * factor);
 }
 
-// x of the slots of vector v that are in use, y of others. `live`: how many are, an Index<32> if all are,
-// as in all blocks but a head's last one.
+// x of the slots of vector v that are in use, y of others. `live`: how many are, an Index<32> if
+// all are, as in all blocks but a head's last one.
 template <class Live>
 LEANKV_INLINE vf in_use(int v, Live live, vf x, vf y) {
   if constexpr (std::is_same_v<Live, Index<kTile>>) {
@@ -38,8 +38,8 @@ LEANKV_INLINE vf in_use(int v, Live live, vf x, vf y) {
   }
 }
 
-// One row of 32 scores -> probabilities relative to the row's maximum, 0 behind `live`. Returns whether
-// any score is above the row's least one.
+// One row of 32 scores -> probabilities relative to the row's maximum, 0 behind `live`. Returns
+// whether any score is above the row's least one.
 template <class Live>
 LEANKV_INLINE bool softmax(const Chunk& chunk, int r, const vf* scores, Live live, float* sums,
                            vf* probabilities) {
@@ -48,7 +48,8 @@ LEANKV_INLINE bool softmax(const Chunk& chunk, int r, const vf* scores, Live liv
     masked[v] = in_use(v, live, scores[v], splat(kLowest));
     top = vmax(top, masked[v]);
   });
-  if (any_above(top, chunk.max[r])) move_max(chunk, r, max(top));  // seldom: finding a maximum is slow
+  if (any_above(top, chunk.max[r]))
+    move_max(chunk, r, max(top));  // seldom: finding a maximum is slow
   vf total = load(sums + r * W);
   unroll<NV>([&](auto v) LEANKV_LAMBDA {
     probabilities[v] = in_use(v, live, exp2_negative(masked[v] - chunk.max[r]), vf{});
@@ -71,8 +72,8 @@ struct Scales {
   }
 };
 
-// `next`: the block that follows. Where the values of this one are not read, those of the next, which are
-// likely not to be either, are not fetched.
+// `next`: the block that follows. Where the values of this one are not read, those of the next,
+// which are likely not to be either, are not fetched.
 template <class Live>
 inline void attend_block(const Chunk& chunk, const Format& format, const uint32_t* block, Live live,
                          const uint32_t* next) {
@@ -91,10 +92,11 @@ inline void attend_block(const Chunk& chunk, const Format& format, const uint32_
     });
     const bool counts = softmax(chunk, r, s, live, chunk.body_sum, p);
     read |= counts;
-    unroll<NV>([&](auto n) LEANKV_LAMBDA {  // a select, because the scale of an unused slot may be NaN
-      const vf weighted = in_use(n, live, p[n] * scales.v[n], vf{});
-      store(scores + r * kTile + n * W, counts ? weighted : vf{});
-    });
+    unroll<NV>([&](auto n)
+                   LEANKV_LAMBDA {  // a select, because the scale of an unused slot may be NaN
+                     const vf weighted = in_use(n, live, p[n] * scales.v[n], vf{});
+                     store(scores + r * kTile + n * W, counts ? weighted : vf{});
+                   });
   }
   if (read) {
     Factors weights{.x = scores};
@@ -142,8 +144,8 @@ inline void attend_blocks(Chunk chunk, const Body& body, int head, int first, in
   }
 }
 
-// Scores of n exact rows: scores[r][t] = q_r . k_t. Their values v, which add_rows reads in another order
-// than they lie in, are fetched meanwhile.
+// Scores of n exact rows: scores[r][t] = q_r . k_t. Their values v, which add_rows reads in another
+// order than they lie in, are fetched meanwhile.
 template <Type T, int R>
 void dot_rows(const Vectors& k, const Vectors& v, int head, int first, int n, int dim, int v_dim,
               const float* q, float* scores) {
@@ -299,7 +301,7 @@ inline void attend(const AttentionArgs& a, int head, int first, int last, const 
     p.max[r] = kLowest;
     p.least[r] = -__builtin_inff();
   }
-  int32_t reads[2] = {};  // not in the part, whose neighbours other threads write to
+  int32_t reads[2] = {};           // not in the part, whose neighbours other threads write to
   int start = blocks_of(a.exact);  // unit of the first block of the body
   if (a.skip > 0 && last > start) {
     each_chunk(a, head, p, reads, [&](const Chunk& chunk) { set_least(a, chunk, head); });

@@ -11,8 +11,8 @@ struct Factors {
 };
 
 // acc [rows] at a distance of `stride` += these tiles * the factors from tile `first` on.
-LEANKV_INLINE void add_tiles(const Tiles& tiles, int bits, int rows, const Factors& factors, int first,
-                             float* acc, int stride) {
+LEANKV_INLINE void add_tiles(const Tiles& tiles, int bits, int rows, const Factors& factors,
+                             int first, float* acc, int stride) {
   if (!bits) return;
   const int at = first * rows * kTile;
 #ifdef LEANKV_PAIRS
@@ -24,10 +24,10 @@ LEANKV_INLINE void add_tiles(const Tiles& tiles, int bits, int rows, const Facto
   tile_for(bits, rows)(tiles, factors.x + at, acc, stride);
 }
 
-// Scores of a block: a tile of factors for each channel group, acc [rows][32]. Returns the words behind
-// the keys. `ahead`: from this block to the next one.
-LEANKV_INLINE const uint32_t* key_tiles(const Side& side, const uint32_t* words, int64_t ahead, int rows,
-                                        const Factors& factors, float* acc) {
+// Scores of a block: a tile of factors for each channel group, acc [rows][32]. Returns the words
+// behind the keys. `ahead`: from this block to the next one.
+LEANKV_INLINE const uint32_t* key_tiles(const Side& side, const uint32_t* words, int64_t ahead,
+                                        int rows, const Factors& factors, float* acc) {
   for (int c = 0; c < side.groups;) {
     const int bits = side.bits[c];
     int run = 1;

@@ -15,8 +15,8 @@ LEANKV_INLINE vu nearest(vf x) {
   return (vu)code;
 }
 
-// 255 comparisons are too many: invert the cubic by Newton's method, which converges from the right,
-// and correct the guess by the midpoints on its two sides.
+// 255 comparisons are too many: invert the cubic by Newton's method, which converges from the
+// right, and correct the guess by the midpoints on its two sides.
 template <>
 LEANKV_INLINE vu nearest<8>(vf x) {
   constexpr float a = Cubic<8>::a, b = Cubic<8>::b, top = 255;
@@ -191,8 +191,8 @@ inline void center(float* rows, int n, int dim, const float* mu) {
 // See Kernels::encode.
 inline void encode(const EncodeArgs& a, int head, int block) {
   const int first = block * kTile, left = a.tokens - first, n = left < kTile ? left : kTile;
-  uint32_t* words = a.blocks + (static_cast<int64_t>(head) * blocks_of(a.tokens) + block) *
-                                   a.format.words();
+  uint32_t* words =
+      a.blocks + (static_cast<int64_t>(head) * blocks_of(a.tokens) + block) * a.format.words();
   alignas(64) float rows[kTile * kMaxDim];
   uint32_t scales[kTile] = {};
   const int k_dim = a.format.k.dim(), v_dim = a.format.v.dim();

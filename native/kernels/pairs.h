@@ -1,18 +1,18 @@
-// The loop of tile.h in products of int16, for processors that do two of them, and their sum, at the cost
-// of one of floats.
+// The loop of tile.h in products of int16, for processors that do two of them, and their sum, at
+// the cost of one of floats.
 //
-// Pair i of a lane's 32 codes, or of the 32 factors that they are multiplied with, is numbers j and j + 4
-// with j = 8 * (i / 4) + i % 4: an int16 each, in a lane of 32 bits. Levels are rounded as Cubic::fixed
-// says, factors to multiples of a step of their row: by at most 2^-16 of the largest of a rotated query,
-// which itself errs by 2^-12 (fp16) or 2^-9 (bf16) of each, and by 2^-16 of the largest probability, or
-// 2^-14 where they are all alike.
+// Pair i of a lane's 32 codes, or of the 32 factors that they are multiplied with, is numbers j and
+// j + 4 with j = 8 * (i / 4) + i % 4: an int16 each, in a lane of 32 bits. Levels are rounded as
+// Cubic::fixed says, factors to multiples of a step of their row: by at most 2^-16 of the largest
+// of a rotated query, which itself errs by 2^-12 (fp16) or 2^-9 (bf16) of each, and by 2^-16 of the
+// largest probability, or 2^-14 where they are all alike.
 #pragma once
 
 namespace leankv::LEANKV_ISA {
 
 constexpr float kMostOfPair = 32766;
-// Of a tile's 32 factors, without their signs: their products with the largest level stay below 2^31, and
-// rounding adds at most 16.
+// Of a tile's 32 factors, without their signs: their products with the largest level stay below
+// 2^31, and rounding adds at most 16.
 constexpr float kMostOfTile = 387000;
 
 template <int B>
@@ -38,8 +38,8 @@ inline float step_of_query(const float* row, int dim) {
   return all > one ? all : one;
 }
 
-// For 32 probabilities: their sum is at most W times that of the largest lane, which is found with the
-// largest of them at once.
+// For 32 probabilities: their sum is at most W times that of the largest lane, which is found with
+// the largest of them at once.
 LEANKV_INLINE float step_of_weights(const float* row) {
   vi top{};
   vf total{};
@@ -72,7 +72,8 @@ LEANKV_INLINE void repeat_pairs(const int32_t* pairs, int n, int16_t* to) {
 
 // As tile(). pairs: [tiles, R, kPairs, 2 * W]; steps: [R].
 template <int B, int R>
-void pair_tile(const Tiles& tiles, const int16_t* pairs, const float* steps, float* acc, int stride) {
+void pair_tile(const Tiles& tiles, const int16_t* pairs, const float* steps, float* acc,
+               int stride) {
   const PairLevels<B> levels;
   const uint32_t* words = tiles.words;
   for (int t = 0; t < tiles.count; ++t, words += kTile * B, pairs += R * kTile * W) {

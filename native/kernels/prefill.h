@@ -7,8 +7,8 @@
 namespace leankv::LEANKV_ISA {
 
 constexpr int kRowVectors = 2;
-constexpr int kRowLanes = kRowVectors * W;                  // rows of a block
-constexpr int kColumns = kAccumulators / kRowVectors;       // keys or channels at a time
+constexpr int kRowLanes = kRowVectors * W;             // rows of a block
+constexpr int kColumns = kAccumulators / kRowVectors;  // keys or channels at a time
 static_assert(kKeyTile % kColumns == 0 && kTile % kColumns == 0 && kQueryTile % kRowLanes == 0);
 
 // to[j][lane] = begin(j, vector) + sum over i < n of x[i * I + j * J] * y[i][lane], j < kColumns.
@@ -27,9 +27,8 @@ LEANKV_INLINE void outer_products(const float* x, const float* y, int n, float* 
     });
   }
   unroll<kColumns>([&](auto j) LEANKV_LAMBDA {
-    unroll<kRowVectors>([&](auto v) LEANKV_LAMBDA {
-      store(to + j * kRowLanes + v * W, sums[j][v]);
-    });
+    unroll<kRowVectors>([&](auto v)
+                            LEANKV_LAMBDA { store(to + j * kRowLanes + v * W, sums[j][v]); });
   });
 }
 
@@ -46,17 +45,17 @@ inline void score_keys(PrefillTile& tile, const float* queries, int n, int dim) 
 inline void add_values(const PrefillTile& tile, const vf* factors, int n, int dim, float* out) {
   for (int c = 0; c < dim; c += kColumns) {
     float* to = out + c * kRowLanes;
-    outer_products<kTileStride, 1>(tile.values + c, tile.scores, n, to,
-                                   [&](int j, int v) LEANKV_LAMBDA {
-                                     return load(to + j * kRowLanes + v * W) * factors[v];
-                                   });
+    outer_products<kTileStride, 1>(
+        tile.values + c, tile.scores, n, to,
+        [&](int j, int v) LEANKV_LAMBDA { return load(to + j * kRowLanes + v * W) * factors[v]; });
   }
 }
 
 // Scores of n keys -> probabilities relative to the new maximum of each row; `factors` is what the
 // change of the maximum does to everything before. Masked: `seen` says how many tokens a row sees.
 template <bool Masked>
-void weigh_keys(PrefillTile& tile, const int32_t* seen, int n, float* max, float* sum, vf* factors) {
+void weigh_keys(PrefillTile& tile, const int32_t* seen, int n, float* max, float* sum,
+                vf* factors) {
   unroll<kRowVectors>([&](auto v) LEANKV_LAMBDA {
     const vi limit = load<vi>(seen + v * W);
     const auto visible = [&](int t) LEANKV_LAMBDA { return limit > vi{} + tile.positions[t]; };
@@ -79,8 +78,8 @@ void weigh_keys(PrefillTile& tile, const int32_t* seen, int n, float* max, float
   });
 }
 
-// The next tokens of a head from `at` on, kKeyTile of them if as many come before `end`; returns how
-// many.
+// The next tokens of a head from `at` on, kKeyTile of them if as many come before `end`; returns
+// how many.
 inline int take_keys(const PrefillArgs& a, int head, int end, int& at, PrefillTile& tile) {
   const bool* present = a.present ? a.present + int64_t{head} * a.tokens : nullptr;
   int n = 0;

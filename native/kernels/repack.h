@@ -48,7 +48,8 @@ inline void repack(const RepackArgs& a, int head, int block) {
   const Format& format = a.body.format;
   const int first = block * kTile, left = a.kept - first, slots = a.body.width * kTile;
   const int32_t* index = a.index + static_cast<int64_t>(head) * a.kept + first;
-  uint32_t* to = a.blocks + (static_cast<int64_t>(head) * blocks_of(a.kept) + block) * format.words();
+  uint32_t* to =
+      a.blocks + (static_cast<int64_t>(head) * blocks_of(a.kept) + block) * format.words();
   Sources from;
   bool whole = left >= kTile;  // an unchanged block
   for (int i = 0; i < kTile; ++i) {

@@ -21,7 +21,8 @@ struct Lookup {  // of one vector of codes; at 4 bits in two registers and a ble
 
   LEANKV_INLINE vf of(vu code) const {  // the shuffle reads the low 3 bits
     const __m256i index = (__m256i)code;
-    if constexpr (B == 2) return (vf)_mm256_permutevar_ps(low, index);  // within halves: the fastest
+    // Within halves: the fastest.
+    if constexpr (B == 2) return (vf)_mm256_permutevar_ps(low, index);
     const __m256 value = _mm256_permutevar8x32_ps(low, index);
     if constexpr (B < 4) return (vf)value;
     const __m256 other = _mm256_permutevar8x32_ps(high, index);
@@ -49,8 +50,8 @@ struct LevelBytes {
   }
 };
 
-// A byte shuffle looks up 32 codes in 16 entries, four of them their floats' bytes, which unpacking puts
-// together: 3.5 instructions for 8 codes, where Lookup takes 5, two of them across halves.
+// A byte shuffle looks up 32 codes in 16 entries, four of them their floats' bytes, which unpacking
+// puts together: 3.5 instructions for 8 codes, where Lookup takes 5, two of them across halves.
 template <>
 struct Levels<4> : Lookup<4> {
   static constexpr LevelBytes bytes{};
@@ -63,7 +64,8 @@ struct Levels<4> : Lookup<4> {
   }
   template <int K, int N>
   LEANKV_INLINE void together(const uint32_t* words, int n, vf (&values)[8][N]) const {
-    const __m256i order = _mm256_broadcastsi128_si256(  // of each half: 4 lanes' first bytes, then second
+    // Of each half: 4 lanes' first bytes, then second.
+    const __m256i order = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     const __m256i mask = _mm256_set1_epi8(15);
     const __m256i two = _mm256_shuffle_epi8((__m256i)load<vu>(words + K * kTile), order);
@@ -76,8 +78,10 @@ struct Levels<4> : Lookup<4> {
   LEANKV_INLINE void every_other(__m256i codes, int n, vf (&values)[8][N]) const {
     __m256i b[4];
     for (int i = 0; i < 4; ++i) b[i] = _mm256_shuffle_epi8(byte[i], codes);
-    const __m256i early01 = _mm256_unpacklo_epi8(b[0], b[1]), late01 = _mm256_unpackhi_epi8(b[0], b[1]);
-    const __m256i early23 = _mm256_unpacklo_epi8(b[2], b[3]), late23 = _mm256_unpackhi_epi8(b[2], b[3]);
+    const __m256i early01 = _mm256_unpacklo_epi8(b[0], b[1]),
+                  late01 = _mm256_unpackhi_epi8(b[0], b[1]);
+    const __m256i early23 = _mm256_unpacklo_epi8(b[2], b[3]),
+                  late23 = _mm256_unpackhi_epi8(b[2], b[3]);
     values[First][n] = (vf)_mm256_unpacklo_epi16(early01, early23);
     values[First + 2][n] = (vf)_mm256_unpackhi_epi16(early01, early23);
     values[First + 4][n] = (vf)_mm256_unpacklo_epi16(late01, late23);
@@ -98,7 +102,8 @@ struct Levels<8> {
 };
 
 LEANKV_INLINE int32_t max(vi x) {
-  __m128i s = _mm_max_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  __m128i s =
+      _mm_max_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
   s = _mm_max_epi32(s, _mm_unpackhi_epi64(s, s));
   return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 1)));
 }
@@ -109,8 +114,9 @@ LEANKV_INLINE void add_products(vi& sum, vs x, const int16_t* y) {
   asm("" : "+x"(sum));  // GCC would put additions off until it runs out of registers
 }
 
-// The int16 levels of codes in the low 4 bits of each byte, or of those from bit First on, looked up byte
-// by byte. Each half of `codes` has 8 pairs, of which it has the codes of one lane side by side.
+// The int16 levels of codes in the low 4 bits of each byte, or of those from bit First on, looked
+// up byte by byte. Each half of `codes` has 8 pairs, of which it has the codes of one lane side by
+// side.
 template <int B, int First = 0>
 struct FixedLookup {
   struct Bytes {  // of the levels, for both halves of a register
@@ -127,8 +133,8 @@ struct FixedLookup {
   const __m256i low = _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes.at[0]));
   const __m256i high = _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes.at[1]));
 
-  // f(Index<Pair>, levels) of the pairs in the front of each half, then f(Index<Pair + Next>, levels) of
-  // those in its back.
+  // f(Index<Pair>, levels) of the pairs in the front of each half, then f(Index<Pair + Next>,
+  // levels) of those in its back.
   template <int Pair, int Next, class F>
   LEANKV_INLINE void pairs(__m256i codes, F&& f) const {
     const __m256i l = _mm256_shuffle_epi8(low, codes), h = _mm256_shuffle_epi8(high, codes);
@@ -141,7 +147,9 @@ LEANKV_INLINE __m256i both(__m128i half) { return _mm256_broadcastsi128_si256(ha
 LEANKV_INLINE __m256i ordered(const uint32_t* words, __m128i order) {  // the bytes of each half
   return _mm256_shuffle_epi8((__m256i)load<vu>(words), both(order));
 }
-LEANKV_INLINE __m256i masked(__m256i x, int mask) { return _mm256_and_si256(x, _mm256_set1_epi8(mask)); }
+LEANKV_INLINE __m256i masked(__m256i x, int mask) {
+  return _mm256_and_si256(x, _mm256_set1_epi8(mask));
+}
 
 template <>
 struct PairLevels<4> {

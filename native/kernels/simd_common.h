@@ -1,8 +1,8 @@
 // Vectors of W floats in the compilers' vector extensions; included by the simd_*.h files, which
 // define LEANKV_ISA (a namespace) and LEANKV_WIDTH first and add what needs intrinsics.
 //
-// Everything is inline and in a namespace of its own: the linker must never take a function that was
-// compiled for one instruction set for that of another.
+// Everything is inline and in a namespace of its own: the linker must never take a function that
+// was compiled for one instruction set for that of another.
 #pragma once
 
 #include <cstdint>
@@ -66,7 +66,8 @@ LEANKV_INLINE vi lane_ids() {
   return ids;
 }
 
-// Added to a float below 2^22 it leaves no bits behind the point, and the nearest integer in the low bits.
+// Added to a float below 2^22 it leaves no bits behind the point, and the nearest integer in the
+// low bits.
 constexpr float kWhole = 0x1.8p23f;
 
 // 2^x for x <= 0, to 1e-7; below 2^-126 it is 2^-126, NaN of NaN.
@@ -115,8 +116,9 @@ LEANKV_INLINE vu shifted(vu x) {  // right, or left if negative
 }
 
 // The same with other bits of the word above it, for shuffles that ignore them. At 3 bits,
-// merge(low, high, mask) takes the bits of the mask from its second argument. The high bits of codes
-// i, i + 4, i + 8, i + 12 are equally far from their fields: all four come from one merged word.
+// merge(low, high, mask) takes the bits of the mask from its second argument. The high bits of
+// codes i, i + 4, i + 8, i + 12 are equally far from their fields: all four come from one merged
+// word.
 template <int B, int I, class Merge>
 LEANKV_INLINE vu code_unmasked(const uint32_t* words, Merge&& merge) {
   const vu low = load_words<B>(words + field_row(B, I) * kTile);
@@ -138,13 +140,14 @@ constexpr int in_order(int j) {
   return B == 3 ? (j & 16) + 4 * (j & 3) + ((j >> 2) & 3) : j;
 }
 
-// Codes of a lane that a tile's loop decodes at once. If it is not 1, Levels<B>::together<K>(words, n,
-// values) sets vector n of the T codes from place T * K of in_order<B> on.
+// Codes of a lane that a tile's loop decodes at once. If it is not 1, Levels<B>::together<K>(words,
+// n, values) sets vector n of the T codes from place T * K of in_order<B> on.
 template <int B>
 inline constexpr int kTogether = 1;
 
-// Where LEANKV_PAIRS is defined, see pairs.h: row<K>(words, f) calls f(Index<i>, levels) for each pair i
-// that row K of the words of W lanes holds; add_products(sum, levels, factors) multiplies and adds.
+// Where LEANKV_PAIRS is defined, see pairs.h: row<K>(words, f) calls f(Index<i>, levels) for each
+// pair i that row K of the words of W lanes holds; add_products(sum, levels, factors) multiplies
+// and adds.
 template <int B>
 struct PairLevels;
 

@@ -34,9 +34,9 @@ LEANKV_INLINE void fetch(const uint32_t* words, int n) {
   for (int i = 0; i < n; i += kLine) __builtin_prefetch(words + i);
 }
 
-// Fetches what lies ahead of lanes [lane, lane + n) of one tile, so that the fetches of a block are spread
-// over the work on the one before: a processor keeps track of a few lines at a time only, and by itself
-// it does not look beyond a page, which is about as long as a block.
+// Fetches what lies ahead of lanes [lane, lane + n) of one tile, so that the fetches of a block are
+// spread over the work on the one before: a processor keeps track of a few lines at a time only,
+// and by itself it does not look beyond a page, which is about as long as a block.
 template <int B>
 LEANKV_INLINE void fetch_ahead(const uint32_t* ahead, int lane, int n) {
   for (int l = (lane + kLine - 1) / kLine * kLine; l < lane + n; l += kLine) {
@@ -67,7 +67,8 @@ LEANKV_INLINE void tile_lanes(const uint32_t* words, int tiles, const float* x, 
         constexpr int j = k * T + t, i = in_order<B>(j);
         unroll<R>([&](auto r) LEANKV_LAMBDA {
           const vf factor = splat(x[r * kTile + i]);
-          unroll<N>([&](auto n) LEANKV_LAMBDA { add_product(sums[j % S][r][n], values[t][n], factor); });
+          unroll<N>([&](auto n)
+                        LEANKV_LAMBDA { add_product(sums[j % S][r][n], values[t][n], factor); });
         });
       });
     });

@@ -29,13 +29,14 @@ V without_gaps(auto* data, const mx::array& a) {
           .row_stride = a.shape(2)};
 }
 
-// Reads inputs in the order in which an operation lists them, when it is scheduled: they have memory by
-// then, and what is read from it is read when the operation runs.
+// Reads inputs in the order in which an operation lists them, when it is scheduled: they have
+// memory by then, and what is read from it is read when the operation runs.
 class Reader {
  public:
   Reader(const std::vector<mx::array>& in, mx::Stream stream) : in_(in), stream_(stream) {}
 
-  // In row order: the array's own memory where it can be, else that of a copy. Null if it is no input.
+  // In row order: the array's own memory where it can be, else that of a copy. Null if it is no
+  // input.
   template <class T>
   const T* dense(bool present = true) {
     return present ? reinterpret_cast<const T*>(in_row_order(in_[at_++])) : nullptr;
@@ -87,8 +88,6 @@ class Reader {
 // A new output [.., T, dim]. Allocated when the graph is scheduled, written when it runs.
 inline void allocate(mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); }
 
-inline Output output_of(mx::array& out) {
-  return without_gaps<Output>(out.data<char>(), out);
-}
+inline Output output_of(mx::array& out) { return without_gaps<Output>(out.data<char>(), out); }
 
 }  // namespace leankv

@@ -54,11 +54,12 @@ NB_MODULE(_native, m) {
         "Multiply-adds per second of the threads in use, n on each, and nothing else to do.");
 
   nb::class_<Format>(m, "Format")
-      .def("__init__",
-           [](Format* self, const std::vector<int>& k, const std::vector<int>& v) {
-             new (self) Format{side_of(k), side_of(v)};
-           },
-           "k_bits"_a, "v_bits"_a);
+      .def(
+          "__init__",
+          [](Format* self, const std::vector<int>& k, const std::vector<int>& v) {
+            new (self) Format{side_of(k), side_of(v)};
+          },
+          "k_bits"_a, "v_bits"_a);
   nb::class_<BodyArrays>(m, "Body").def(nb::init<mx::array, mx::array, mx::array, Format>(),
                                         "pool"_a, "table"_a, "lengths"_a, "format"_a);
   nb::class_<CenterArrays>(m, "Centers").def(nb::init<mx::array, mx::array>(), "k"_a, "v"_a);
@@ -70,12 +71,13 @@ NB_MODULE(_native, m) {
         "skip"_a);
   m.def("prefill_attention", &prefill_attention, "queries"_a, "k"_a, "v"_a, "scale"_a, "causal"_a,
         "present"_a.none(), "sink_logits"_a.none(), "rotations"_a.none());
-  m.def("encode",
-        [](const mx::array& k, const mx::array& v, const CenterArrays& centers,
-           const Format& format, const std::string& rounding) {
-          return encode(k, v, centers, format, rounding_of(rounding));
-        },
-        "k"_a, "v"_a, "centers"_a, "format"_a, "rounding"_a);
+  m.def(
+      "encode",
+      [](const mx::array& k, const mx::array& v, const CenterArrays& centers, const Format& format,
+         const std::string& rounding) {
+        return encode(k, v, centers, format, rounding_of(rounding));
+      },
+      "k"_a, "v"_a, "centers"_a, "format"_a, "rounding"_a);
   m.def("repack", &repack, "body"_a, "index"_a);
   m.def("decode", &decode, "bodies"_a, "exact_k"_a, "exact_v"_a, "centers"_a.none(), "sinks"_a,
         "dtype"_a, "rotations"_a.none());

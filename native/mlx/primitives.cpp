@@ -36,8 +36,8 @@ class Operation : public mx::Primitive {
   }
 
  protected:
-  // Plain numbers and pointers, which stay valid: MLX holds inputs, outputs and copies until the stream
-  // is past them. It must not use `this`, which may be gone when it runs.
+  // Plain numbers and pointers, which stay valid: MLX holds inputs, outputs and copies until the
+  // stream is past them. It must not use `this`, which may be gone when it runs.
   virtual std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const = 0;
 };
 
@@ -93,7 +93,11 @@ struct Parts {
 class DecodeAttention : public Operation {
  public:
   DecodeAttention(mx::Stream s, Parts parts, float scale, bool causal, bool sink_logits, float skip)
-      : Operation(s), parts_(std::move(parts)), scale_(scale), causal_(causal), logits_(sink_logits),
+      : Operation(s),
+        parts_(std::move(parts)),
+        scale_(scale),
+        causal_(causal),
+        logits_(sink_logits),
         skip_(skip) {}
   const char* name() const override { return "LeanKVDecodeAttention"; }
 
@@ -144,7 +148,11 @@ class PrefillAttention : public Operation {
  public:
   PrefillAttention(mx::Stream s, Parts parts, float scale, bool causal, bool present,
                    bool sink_logits)
-      : Operation(s), parts_(std::move(parts)), scale_(scale), causal_(causal), present_(present),
+      : Operation(s),
+        parts_(std::move(parts)),
+        scale_(scale),
+        causal_(causal),
+        present_(present),
         logits_(sink_logits) {}
   const char* name() const override { return "LeanKVPrefillAttention"; }
 
@@ -224,7 +232,8 @@ class Repack : public Operation {
 
 class Decode : public Operation {
  public:
-  Decode(mx::Stream s, Parts parts, int sinks) : Operation(s), parts_(std::move(parts)), sinks_(sinks) {}
+  Decode(mx::Stream s, Parts parts, int sinks)
+      : Operation(s), parts_(std::move(parts)), sinks_(sinks) {}
   const char* name() const override { return "LeanKVDecode"; }
 
  protected:
@@ -294,11 +303,12 @@ mx::array as_float(const mx::array& a) { return mx::astype(a, mx::float32, cpu_s
 
 }  // namespace
 
-std::vector<mx::array> decode_attention(
-    const mx::array& queries, const std::vector<BodyArrays>& bodies, const mx::array& exact_k,
-    const mx::array& exact_v, const std::optional<CenterArrays>& centers, float scale, bool causal,
-    const std::optional<mx::array>& sink_logits, const std::optional<Rotations>& rotations,
-    float skip) {
+std::vector<mx::array> decode_attention(const mx::array& queries,
+                                        const std::vector<BodyArrays>& bodies,
+                                        const mx::array& exact_k, const mx::array& exact_v,
+                                        const std::optional<CenterArrays>& centers, float scale,
+                                        bool causal, const std::optional<mx::array>& sink_logits,
+                                        const std::optional<Rotations>& rotations, float skip) {
   Arrays in{queries, exact_k, exact_v};
   Parts parts;
   parts.add_bodies(in, bodies, centers);
@@ -341,10 +351,10 @@ mx::array encode(const mx::array& k, const mx::array& v, const CenterArrays& cen
 }
 
 mx::array repack(const BodyArrays& body, const mx::array& index) {
-  return mx::array({index.shape(0), blocks_of(index.shape(1)), body.format.words()}, mx::uint32,
-                   std::make_shared<Repack>(cpu_stream(), body.format),
-                   {body.pool, body.table, body.lengths,
-                    mx::astype(index, mx::int32, cpu_stream())});
+  return mx::array(
+      {index.shape(0), blocks_of(index.shape(1)), body.format.words()}, mx::uint32,
+      std::make_shared<Repack>(cpu_stream(), body.format),
+      {body.pool, body.table, body.lengths, mx::astype(index, mx::int32, cpu_stream())});
 }
 
 std::vector<mx::array> decode(const std::vector<BodyArrays>& bodies, const mx::array& exact_k,
@@ -373,8 +383,8 @@ std::vector<mx::array> append(const mx::array& exact_k, const mx::array& exact_v
   const int heads = exact_k.shape(0), tokens = exact_k.shape(1) + k.shape(1);
   return mx::array::make_arrays(
       {{heads, tokens, exact_k.shape(2)}, {heads, tokens, exact_v.shape(2)}},
-      {exact_k.dtype(), exact_v.dtype()},
-      std::make_shared<Append>(cpu_stream(), std::move(parts)), in);
+      {exact_k.dtype(), exact_v.dtype()}, std::make_shared<Append>(cpu_stream(), std::move(parts)),
+      in);
 }
 
 }  // namespace leankv

@@ -28,9 +28,10 @@ struct CenterArrays {
   mx::array k, v;
 };
 
-// -> output [Hq, L, Dv] and log-sum-exp [Hq, L]; if `skip` is not 0, also what was read of each head,
-// int32 [H, 2]: blocks whose values were read, and all blocks. With rotations the queries come as the model made
-// them and the output leaves so, in the dtype of the queries; without them the output is float32.
+// -> output [Hq, L, Dv] and log-sum-exp [Hq, L]; if `skip` is not 0, also what was read of each
+// head, int32 [H, 2]: blocks whose values were read, and all blocks. With rotations the queries
+// come as the model made them and the output leaves so, in the dtype of the queries; without them
+// the output is float32.
 std::vector<mx::array> decode_attention(
     const mx::array& queries, const std::vector<BodyArrays>& bodies, const mx::array& exact_k,
     const mx::array& exact_v, const std::optional<CenterArrays>& centers, float scale, bool causal,
@@ -39,10 +40,10 @@ std::vector<mx::array> decode_attention(
 
 // Rows [H, N, dim], `present` bool [H, N] -> output [Hq, L, Dv] in the dtype of the queries. With
 // rotations the queries come as the model made them and the output leaves so.
-mx::array prefill_attention(const mx::array& queries, const mx::array& k, const mx::array& v,
-                            float scale, bool causal, const std::optional<mx::array>& present,
-                            const std::optional<mx::array>& sink_logits,
-                            const std::optional<std::pair<RotationArrays, RotationArrays>>& rotations);
+mx::array prefill_attention(
+    const mx::array& queries, const mx::array& k, const mx::array& v, float scale, bool causal,
+    const std::optional<mx::array>& present, const std::optional<mx::array>& sink_logits,
+    const std::optional<std::pair<RotationArrays, RotationArrays>>& rotations);
 
 // -> blocks [H, ceil(T / 32), words].
 mx::array encode(const mx::array& k, const mx::array& v, const CenterArrays& centers,
@@ -51,8 +52,8 @@ mx::array encode(const mx::array& k, const mx::array& v, const CenterArrays& cen
 // Slots int32 [H, T] of a body, -1 for none -> blocks [H, ceil(T / 32), words].
 mx::array repack(const BodyArrays& body, const mx::array& index);
 
-// -> keys [H, N, Dk] and values [H, N, Dv] of all tokens in `dtype`: `sinks` exact rows, the bodies,
-// the other exact rows; un-rotated if rotations are given.
+// -> keys [H, N, Dk] and values [H, N, Dv] of all tokens in `dtype`: `sinks` exact rows, the
+// bodies, the other exact rows; un-rotated if rotations are given.
 std::vector<mx::array> decode(
     const std::vector<BodyArrays>& bodies, const mx::array& exact_k, const mx::array& exact_v,
     const std::optional<CenterArrays>& centers, int sinks, mx::Dtype dtype,

@@ -1,6 +1,6 @@
-// Runs every kernel of every instruction set that this processor executes, for a sanitizer to watch:
-// built by CMake with -DLEANKV_SANITIZE=..., run by tests/kernels/test_sanitizers.py. Buffers have
-// exactly the size that is promised, so that AddressSanitizer sees every read beyond.
+// Runs every kernel of every instruction set that this processor executes, for a sanitizer to
+// watch: built by CMake with -DLEANKV_SANITIZE=..., run by tests/kernels/test_sanitizers.py.
+// Buffers have exactly the size that is promised, so that AddressSanitizer sees every read beyond.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -40,12 +40,14 @@ Side side(int dim, int first) {
 
 template <class T>
 Vectors rows_of(const std::vector<T>& data, Type type, int tokens, int dim) {
-  return {.data = data.data(), .type = type, .head_stride = int64_t{tokens} * dim, .row_stride = dim};
+  return {
+      .data = data.data(), .type = type, .head_stride = int64_t{tokens} * dim, .row_stride = dim};
 }
 
 template <class T>
 Output output_of(std::vector<T>& data, Type type, int tokens, int dim) {
-  return {.data = data.data(), .type = type, .head_stride = int64_t{tokens} * dim, .row_stride = dim};
+  return {
+      .data = data.data(), .type = type, .head_stride = int64_t{tokens} * dim, .row_stride = dim};
 }
 
 Rotation rotation(const std::vector<float>& signs, int dim) {
@@ -129,7 +131,8 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
   const int query_heads = heads * group;
   const auto queries = normal(query_heads * length * k_dim), signs = normal(kMaxDim);
   std::vector<uint16_t> half(queries.size());  // numbers of any 16-bit type
-  for (uint16_t& x : half) x = static_cast<uint16_t>((draw() & 1) << 15 | (0x3000 + draw() % 0x0C00));
+  for (uint16_t& x : half)
+    x = static_cast<uint16_t>((draw() & 1) << 15 | (0x3000 + draw() % 0x0C00));
   std::vector<float> out(query_heads * length * v_dim), lse(query_heads * length);
   std::vector<int32_t> reads(2 * heads);
   const AttentionJob job{
@@ -208,7 +211,8 @@ void all_shapes() {
       const Type type = std::vector{Type::f32, Type::f16, Type::bf16}[turn % 3];
       round_trip(k_dim, turn % 2 ? k_dim : 160, group, length, 1 + turn * 7 % 90, turn * 13 % 104,
                  type);
-      many_queries(k_dim, turn % 2 ? k_dim : 160, group, 9 + turn * 5 % 70, 80 + turn * 11 % 90, type);
+      many_queries(k_dim, turn % 2 ? k_dim : 160, group, 9 + turn * 5 % 70, 80 + turn * 11 % 90,
+                   type);
       ++turn;
     }
   }

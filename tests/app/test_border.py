@@ -59,9 +59,10 @@ class Screen:
         os.close(slave)
         self.sent = b""
 
-    def until(self, pattern: bytes, seconds: float = 60) -> None:
+    def until(self, pattern: bytes, count: int = 1, seconds: float = 120) -> None:
+        """Wait for so many different texts that the pattern matches."""
         end = time.monotonic() + seconds
-        while not re.search(pattern, self.sent):
+        while len(set(re.findall(pattern, self.sent))) < count:
             assert time.monotonic() < end, self.sent[-3000:]
             self.read()
 
@@ -115,17 +116,18 @@ mlx_lm.stream_generate = sys.modules["mlx_lm.generate"].stream_generate = stream
 """A model that says all of them."""
 
 
-def chat(events: list[Event], folder: Path, send: str = "hello\r", *arguments: str) -> bytes:
-    """What the chat draws when the engine tells it these events."""
+def chat(
+    events: list[Event], folder: Path, send: str = "hello\r", *arguments: str,
+    least: int = len(HOSTILE),
+) -> bytes:  # fmt: skip
+    """What the chat draws when the engine tells it these events: so many of the marks at least."""
     recording = folder / "events.jsonl"
     recording.write_text("\n".join(dumped(event, 0) for event in events))
     screen = Screen(CHAT, ["--replay", str(recording), *arguments], folder / "home")
     screen.until(b"leankv:k4v4|m00")
     if send:
         screen.type(send)
-    screen.until(rb"m\d\d")
-    time.sleep(0.5)
-    screen.read()
+    screen.until(rb"m(?:[01]\d|2[0-4])", least)
     screen.type("\x11")
     return screen.all()
 
@@ -143,7 +145,7 @@ END = Done(1, "stop", 9, 0, 1, 0.1, 0.1)
     ],
 )
 def test_in_the_chat(events: list[Event], least: int, tmp_path: Path) -> None:
-    none_arrives(chat(events, tmp_path), least)
+    none_arrives(chat(events, tmp_path, least=least), least)
 
 
 def test_in_saved_chats(tmp_path: Path) -> None:

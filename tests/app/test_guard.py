@@ -29,10 +29,11 @@ def own_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.slow)])
 def test_no_slash_command_line_ends_the_chat(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kind: input that a command did not expect (`/copy ²`: digits of other scripts). 200 lines
+    """Kind: input that a command did not expect (`/copy ²`: digits of other scripts). Lines
     through the real app; what they say is expected, so nothing is in the log either."""
 
     async def read(d: Driver, line: str) -> None:
@@ -57,7 +58,7 @@ def test_no_slash_command_line_ends_the_chat(
         await d.loaded()
         await d.said("hello", "a reply")
         lines = [f"{name} {odd}" for name in COMMANDS if name not in LEFT_OUT for odd in ODD]
-        chosen = random.Random(19).sample(lines, 196)
+        chosen = random.Random(19).sample(lines, count)
         for line in ("/copy ²", "/copy 0", "/copy " + "9" * 5000, "/set __class__ x", *chosen):
             await read(d, line)
         await d.said("still there?", "yes")

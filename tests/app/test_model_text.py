@@ -120,12 +120,13 @@ def test_every_word_of_a_reply_is_read_as_text() -> None:
         assert not [word for word in seen if word not in found], (seed, text, found)
 
 
-def test_every_word_of_a_reply_is_visible(tmp_path: Path) -> None:
-    """Property: 25 random texts in the real widgets, each shown whole and piece by piece."""
+@pytest.mark.parametrize("count", [10, pytest.param(25, marks=pytest.mark.slow)])
+def test_every_word_of_a_reply_is_visible(count: int, tmp_path: Path) -> None:
+    """Property: random texts in the real widgets, each shown whole and piece by piece."""
 
     async def script(d: Driver) -> None:
         area = d.screen.conversation.messages
-        for seed in range(25):
+        for seed in range(count):
             text, seen = made(random.Random(seed))
             await area.remove_children()
             whole, grown = Segment(text), Segment("", live=True)

@@ -57,7 +57,7 @@ class Terminal:
     def text(self) -> str:
         return "\n".join(line.rstrip() for line in self.screen.display)
 
-    def until(self, pattern: str, seconds: float = 60.0) -> re.Match[str]:
+    def until(self, pattern: str, seconds: float = 120.0) -> re.Match[str]:
         deadline = time.monotonic() + seconds
         while not (found := re.search(pattern, self.text)):
             assert time.monotonic() < deadline, f"{pattern} not found on\n{self.text}"

@@ -125,6 +125,14 @@ def test_trim_at_any_depth(n: int) -> None:
     pair.append(100, seed=77)
 
 
+@pytest.mark.parametrize("beyond", [0, 1, 2])
+def test_trim_where_the_window_ends(beyond: int) -> None:
+    pair = Pair()
+    pair.append(200, seed=0)
+    pair.trim(pair.ours.layer.recent + beyond)
+    pair.append(50, seed=1)
+
+
 def test_speculative_steps_equal_the_oracle() -> None:
     pair = Pair()
     pair.append(150, seed=0)

@@ -87,7 +87,7 @@ def test_cache_list_rm_path(
     out = capfd.readouterr().out
     assert "report.txt" in out and "other.txt" in out
     key = re.search(r"│ (\w{12}) │ other", out)
-    assert key
+    assert key, out
     assert app.run(["cache", "rm", key[1]]) == 0
     assert capfd.readouterr().out.startswith("removed 1, 0.")
     for arguments, text in (

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 
 from leankv_mlx.codec import codebook, packing, quantize, rotation
 from leankv_mlx.codec.format import Format
+from leankv_mlx.config import Rounding
 from leankv_mlx.errors import ConfigError
 from tests import oracle
 
 BITS = [2, 3, 4, 8]
+OF_ONE_SCALE: tuple[Rounding, ...] = ("optimal", "rms")
 
 
 def gaussian(*shape: int, seed: int = 0) -> mx.array:
@@ -108,6 +110,8 @@ def test_optimal_rounding_lies_between_rms_and_search(bits: int) -> None:
     x = gaussian(400, 64)
     errors = [off_direction(x, (bits,) * 2, r) for r in ("search", "optimal", "rms")]
     assert errors[1] < errors[2] and errors[0] < 1.01 * errors[1]
+    codes, start = (np.array(quantize.quantize(x, (bits,) * 2, r)[0], int) for r in OF_ONE_SCALE)
+    assert (codes > start).mean() > 0.01 and (codes < start).mean() > 0.01  # it goes both ways
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -63,26 +63,26 @@ def test_sixty_pages_in_one_pass_or_in_pieces(
 ) -> None:
     assert 3500 < len(reader.prompt(sixty_pages.text)) < 4500
     reader.budget = 4_000_000
-    one = plan(reader, sixty_pages.text, "medium", "auto", 128)
+    one = plan(reader, sixty_pages.text, "medium", "auto", 48)
     assert one.strategy == "single"
     assert one.kv_bytes <= reader.budget < one.uncompressed_bytes
     assert not one.uncompressed_fits
-    found = summarize(reader, sixty_pages, max_tokens=128)
+    found = summarize(reader, sixty_pages, max_tokens=48)
     assert (found.strategy, found.rounds) == ("single", [])
     assert found.answer.usage.used <= one.kv_bytes
     assert alike(found.text, sixty_pages.text[: len(found.text)]) > 0.5
     with Reader(loaded, None, reader.budget) as uncompressed:
-        assert plan(uncompressed, sixty_pages.text, "medium", "auto", 128).strategy == "map-reduce"
+        assert plan(uncompressed, sixty_pages.text, "medium", "auto", 48).strategy == "map-reduce"
         with pytest.raises(ContextLengthError, match=r"the budget is 4\.0 MB"):
-            plan(uncompressed, sixty_pages.text, "medium", "single", 128)
+            plan(uncompressed, sixty_pages.text, "medium", "single", 48)
 
     reader.budget = 1_500_000
     steps: list[tuple[int, int]] = []
     pieces = summarize(
-        reader, sixty_pages, max_tokens=128, listener=Listener(part=lambda *x: steps.append(x))
+        reader, sixty_pages, max_tokens=48, listener=Listener(part=lambda *x: steps.append(x))
     )
     assert pieces.strategy == "map-reduce"
-    assert pieces.rounds == [plan(reader, sixty_pages.text, "medium", "auto", 128).pieces]
+    assert pieces.rounds == [plan(reader, sixty_pages.text, "medium", "auto", 48).pieces]
     assert steps == [(i, pieces.rounds[0]) for i in range(pieces.rounds[0] + 1)]
     assert pieces.text
     assert pieces.answer.usage.used <= reader.budget
@@ -90,8 +90,8 @@ def test_sixty_pages_in_one_pass_or_in_pieces(
 
 def test_rounds_follow_until_the_rest_fits(reader: Reader, sixty_pages: Document) -> None:
     reader.budget = reader.footprint.used(300)
-    part = Document("part", sixty_pages.text[:6000])
-    found = summarize(reader, part, max_tokens=64)
+    part = Document("part", sixty_pages.text[:3500])
+    found = summarize(reader, part, max_tokens=48)
     assert len(found.rounds) > 1
     assert found.rounds == sorted(found.rounds, reverse=True)
     assert found.text

@@ -168,7 +168,7 @@ def test_redirects(server: Server) -> None:
         to = {"/1": "/größe", "/loop": "/loop", "/file": "file:///etc/hostname",
               "/ftp": "ftp://127.0.0.1/x", "/data": "data:text/plain,x"}.get(path, "")  # fmt: skip
         if to:
-            head = f"HTTP/1.1 302 Found\r\nLocation: {to}\r\nContent-Length: 0\r\n\r\n"
+            head = f"HTTP/1.1 302 Found\r\nConnection: close\r\nLocation: {to}\r\n\r\n"
             peer.sendall(head.encode())
         else:
             peer.sendall(OK + b"\r\n" + TEXT.encode())

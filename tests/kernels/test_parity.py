@@ -35,29 +35,14 @@ from leankv_mlx.kernels.gather import gather
 from leankv_mlx.kernels.repack import repack
 from tests.kernels import cases
 from tests.kernels.cases import FACTORS, FIXED_POINT, MIXED, TOLERANCE, Case, error
+from tests.kernels.matrix import chosen, every, matrix
 
 REFERENCE = resolve_backend("reference")
-VARIANTS = [
-    pytest.param(v, marks=getattr(pytest.mark, v[0])) if v[0] in ("metal", "cuda") else v
-    for v in cases.variants()
-]
-MATRIX = [
-    *cases.pairwise(FACTORS),
-    *(pytest.param(row, marks=pytest.mark.slow) for row in cases.full(FACTORS)),
-]
 
 
-def name_of(row: Any) -> str:
-    return cases.identify(row) if isinstance(row, dict) else str(row)
-
-
-@pytest.fixture(params=VARIANTS or [None], ids=lambda v: "-".join(v) if v else "none")
+@pytest.fixture(params=every())
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    if request.param is None:
-        pytest.skip("only the reference backend runs here")
-    name, variant = request.param
-    with cases.IMPLEMENTATIONS[name][1](variant) as backend:
-        yield backend
+    yield from chosen(request.param)
 
 
 def attention(case: Case, backend: Backend) -> Attention:
@@ -96,7 +81,7 @@ def check_attention(case: Case, backend: Backend) -> None:
             assert mx.array_equal(ours.reads.sum(0), reference.reads.sum(0))
 
 
-@pytest.mark.parametrize("row", MATRIX, ids=name_of)
+@matrix(cases.pairwise(FACTORS), ("k_bits", "v_bits", "dtype"), slow=cases.full(FACTORS))
 def test_decode_attention(row: dict[str, Any], backend: Backend) -> None:
     check_attention(cases.case(**row), backend)
 
@@ -188,6 +173,7 @@ def test_a_head_without_tokens_attends_to_its_sink_logits(
         assert bool(mx.any(result.out[mine] != 0)) == (length > 0)
 
 
+@pytest.mark.parametrize("backend", every(slow="msl-check"), indirect=True)  # has one thread
 def test_who_is_faster_does_not_change_a_bit(backend: Backend) -> None:
     row = cases.pairwise(FACTORS)[0] | {"tiers": 1, "lengths": "partial", "new": 1, "exact": 40}
     case = cases.case(**row, heads=2, blocks=130)
@@ -270,10 +256,11 @@ def test_a_skip_that_is_no_weight(skip: float) -> None:
         attention(case, REFERENCE)
 
 
-SHAPES = cases.pairwise({k: FACTORS[k] for k in ("k_bits", "v_bits", "dims", "dtype")})
+SHAPE = {name: FACTORS[name] for name in ("k_bits", "v_bits", "dims")}
+SHAPES = SHAPE | {"dtype": FACTORS["dtype"]}
 
 
-@pytest.mark.parametrize("row", SHAPES, ids=name_of)
+@matrix(cases.pairwise(SHAPES), ("k_bits", "dtype"))
 def test_dequantize_and_gather(row: dict[str, Any], backend: Backend) -> None:
     dtype = row["dtype"]
     draw = np.random.default_rng(3)
@@ -298,11 +285,17 @@ def test_dequantize_and_gather(row: dict[str, Any], backend: Backend) -> None:
             assert error(mx.where(seen[..., None], ours, 0), wanted) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("rounding", ["search", "rms"])
-@pytest.mark.parametrize("tokens", [1, 32, 77])
-@pytest.mark.parametrize("row", SHAPES, ids=name_of)
-def test_encode(row: dict[str, Any], tokens: int, rounding: Rounding, backend: Backend) -> None:
-    check_encode(row, tokens, rounding, backend)
+TOKENS = (1, 32, 77)
+ENCODE = SHAPES | {"tokens": TOKENS, "rounding": ("search", "rms")}
+
+
+@matrix(
+    cases.pairwise(ENCODE), ("k_bits", "dtype", "rounding"),
+    slow=[row | {"tokens": n, "rounding": rounding} for row in cases.pairwise(SHAPES)
+          for n in TOKENS for rounding in ENCODE["rounding"]],
+)  # fmt: skip
+def test_encode(row: dict[str, Any], backend: Backend) -> None:
+    check_encode(row, row["tokens"], row["rounding"], backend)
 
 
 def test_encode_with_optimal_rounding(backend: Backend) -> None:
@@ -332,9 +325,12 @@ def check_encode(row: dict[str, Any], tokens: int, rounding: Rounding, backend: 
         assert (np.abs(ulps) > 1).mean() < 0.01
 
 
-@pytest.mark.parametrize("kept", [1, 32, 77])
-@pytest.mark.parametrize("row", SHAPES, ids=name_of)
-def test_repack(row: dict[str, Any], kept: int, backend: Backend) -> None:
+@matrix(
+    cases.pairwise(SHAPE | {"kept": TOKENS}), ("k_bits", "kept"),
+    slow=[row | {"kept": n} for row in cases.pairwise(SHAPE) for n in TOKENS],
+)  # fmt: skip
+def test_repack(row: dict[str, Any], backend: Backend) -> None:
+    kept = row["kept"]
     draw = np.random.default_rng(kept)
     bits = (cases.bits_of(row[f"{side}_bits"], row["dims"][i], 0) for i, side in enumerate("kv"))
     body = cases.body(draw, *bits, heads=2, blocks=3, lengths="full")
@@ -387,6 +383,7 @@ def test_append(
             assert error(ours, reference) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("backend", every(slow="msl-check"), indirect=True)  # takes 30 seconds
 def test_512_steps_do_not_drift(backend: Backend) -> None:
     """Fused attention stays what attention over the decoded arrays is."""
     from leankv_mlx.cache import CompressedKVCache, owner_of

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -16,21 +15,17 @@ from leankv_mlx.kernels import Backend, PrefillInputs, Rows, resolve_backend
 from leankv_mlx.kernels.prefill_attention import prefill_attention
 from tests.kernels import cases
 from tests.kernels.cases import PREFILL_FACTORS, TOLERANCE, error
+from tests.kernels.matrix import chosen, every, matrix
 
 REFERENCE = resolve_backend("reference")
 MATRIX = cases.pairwise(PREFILL_FACTORS)
 MATRIX += [row | {"group": 2, "new": 600, "earlier": 1400} for row in MATRIX[:4]]
 ROW = MATRIX[0] | {"dims": (64, 96), "new": 100, "earlier": 200, "dtype": mx.float32}
-VARIANTS = [v for v in cases.variants() if v[0] == "cpu"]  # the others are the reference
 
 
-@pytest.fixture(params=VARIANTS or [None], ids=lambda v: "-".join(v) if v else "none")
+@pytest.fixture(params=every(only="cpu"))  # the others are the reference
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    if request.param is None:
-        pytest.skip("only the reference runs here")
-    name, variant = request.param
-    with cases.IMPLEMENTATIONS[name][1](variant) as backend:
-        yield backend
+    yield from chosen(request.param)
 
 
 def attention(case: PrefillInputs, backend: Backend) -> mx.array:
@@ -46,16 +41,10 @@ def expected(case: PrefillInputs) -> mx.array:
     return attention(whole, REFERENCE).astype(case.queries.dtype)
 
 
-@cache
-def matrix(i: int) -> tuple[PrefillInputs, mx.array]:
-    """A row of the matrix and what is expected of it, for all variants."""
-    case = cases.prefill_case(**MATRIX[i])
-    return case, expected(case)
-
-
-@pytest.mark.parametrize("i", range(len(MATRIX)), ids=lambda i: cases.identify(MATRIX[i]))
-def test_prefill_attention(i: int, backend: Backend) -> None:
-    case, wanted = matrix(i)
+@matrix(MATRIX, ("dims", "dtype"), only="cpu")
+def test_prefill_attention(row: dict[str, Any], backend: Backend) -> None:
+    case = cases.prefill_case(**row)
+    wanted = expected(case)
     assert error(attention(case, backend), wanted) < TOLERANCE[case.queries.dtype]
 
 

@@ -21,7 +21,7 @@ from leankv_mlx.config import CompressionConfig
 from leankv_mlx.documents.cache import DocumentCache
 from leankv_mlx.documents.prefix import Opener
 from leankv_mlx.evaluation.demo import run_demo
-from leankv_mlx.mlx_lm import load
+from leankv_mlx.mlx_lm import LoadedModel, load
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.footprint import Footprint, weight_bytes
 from leankv_mlx.mlx_lm.machine import on_cpu
@@ -210,14 +210,16 @@ def test_documents_are_kept_for_what_the_model_computes_in(
     config, store = CompressionConfig(), DocumentCache(place=tmp_path / "documents")
     prefix = [1, *range(10, 200)]
 
-    def opened() -> bool:
-        return Opener(load(folder), config, store).open(prefix, "it", lambda *_: None).cached
+    def opened(loaded: LoadedModel) -> bool:
+        return Opener(loaded, config, store).open(prefix, "it", lambda *_: None).cached
 
-    assert [opened(), opened()] == [False, True]
+    in_float32 = load(folder)
+    assert [opened(in_float32), opened(in_float32)] == [False, True]
     monkeypatch.setenv("LEANKV_PRECISION", "file")
-    assert [opened(), opened()] == [False, True]
+    as_stored = load(folder)
+    assert [opened(as_stored), opened(as_stored)] == [False, True]
     monkeypatch.delenv("LEANKV_PRECISION")
-    assert opened()
+    assert opened(load(folder))
 
 
 def test_the_demo_compares_with_16_bits(folder: Path) -> None:

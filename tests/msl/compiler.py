@@ -100,7 +100,7 @@ def _build(sources: list[Path], text: str, options: tuple[str, ...], dependencie
     if target.exists():
         return target
     BUILD.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+    with tempfile.TemporaryDirectory(dir=BUILD) as folder:  # another worker may build the same
         scratch = Path(folder)
         files = list(sources)
         if text:

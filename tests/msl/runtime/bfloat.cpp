@@ -1,5 +1,5 @@
-// What clang calls to round to bfloat on processors without an instruction for it. The compiler's own
-// runtime has it in some distributions only.
+// What clang calls to round to bfloat on processors without an instruction for it. The compiler's
+// own runtime has it in some distributions only.
 #include <cstdint>
 
 extern "C" __bf16 __truncsfbf2(float x) {

@@ -119,8 +119,8 @@ static void output_access(Buffer& buffer, size_t at, size_t bytes, bool write, v
   const uint32_t group_end = state.first_thread + state.threads;
   for (size_t i = at; i < at + bytes; i++) {
     DeviceByte& b = buffer.shadow[i];
-    const bool behind_barrier = b.writer > state.first_thread && b.writer <= group_end &&
-                                b.epoch < state.device_epoch;
+    const bool behind_barrier =
+        b.writer > state.first_thread && b.writer <= group_end && b.epoch < state.device_epoch;
     if (b.writer && b.writer != self && !behind_barrier) {
       report("RACE on byte %zu of %s: written by thread %u of the grid, %s by thread %u %s", i,
              buffer.name, b.writer - 1, write ? "written" : "read", self - 1, where(address));
@@ -172,10 +172,10 @@ static void access(char* at, size_t bytes, bool write, void* address) {
 
 using msl::access;
 #define CALLER __builtin_return_address(0)
-#define BYTES(n)                                                                                 \
-  extern "C" void __tsan_read##n(void* at) { access((char*)at, n, false, CALLER); }              \
-  extern "C" void __tsan_write##n(void* at) { access((char*)at, n, true, CALLER); }              \
-  extern "C" void __tsan_unaligned_read##n(void* at) { access((char*)at, n, false, CALLER); }    \
+#define BYTES(n)                                                                              \
+  extern "C" void __tsan_read##n(void* at) { access((char*)at, n, false, CALLER); }           \
+  extern "C" void __tsan_write##n(void* at) { access((char*)at, n, true, CALLER); }           \
+  extern "C" void __tsan_unaligned_read##n(void* at) { access((char*)at, n, false, CALLER); } \
   extern "C" void __tsan_unaligned_write##n(void* at) { access((char*)at, n, true, CALLER); }
 BYTES(1)
 BYTES(2)
@@ -209,10 +209,10 @@ extern "C" void __ubsan_handle_local_out_of_bounds() {  // gets no place
   msl::report("UNDEFINED local_out_of_bounds");
   msl::stop();
 }
-#define UNDEFINED(name)                                                              \
-  extern "C" void __ubsan_handle_##name(Place* place, ...) {                         \
-    msl::report("UNDEFINED " #name " in line %u:%u", place->line, place->column);    \
-    msl::stop();                                                                     \
+#define UNDEFINED(name)                                                           \
+  extern "C" void __ubsan_handle_##name(Place* place, ...) {                      \
+    msl::report("UNDEFINED " #name " in line %u:%u", place->line, place->column); \
+    msl::stop();                                                                  \
   }
 UNDEFINED(out_of_bounds)
 UNDEFINED(shift_out_of_bounds)

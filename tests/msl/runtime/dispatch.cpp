@@ -185,8 +185,8 @@ using namespace msl;
 // Memory that ends (up to 15 bytes) before a page that cannot be touched, with one in front too.
 extern "C" void* msl_allocate(size_t bytes) {
   const size_t body = (bytes + kPage - 1) / kPage * kPage;
-  char* memory = static_cast<char*>(mmap(nullptr, body + 2 * kPage, PROT_NONE,
-                                         MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  char* memory = static_cast<char*>(
+      mmap(nullptr, body + 2 * kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   if (memory == MAP_FAILED) return nullptr;
   if (mprotect(memory + kPage, body, PROT_READ | PROT_WRITE)) return nullptr;
   return memory + kPage + body - (bytes + 15) / 16 * 16;

@@ -22,8 +22,8 @@ asm(".globl msl_switch\n.hidden msl_switch\nmsl_switch:\n"
 
 void prepare(Fiber* fiber, void (*body)()) {
   if (!fiber->stack) {
-    void* memory = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* memory =
+        mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) abort();
     mprotect(memory, kPage, PROT_NONE);
     fiber->stack = static_cast<char*>(memory) + kPage;

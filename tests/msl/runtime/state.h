@@ -35,7 +35,7 @@ struct SimdGroup {
   alignas(64) char results[2][kOperand];
   int lanes, arrived;
   uint32_t operations;
-  uint32_t barriers;  // simdgroup_barrier with threadgroup memory
+  uint32_t barriers;             // simdgroup_barrier with threadgroup memory
   int kind, line, column, lane;  // of the first to arrive
 };
 
