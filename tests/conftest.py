@@ -20,5 +20,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Files of the user go to a folder of the test run, in subprocesses too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEANKV_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.delenv("COLUMNS", raising=False)  # pytest-xdist's: output is not cut to a width
+        for size in ("COLUMNS", "LINES"):  # pytest-xdist's: no screen is cut to them
+            patch.delenv(size, raising=False)
         yield

@@ -63,7 +63,7 @@ class Screen:
         """Wait for so many different texts that the pattern matches."""
         end = time.monotonic() + seconds
         while len(set(re.findall(pattern, self.sent))) < count:
-            assert time.monotonic() < end, self.sent[-3000:]
+            self.check(end)
             self.read()
 
     def type(self, text: str) -> None:
@@ -73,10 +73,16 @@ class Screen:
         """Everything, to the end of the process."""
         end = time.monotonic() + seconds
         while self.read():
-            assert time.monotonic() < end, self.sent[-3000:]
+            self.check(end)
         self.process.wait(10)
         os.close(self.master)
         return self.sent
+
+    def check(self, end: float) -> None:
+        """Past its end a process is not waited for, and does not stay."""
+        if time.monotonic() > end:
+            self.process.kill()
+            raise AssertionError(self.sent[-3000:])
 
     def read(self) -> bool:
         if select.select([self.master], [], [], 0.1)[0]:
