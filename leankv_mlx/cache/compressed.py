@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -198,14 +199,15 @@ class CompressedKVCache:
         return CacheState(self.config.spec(), self.keep_fetched, layer)
 
     @state.setter
-    def state(self, value: CacheState) -> None:
+    def state(self, value: Sequence[Any]) -> None:
+        value = CacheState.of(value)
         config = CompressionConfig.parse(value.kv, stored=True)
         CompressedKVCache.__init__(self, config, value.keep_fetched)
         if value.layer is not None:
             self._begin(Layer.restored(value.layer, self.config, self._backend))
 
     @classmethod
-    def from_state(cls, state: CacheState) -> CompressedKVCache:
+    def from_state(cls, state: Sequence[Any]) -> CompressedKVCache:
         """A cache with the content of `state`."""
         cache = cls.__new__(cls)
         cache.state = state

@@ -5,7 +5,8 @@ Named tuples, because mlx evaluates and maps over tuples and lists of arrays.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -57,3 +58,29 @@ class CacheState(NamedTuple):
     kv: str
     keep_fetched: bool
     layer: LayerState | None = None
+
+    @classmethod
+    def of(cls, value: Sequence[Any]) -> CacheState:
+        """A state from what mlx-lm's own files make of one: nested lists without names. Those of
+        earlier versions were one list."""
+        if isinstance(value, cls):
+            return value
+        kv, keep_fetched, *rest = value
+        if not rest or rest[0] is None:
+            return cls(kv, keep_fetched)
+        if isinstance(rest[0], int):  # of an earlier version
+            offset, heads, k_dim, v_dim, k, v, *middle = rest
+            numbers, exact = (offset, heads, k_dim, v_dim), (k, v)
+            body = None
+            if middle:
+                mu_k, mu_v, tiers, *scales = middle
+                body = ((mu_k, mu_v), tiers, *scales)
+        else:
+            *numbers_, exact, body = rest[0]
+            numbers = tuple(numbers_)
+        layer = LayerState(*numbers, Rows(*exact))
+        if body is not None:
+            centers, tiers, *scales = body
+            made = BodyState(Centers(*centers), [TierState(*t) for t in tiers], *scales)
+            layer = layer._replace(body=made)
+        return cls(kv, keep_fetched, layer)

@@ -19,6 +19,7 @@ import leankv_mlx
 from leankv_mlx import CompressedKVCache, CompressionConfig
 from leankv_mlx.errors import ConfigError, ModelError, UnsupportedError
 from leankv_mlx.mlx_lm import Attachment, attach, measure
+from tests.cache.prompt_files import content, one_of_each
 from tests.models import TINY, VOCAB
 
 TOKENS = mx.array([[i * 7 % VOCAB for i in range(150)]])
@@ -264,6 +265,20 @@ def test_saved_prompt_caches_find_the_class(model: nn.Module, tmp_path: Any) -> 
     assert mlx_lm_cache.CompressedKVCache is CompressedKVCache  # type: ignore[attr-defined]
     loaded = load_prompt_cache(file)
     assert measure(loaded) == measure(caches)
+
+
+def test_the_state_of_an_earlier_version_is_one_list(model: nn.Module) -> None:
+    """As mlx-lm's own files have it."""
+    for cache in one_of_each():
+        if not isinstance(cache, CompressedKVCache) or (layer := cache.state.layer) is None:
+            continue
+        old: list[Any] = [*cache.state[:2], *layer[:4], *layer.exact]
+        if layer.body is not None:
+            tiers = [[x for x in tier if x is not None] for tier in layer.body.tiers]
+            scales = layer.body.key_scales
+            old += [*layer.body.centers, tiers, *([] if scales is None else [scales])]
+        again = CompressedKVCache.from_state(old)
+        assert content(again) == content(cache)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "lfm2", "deepseek_v3"])
