@@ -57,8 +57,10 @@ class Tiny:
         args = {**_COMMON, "model_type": self.module, **self.args(head_dim)}
         if layers:
             args["num_hidden_layers"] = layers
+        seed = sum(self.module.encode())
+        mx.random.seed(seed)  # what `_randomize` adds to must not differ from run to run
         model: nn.Module = module.Model(module.ModelArgs.from_dict(args))
-        _randomize(model, seed=sum(self.module.encode()))
+        _randomize(model, seed)
         model.set_dtype(dtype)
         model.eval()
         mx.eval(model.parameters())
