@@ -18,7 +18,7 @@ from leankv_mlx.codec.space import Space
 from leankv_mlx.errors import DroppedTokensError
 from leankv_mlx.kernels import MAX_DECODE_TOKENS, Mask, Rows, View
 from leankv_mlx.kernels.decode_attention import decode_attention
-from leankv_mlx.kernels.gather import gather
+from leankv_mlx.kernels.gather import gather, working_copy
 from leankv_mlx.kernels.prefill_attention import prefill_attention
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Fetch:
     def _prefill(
         self, q: mx.array, scale: float, mask: Mask, sink_logits: mx.array | None
     ) -> mx.array:
-        rows = self.rows or self.layer.rows()
+        rows = self.rows or working_copy(self.view, self.layer.dtype, self.layer.backend)
         # Two tiers are out of order, and heads that all lost the same leave no gaps.
         whole = rows.k.shape[1] if len(self.view.tiers) <= 1 else -1
         if isinstance(mask, mx.array) and mask.shape[-1] != whole:

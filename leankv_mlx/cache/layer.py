@@ -18,7 +18,7 @@ from leankv_mlx.codec.space import Space
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.kernels import Backend, Centers, Rows, View, resolve_backend
 from leankv_mlx.kernels.append import append
-from leankv_mlx.kernels.gather import gather
+from leankv_mlx.kernels.gather import working_copy
 from leankv_mlx.sparsity import Exact, LargestReceived, Observations, received, significance
 
 CENTER_TOKENS = 512
@@ -197,12 +197,8 @@ class Layer:
         )
 
     def rows(self) -> Rows:
-        """All tokens, decoded, in order and still rotated: [H, N, Dk] and [H, N, Dv].
-
-        This is the working copy of a prefill: a full-size copy of one layer, to be dropped as soon
-        as its attention is done.
-        """
-        return gather(replace(self.view(), rotations=None), self.dtype, self.backend)
+        """All tokens, see `kernels.gather.working_copy`."""
+        return working_copy(self.view(), self.dtype, self.backend)
 
     def copy(self) -> Layer:
         """An independent copy that shares the blocks until one of the two changes them."""

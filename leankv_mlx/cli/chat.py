@@ -7,20 +7,13 @@ from importlib.metadata import entry_points
 
 import typer
 
+from leankv_mlx.cli.running import HANDED_ON
 from leankv_mlx.errors import UsageError
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command(
-        "chat",
-        context_settings={
-            "allow_extra_args": True,
-            "ignore_unknown_options": True,
-            "help_option_names": [],
-        },
-        add_help_option=False,
-    )(chat)
+    app.command("chat", **HANDED_ON)(chat)
 
 
 def chat(context: typer.Context) -> int | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from leankv_mlx.cli import reading
+from leankv_mlx.cli.running import HANDED_ON
 from leankv_mlx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,16 +22,7 @@ _KV = "leankv"
 
 def register(app: typer.Typer) -> None:
     """Add the command to the app."""
-    app.command(
-        "generate",
-        # mlx-lm's own parser reads everything, --help included.
-        context_settings={
-            "allow_extra_args": True,
-            "ignore_unknown_options": True,
-            "help_option_names": [],
-        },
-        add_help_option=False,
-    )(generate)
+    app.command("generate", **HANDED_ON)(generate)
 
 
 def generate(context: typer.Context) -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -13,6 +14,16 @@ from leankv_mlx.blas import bind
 from leankv_mlx.errors import LeanKVError
 from leankv_mlx.faults import described
 from leankv_mlx.terminal import line
+
+HANDED_ON: dict[str, Any] = {
+    "context_settings": {
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+    "add_help_option": False,
+}
+"""How Typer registers a command whose line another parser reads, --help included."""
 
 
 def run_command(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 attention read."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -27,6 +28,15 @@ def gather_ops(
     if view.rotations is None:
         return rows
     return Rows(*(r.undo(x) for r, x in zip(view.rotations, rows, strict=True)))
+
+
+def working_copy(view: View, dtype: mx.Dtype, backend: Backend) -> Rows:
+    """All tokens, decoded, in order and still rotated: [H, N, Dk] and [H, N, Dv].
+
+    This is what a prefill attends over: a full-size copy of one layer, to be dropped as soon as its
+    attention is done.
+    """
+    return gather(replace(view, rotations=None), dtype, backend)
 
 
 def gather(view: View, dtype: mx.Dtype, backend: Backend) -> Rows:

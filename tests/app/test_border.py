@@ -108,7 +108,6 @@ def none_arrives(sent: bytes, least: int = len(HOSTILE)) -> None:
 
 CHAT = "from leankv_app.main import main; main()"
 COMMAND = "from leankv_mlx.cli import main; main()"
-SUMMARIZE = "from leankv_mlx.cli.summarize import main; main()"
 SAYS = f"""
 from types import SimpleNamespace
 from leankv_mlx.blas import bind; bind()

@@ -346,3 +346,23 @@ def test_prefill_leaves_no_buffer_of_the_chunk_behind() -> None:
     cache.update_and_fetch(k, v)
     mx.eval([cache.state])
     assert mx.get_active_memory() - before < 1.05 * cache.memory().allocated + 4096
+
+
+@pytest.mark.parametrize("queries", [1, 12])
+def test_a_fetch_stays_what_it_was_made_of(queries: int) -> None:
+    """Some models attend to what an earlier layer fetched, when other tokens have come since."""
+    cache = CompressedKVCache("leankv")
+    _, k, v = rows(300, 1)
+    cache.update_and_fetch(k, v)
+    mx.eval(cache.state)
+    keys, values = cache.keys_and_values()
+    fetch = owner_of(keys, values)
+    assert fetch is not None
+    q = mx.random.normal((1, H * G, queries, DK), key=mx.random.key(2))
+    before = fetch.attend(q, scale=0.1, mask=None)
+    mx.eval(before)
+    for seed in (3, 4):
+        _, k, v = rows(100, seed)
+        cache.update_and_fetch(k, v)
+        mx.eval(cache.state)
+    assert mx.array_equal(fetch.attend(q, scale=0.1, mask=None), before)
