@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from leankv_mlx.errors import ConfigError
-from leankv_mlx.policies import POLICIES, KeepAll, Policy
+from leankv_mlx.policies import POLICIES, Dropping, KeepAll, Policy
 from leankv_mlx.profiles import profiles
 from leankv_mlx.scorers import SCORERS, Queries, Scorer
 from leankv_mlx.settings import (
@@ -23,14 +23,14 @@ from leankv_mlx.settings import (
 
 Rounding = Literal["search", "rms", "optimal"]
 BackendName = Literal["auto", "metal", "cuda", "cpu", "reference"]
-When = Literal["prompt", "chunk"]
 RotationName = Literal["hadamard", "none"]
 
-_CHOICES: dict[str, tuple[str, Mapping[str, type[Any]]]] = {
-    "policy": ("policy", POLICIES),
-    "scorer": ("scores", SCORERS),
+_CHOICES: dict[str, tuple[str, Mapping[str, type[Any]], type[Any]]] = {
+    "policy": ("policy", POLICIES, Dropping),
+    "scorer": ("scores", SCORERS, Scorer),
 }
-"""Fields that hold an object: the setting that chooses it by its name, and what from."""
+"""Fields that hold an object: the setting that chooses it by its name, what from, and whose
+settings stand behind those of all the others in the text form: the class that those share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,6 @@ class CompressionConfig:
         equalize: also scale the channels of the keys before encoding, and those of the queries by
             the inverse (exact too, see `codec.equalize`).
         policy: which tokens are kept, with its own settings, see `leankv_mlx.policies`.
-        at: when a policy drops tokens: once the "prompt" is in, or also after each "chunk" of it.
         scorer: what tokens are judged by, see `leankv_mlx.scorers`.
         skip: attention weight below which a token's value may be taken for its center, see
             `kernels.decode_attention`; 0 reads all of them.
@@ -74,7 +73,6 @@ class CompressionConfig:
     center: bool = True
     equalize: bool = True
     policy: Policy = field(default=KeepAll())
-    at: When = "prompt"
     scorer: Scorer = field(default=Queries())
     skip: float = 0.0
     layer_bits: tuple[Bits, ...] = ()
@@ -84,7 +82,7 @@ class CompressionConfig:
     def __post_init__(self) -> None:
         for k_bits, v_bits in ((self.k_bits, self.v_bits), *self.layer_bits):
             check_bits(k_bits, v_bits)
-        for name, (_, table) in _CHOICES.items():
+        for name, (_, table, _) in _CHOICES.items():
             if type(getattr(self, name)) not in table.values():
                 names = ", ".join(part.__name__ for part in table.values())
                 raise ConfigError(f"{name}={getattr(self, name)!r} is no {name}; use {names}.")
@@ -187,10 +185,13 @@ def _known() -> dict[str, Setting]:
     found: dict[str, Setting] = {}
     for name, setting in settings_of(CompressionConfig).items():
         if name in _CHOICES:
-            word, table = _CHOICES[name]
+            word, table, base = _CHOICES[name]
             found[word] = Setting(word, str, setting.default.name)
+            shared = settings_of(base)
             for part in table.values():
-                found |= {n: s for n, s in settings_of(part).items() if n not in found}
+                own = settings_of(part).items()
+                found |= {n: s for n, s in own if n not in found and n not in shared}
+            found |= shared
         elif name != "idle":
             found[name] = setting
     return found
@@ -248,7 +249,7 @@ def _made(values: Mapping[str, Any]) -> CompressionConfig:
         if name not in _CHOICES:
             own |= {name: values[name]} if name in values else {}
             continue
-        word, table = _CHOICES[name]
+        word, table, _ = _CHOICES[name]
         chosen = values.get(word, setting.default.name)
         if chosen not in table:
             raise ConfigError(f"{word}={chosen} is unknown; use one of {', '.join(table)}.")
@@ -279,7 +280,7 @@ def _why_idle(config: CompressionConfig, name: str) -> str:
     scorers = [scorer for scorer in SCORERS.values() if name in settings_of(scorer)]
     if not policies and scorers:
         policies = [policy for policy in POLICIES.values() if policy.scored]
-    elif name in ("at", "scores"):
+    elif name == "scores":
         policies = [policy for policy in POLICIES.values() if policy.drops]
     if policies and type(config.policy) not in policies:
         use = " or ".join(f"policy={policy.name}" for policy in policies)

@@ -13,8 +13,7 @@ import mlx.core as mx
 from leankv_mlx.benchmarks.fill import wait
 from leankv_mlx.benchmarks.models import Models, compressed_caches
 from leankv_mlx.benchmarks.settings import Advance, Row, Settings
-from leankv_mlx.cache import end_prompt
-from leankv_mlx.cache.sparsifier import Sparsifier
+from leankv_mlx.cache import Sequence, Sequences
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.mlx_lm.patches import replaced
 from leankv_mlx.mlx_lm.reading import PREFILL_CHUNK
@@ -68,7 +67,7 @@ def _run(models: Models, dtype: str, config: CompressionConfig, tokens: int) -> 
             mx.eval(hidden_states(model, ids[:, at : min(at + PREFILL_CHUNK, tokens)], caches))
             wait(caches)
         read = time.perf_counter()
-        end_prompt(caches)
+        Sequences.of(caches).end_prompt()
         wait(caches)
         ended = time.perf_counter()
         ratio = measure(caches).ratio
@@ -90,14 +89,14 @@ def _run(models: Models, dtype: str, config: CompressionConfig, tokens: int) -> 
 def _timed_flushes(caches: list[Any]) -> Iterator[list[float]]:
     """The seconds of every flush inside of the block, until its results are there."""
     seconds: list[float] = []
-    original = Sparsifier._flush
+    original = Sequence.flush
 
-    def flush(self: Sparsifier, layer: Any) -> None:
+    def flush(self: Sequence, layer: Any) -> None:
         wait(caches)
         start = time.perf_counter()
         original(self, layer)
         wait(caches)
         seconds.append(time.perf_counter() - start)
 
-    with replaced(Sparsifier, "_flush", flush):
+    with replaced(Sequence, "flush", flush):
         yield seconds

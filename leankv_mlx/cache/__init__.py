@@ -2,31 +2,16 @@
 
 from leankv_mlx.cache.compressed import CompressedKVCache
 from leankv_mlx.cache.fetch import Fetch, owner_of
-from leankv_mlx.cache.lists import (
-    act_together,
-    can_rewind,
-    end_prompt,
-    forget_queries,
-    is_prefix,
-    place_by,
-    reading,
-    rewind,
-)
+from leankv_mlx.cache.lists import Sequences, entries
 from leankv_mlx.cache.memory import CacheMemory
-from leankv_mlx.cache.parts import one_update
+from leankv_mlx.cache.sequence import Sequence
 
 __all__ = [
     "CacheMemory",
     "CompressedKVCache",
     "Fetch",
-    "act_together",
-    "can_rewind",
-    "end_prompt",
-    "forget_queries",
-    "is_prefix",
-    "one_update",
+    "Sequence",
+    "Sequences",
+    "entries",
     "owner_of",
-    "place_by",
-    "reading",
-    "rewind",
 ]

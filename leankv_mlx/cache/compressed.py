@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from leankv_mlx.cache.fetch import Arrays, Calls, Fetch
 from leankv_mlx.cache.layer import Layer, Shape
 from leankv_mlx.cache.memory import CacheMemory
-from leankv_mlx.cache.sparsifier import Sparsifier
+from leankv_mlx.cache.sequence import Sequence
 from leankv_mlx.cache.state import CacheState
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import DroppedTokensError, ShapeError, UnsupportedError
@@ -33,6 +33,7 @@ class CompressedKVCache:
             to, not its compressed form).
         exact_dtype: of the rows that stay uncompressed, float16 or bfloat16 for a model whose
             weights had no more but which computes in float32; None for that of keys and values.
+        sequence: that the layer is of, one for all caches of a model; None for one of its own.
 
     Raises:
         BackendUnavailableError: the configured backend cannot run here.
@@ -43,13 +44,14 @@ class CompressedKVCache:
         config: CompressionConfig | str = "leankv",
         keep_fetched: bool = False,
         exact_dtype: mx.Dtype | None = None,
+        sequence: Sequence | None = None,
     ) -> None:
         self.config = CompressionConfig.parse(config) if isinstance(config, str) else config
         self.keep_fetched = keep_fetched
         self._exact_dtype = exact_dtype
         self._backend: Backend = resolve_backend(self.config.backend)
         self._layer: Layer | None = None  # made by the first update, which tells the shape
-        self._sparsifier = Sparsifier(self.config) if self.config.policy.drops else None
+        self._sequence = sequence or Sequence(self.config.policy, self.config.scorer)
         self._calls = Calls()
         self._parts: int | None = None  # that have come of an update in parts
         self._unread = -1  # fused calls before a fetch whose arrays do not hold all tokens
@@ -83,8 +85,8 @@ class CompressedKVCache:
         moves = prefill = keys.shape[2] > MAX_DECODE_TOKENS
         if self._parts:
             pass  # the update has begun
-        elif self._sparsifier:
-            moves = not self._sparsifier.before_update(layer, keys.shape[2])
+        elif self._sequence.policy.drops:
+            moves = not self._sequence.before_update(layer, keys.shape[2])
         elif not prefill:
             layer.compress()
         layer.append(keys[0], values[0])
@@ -139,29 +141,11 @@ class CompressedKVCache:
         prompt that begins with them: until a policy has dropped tokens, by what stood behind."""
         return self._layer is None or self._layer.placed == 0
 
-    def is_prefix(self, tokens: int) -> bool:
-        """Whether the first `tokens` tokens are what they would be if no others had come.
-
-        After a policy has dropped some they are that only with all those that it looked at.
-        """
-        return self._layer is None or tokens >= self._layer.placed
-
-    def rewind(self, n: int) -> int:
-        """Remove the last n of the tokens that are being generated, rejected drafts; returns how
-        many were removed.
-
-        Raises:
-            DroppedTokensError: they reach further back than the window, and a policy has dropped
-                tokens there.
-        """
-        if not self.is_trimmable() and self._layer and n > self._layer.recent:
-            raise DroppedTokensError(f"takes back {n} tokens")
-        return self.trim(n)
-
     def trim(self, n: int) -> int:
         """Remove the last n tokens (all, if there are fewer); returns how many were removed.
 
-        What a policy has dropped stays dropped: ask `is_prefix` before another prompt goes on.
+        What a policy has dropped stays dropped: ask `Sequence.is_prefix` before another prompt
+        goes on.
         Below the window the block that is cut is decoded, and its surviving slots become the
         window; where a policy has dropped tokens they stay codes, and the window is empty. When no
         body is left the centers are forgotten and fitted anew.
@@ -199,25 +183,29 @@ class CompressedKVCache:
         return CacheState(self.config.spec(), self.keep_fetched, layer)
 
     @state.setter
-    def state(self, value: Sequence[Any]) -> None:
-        value = CacheState.of(value)
+    def state(self, value: Iterable[Any]) -> None:
+        if self._layer:
+            self._sequence.leave(self._layer)
+        self._restore(value)
+
+    @classmethod
+    def from_state(cls, state: Iterable[Any]) -> CompressedKVCache:
+        """A cache with the content of `state`; a sequence of its own until it joins another."""
+        cache = cls.__new__(cls)
+        cache._restore(state)
+        return cache
+
+    def _restore(self, state: Iterable[Any]) -> None:
+        value = CacheState.of(state)
         config = CompressionConfig.parse(value.kv, stored=True)
         CompressedKVCache.__init__(self, config, value.keep_fetched)
         if value.layer is not None:
             self._begin(Layer.restored(value.layer, self.config, self._backend))
 
-    @classmethod
-    def from_state(cls, state: Sequence[Any]) -> CompressedKVCache:
-        """A cache with the content of `state`."""
-        cache = cls.__new__(cls)
-        cache.state = state
-        return cache
-
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedKVCache:
         """An independent copy that shares the blocks until one of the two changes them."""
-        copy = CompressedKVCache(self.config, self.keep_fetched, self._exact_dtype)
-        if self._sparsifier:
-            copy._sparsifier = deepcopy(self._sparsifier, memo)  # one for all copies of a list
+        sequence = deepcopy(self._sequence, memo)  # one for all copies of a list
+        copy = CompressedKVCache(self.config, self.keep_fetched, self._exact_dtype, sequence)
         if self._layer:
             copy._begin(self._layer.copy())
         memo[id(self)] = copy
@@ -227,7 +215,7 @@ class CompressedKVCache:
 
     def begin_parts(self) -> None:
         """Take the next updates, of more than 8 tokens each, as parts of one: nothing is
-        compressed before `end_parts`. See `one_update`."""
+        compressed before `end_parts`. See `Sequences.one_update`."""
         self._parts = 0
 
     def end_parts(self) -> None:
@@ -261,15 +249,16 @@ class CompressedKVCache:
         return self._layer.fp16_nbytes if self._layer else 0
 
     @property
-    def sparsifier(self) -> Sparsifier | None:
-        """What drops its tokens, for all layers of a model; None for policy=keep_all."""
-        return self._sparsifier
+    def sequence(self) -> Sequence:
+        """That it is a layer of."""
+        return self._sequence
 
-    def act_with(self, sparsifier: Sparsifier) -> None:
-        """Let the policy of other layers decide for this one, too."""
-        self._sparsifier = sparsifier
+    def join(self, sequence: Sequence) -> None:
+        """Be a layer of another sequence from here on."""
         if self._layer:
-            sparsifier.join(self._layer)
+            self._sequence.leave(self._layer)
+            sequence.join(self._layer)
+        self._sequence = sequence
 
     @property
     def layer(self) -> Layer | None:
@@ -291,8 +280,7 @@ class CompressedKVCache:
         return self._layer.view()
 
     def _begin(self, layer: Layer) -> None:
-        if self._sparsifier:
-            self._sparsifier.join(layer)
+        self._sequence.join(layer)
         self._layer = layer
 
     def _checked(self, keys: mx.array, values: mx.array) -> Layer:
@@ -323,7 +311,7 @@ class CompressedKVCache:
 
     def _handed_out(self, layer: Layer, rows: Rows | None) -> Arrays:
         """Arrays of all tokens; `rows` is their working copy if this is a prefill."""
-        keys, values = Fetch(layer, rows, self._calls, self._sparsifier).arrays()
+        keys, values = Fetch(layer, rows, self._calls, self._sequence).arrays()
         self._fetched = weakref.ref(keys), weakref.ref(values)
         if self.keep_fetched:
             self._held = keys, values

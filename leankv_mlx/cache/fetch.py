@@ -23,7 +23,7 @@ from leankv_mlx.kernels.prefill_attention import prefill_attention
 
 if TYPE_CHECKING:
     from leankv_mlx.cache.layer import Layer
-    from leankv_mlx.cache.sparsifier import Sparsifier
+    from leankv_mlx.cache.sequence import Sequence
 
 Arrays = tuple[mx.array, mx.array]
 
@@ -49,13 +49,13 @@ class Fetch:
         layer: that it is of.
         rows: the working copy, if this is a prefill.
         calls: counts that it adds to.
-        sparsifier: the policy that is told of prefill calls.
+        sequence: that the layer is of; it is told of prefill calls.
     """
 
     layer: Layer
     rows: Rows | None
     calls: Calls
-    sparsifier: Sparsifier | None
+    sequence: Sequence
     view: View = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,8 +108,8 @@ class Fetch:
             self._observations.add(queries[0], lse, self._end, scale, sink_logits)
         if self.view.centers is None and layer.offset == self._end:
             layer.see(queries, self.view.exact)
-        if self.sparsifier and self.rows is not None:
-            self.sparsifier.after_attention(layer)
+        if self.rows is not None:
+            self.sequence.after_prefill(layer)
         return out[None]
 
     def _prefill(

@@ -104,6 +104,12 @@ class Layer:
         blocks = (self.recent - self._config.window) // TILE
         return sinks, sinks + max(0, blocks) * TILE
 
+    @property
+    def overfull(self) -> bool:
+        """Whether any are."""
+        start, stop = self.leaving
+        return stop > start
+
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Add tokens to the window: keys [H, L, k_head_dim] and values [H, L, v_head_dim]."""
         rows = Rows(self.space.scaled(keys), values)

@@ -19,7 +19,7 @@ from leankv_mlx.cache import container, layer_record
 from leankv_mlx.cache.compressed import CompressedKVCache
 from leankv_mlx.cache.container import DamagedError
 from leankv_mlx.cache.layer_record import LAYERS, Tensors, portable
-from leankv_mlx.cache.lists import act_together
+from leankv_mlx.cache.lists import unite
 from leankv_mlx.config import BackendName, CompressionConfig
 from leankv_mlx.errors import CacheFileError, ConfigError, UnsupportedError
 
@@ -114,7 +114,7 @@ def load(
         ) from error
     except OSError as error:
         raise CacheFileError(f"cannot read {path}: {error.strerror or error}.") from error
-    act_together(caches)
+    unite(caches)
     return PromptCache(caches, metadata)
 
 

@@ -5,7 +5,7 @@ Named tuples, because mlx evaluates and maps over tuples and lists of arrays.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -60,7 +60,7 @@ class CacheState(NamedTuple):
     layer: LayerState | None = None
 
     @classmethod
-    def of(cls, value: Sequence[Any]) -> CacheState:
+    def of(cls, value: Iterable[Any]) -> CacheState:
         """A state from what mlx-lm's own files make of one: nested lists without names. Those of
         earlier versions were one list."""
         if isinstance(value, cls):

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx import nn
 
-from leankv_mlx.cache import can_rewind, is_prefix
+from leankv_mlx.cache import Sequences
 from leankv_mlx.engine.requests import Turn
 from leankv_mlx.mlx_lm import prompts
 from leankv_mlx.mlx_lm.attachment import make_caches
@@ -73,7 +73,7 @@ class Conversation:
         """
         shared = prompts.shared(self.tokens, prompt)
         keep = min(shared, len(prompt) - 1)
-        if keep < len(self.tokens) and not is_prefix(self.caches, shared):
+        if keep < len(self.tokens) and not Sequences.of(self.caches).is_prefix(shared):
             keep = 0  # what a policy kept of another prompt does not answer this one
         self._cut(keep)
         return len(self.tokens)
@@ -106,7 +106,7 @@ class Conversation:
         if surplus <= 0:
             return
         # A policy may have looked at what goes now, but that was no other prompt.
-        if keep == 0 or not can_rewind(self.caches):
+        if keep == 0 or not Sequences.of(self.caches).can_rewind():
             self.forget_cache()
             return
         for cache in self.caches:

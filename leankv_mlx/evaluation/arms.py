@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from leankv_mlx.cache import CompressedKVCache, end_prompt
+from leankv_mlx.cache import CompressedKVCache, Sequences, entries
 from leankv_mlx.config import UNCOMPRESSED, CompressionConfig, parse_kv
 from leankv_mlx.errors import ModelError
 from leankv_mlx.mlx_lm.attachment import attach
@@ -95,7 +95,7 @@ class Size:
         used, elements = 0, measure(caches).fp16 // 2
         body_bytes = body_elements = 0
         whole = True
-        for cache in _entries(caches):
+        for cache in entries(caches):
             layer = cache.layer if isinstance(cache, CompressedKVCache) else None
             if layer is None:
                 used += measure([cache]).fp16
@@ -112,19 +112,12 @@ class Size:
         return cls(8 * used / elements, body_bits, 2 * elements / used, bool(whole))
 
 
-def _entries(caches: Sequence[Any]) -> Iterator[Any]:
-    """The entries of a cache list, those of mlx-lm's CacheList one by one."""
-    for cache in caches:
-        children = getattr(cache, "caches", None)
-        yield from [cache] if children is None else _entries(children)
-
-
 def settle(model: nn.Module, caches: list[Any], tokens: Sequence[int]) -> None:
     """The whole prompt is in: policies drop what they drop."""
     if judges_by_repetition(caches):
         settle_document(model, caches, tokens)
     else:
-        end_prompt(caches)
+        Sequences.of(caches).end_prompt()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx import nn
 
-from leankv_mlx.cache import CompressedKVCache, act_together
+from leankv_mlx.cache import CompressedKVCache, Sequence
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ModelError, UnsupportedError
 from leankv_mlx.kernels import resolve_backend
@@ -137,14 +137,14 @@ class Attachment:
 
     def _make(self, entries: list[Any]) -> list[Any]:
         layers = self.compressed_layers
+        sequence = Sequence(self.config.policy, self.config.scorer)
         made: list[Any] = []
         for entry in entries:
             if self._reason(entry) is None:
                 done = sum(isinstance(cache, CompressedKVCache) for cache in made)
                 config = self.config.for_layer(done, layers)
-                entry = CompressedKVCache(config, self._keep_fetched, self._exact_dtype)
+                entry = CompressedKVCache(config, self._keep_fetched, self._exact_dtype, sequence)
             made.append(entry)
-        act_together(made)
         self._caches = made
         return made
 

@@ -7,11 +7,11 @@ steps of 9 drafts like a prompt.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
-from leankv_mlx.cache import can_rewind, reading, rewind
+from leankv_mlx.cache import Sequences
 
 _MODULE = "mlx_lm.generate"
 
@@ -35,7 +35,7 @@ def telling(original: Loop) -> Loop:
             options["prompt_cache"] = _made(model, options.get("max_kv_size"))
         embeddings = options.get("input_embeddings")
         tokens = len(prompt if embeddings is None else embeddings)
-        with reading(options["prompt_cache"], tokens):
+        with Sequences.of(options["prompt_cache"]).reading(tokens):
             yield from original(prompt, model, *args, **options)
 
     return generate_step
@@ -52,7 +52,7 @@ def telling_drafts(original: Loop) -> Loop:
             if len(main) == len(model.layers):  # which is where the loop parts the list
                 options["prompt_cache"] = [*main, *drafts]
         step = 1 + options.get("num_draft_tokens", 2)
-        with reading(options.get("prompt_cache") or (), len(prompt), step):
+        with Sequences.of(options.get("prompt_cache") or ()).reading(len(prompt), step):
             yield from original(prompt, model, draft_model, *args, **options)
 
     return speculative_generate_step
@@ -63,6 +63,20 @@ def _made(model: Any, max_kv_size: int | None = None) -> list[Any]:
 
     made: list[Any] = make_prompt_cache(model, max_kv_size)
     return made
+
+
+def can_rewind(caches: Sequence[Any]) -> bool:
+    """mlx-lm's `can_trim_prompt_cache`, for drafts."""
+    return Sequences.of(caches).can_rewind()
+
+
+def rewind(caches: Sequence[Any], tokens: int) -> int:
+    """mlx-lm's `trim_prompt_cache`, for drafts.
+
+    Raises:
+        DroppedTokensError: see `Sequences.rewind`.
+    """
+    return Sequences.of(caches).rewind(tokens)
 
 
 LOOPS: dict[str, Callable[[Any], Any]] = {

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from leankv_mlx.cache import one_update, reading
+from leankv_mlx.cache import Sequences
 from leankv_mlx.kernels import MAX_DECODE_TOKENS
 
 PREFILL_CHUNK = 512
@@ -92,13 +92,13 @@ def read(
         pace: cuts it into parts; None reads it whole.
         look: called after every part with the tokens read so far; may raise to stop.
     """
-    size = _part(pace, caches, len(tokens))
+    size, sequences = _part(pace, caches, len(tokens)), Sequences.of(caches)
     if size == len(tokens):
-        with reading(caches):
+        with sequences.reading():
             _read(model, tokens, caches, pace)
         look(size)
         return
-    with reading(caches), one_update(caches):
+    with sequences.reading(), sequences.one_update():
         done = 0
         while done < len(tokens):
             size = _part(pace, caches, len(tokens) - done)

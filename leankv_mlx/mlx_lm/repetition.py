@@ -7,13 +7,14 @@ arXiv 2505.23416).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
 from mlx import nn
 
-from leankv_mlx.cache import CompressedKVCache, forget_queries, place_by, reading
+from leankv_mlx.cache import Sequence, Sequences
 from leankv_mlx.mlx_lm.reading import Pace, read
 from leankv_mlx.sparsity import LargestReceived
 
@@ -23,16 +24,16 @@ LEAD = 8
 """Tokens before a part that are repeated with it, to say where it begins."""
 
 
-def judges_by_repetition(caches: Sequence[Any]) -> bool:
+def judges_by_repetition(caches: abc.Sequence[Any]) -> bool:
     """Whether the settings of the caches ask for it (scores=repeat)."""
-    return any(cache.config.scorer.repeats for cache in _with_policy(caches))
+    return bool(_repeating(caches))
 
 
 def settle_document(
     model: nn.Module,
     caches: list[Any],
-    tokens: Sequence[int],
-    instruction: Sequence[int] = (),
+    tokens: abc.Sequence[int],
+    instruction: abc.Sequence[int] = (),
     *,
     pace: Pace | None = None,
     look: Callable[[], None] = lambda: None,
@@ -51,40 +52,38 @@ def settle_document(
         pace: how often `look` is called; None calls it once a part.
         look: may raise to stop; the caches are then as they were.
     """
-    forget_queries(caches)  # or at=chunk drops tokens of the copies that repeat the document
+    sequences = Sequences.of(caches)
+    sequences.forget_queries()  # or at=chunk drops tokens of the copies that repeat the document
     if judges_by_repetition(caches):
-        with reading(caches):  # it need not keep to a budget before it is judged
+        with sequences.reading():  # it need not keep to a budget before it is judged
             _repeat_and_place(model, caches, tokens, instruction, pace, look)
 
 
 def _repeat_and_place(
     model: nn.Module,
     caches: list[Any],
-    tokens: Sequence[int],
-    instruction: Sequence[int],
+    tokens: abc.Sequence[int],
+    instruction: abc.Sequence[int],
     pace: Pace | None,
     look: Callable[[], None],
 ) -> None:
-    layers = [c for c in _with_policy(caches) if c.layer and c.layer.body]
-    collectors = [LargestReceived() for _ in layers]
-    for start in range(0, len(tokens) if layers else 0, PART):
+    judged = _repeating(caches)
+    collectors = [[LargestReceived() for _ in sequence.stored] for sequence in judged]
+    for start in range(0, len(tokens) if any(collectors) else 0, PART):
         part = tokens[max(0, start - LEAD) : start + PART]
         twins = deepcopy(caches)
-        listening = [c for c in _with_policy(twins) if c.layer and c.layer.body]
-        for cache, collector in zip(listening, collectors, strict=True):
-            assert cache.layer is not None
-            cache.layer.collector = collector
+        for sequence, own in zip(_repeating(twins), collectors, strict=True):
+            for layer, collector in zip(sequence.stored, own, strict=True):
+                layer.collector = collector
         # More than 8 tokens, or the call would count as decoding.
         again = [*instruction, *part, *part[: max(0, 9 - len(part) - len(instruction))]]
         read(model, again, twins, pace, lambda done: look())
-    scores = [c.scores for c in collectors if c.scores is not None]
-    if len(scores) == len(layers):  # a layer on the fallback path tells nothing
-        place_by(caches, scores)
+    for sequence, own in zip(judged, collectors, strict=True):
+        scores = [c.scores for c in own if c.scores is not None]
+        if len(scores) == len(own):  # a layer on the fallback path tells nothing
+            sequence.place_by(scores)
 
 
-def _with_policy(caches: Sequence[Any]) -> Iterator[CompressedKVCache]:
-    for cache in caches:
-        if isinstance(cache, CompressedKVCache) and cache.config.policy.drops:
-            yield cache
-        else:
-            yield from _with_policy(getattr(cache, "caches", ()))
+def _repeating(caches: abc.Sequence[Any]) -> list[Sequence]:
+    """The sequences whose settings ask for it."""
+    return [x for x in Sequences.of(caches) if x.policy.drops and x.scorer.repeats]

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from leankv_mlx.cache import CompressedKVCache
+from leankv_mlx.cache import CompressedKVCache, entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +51,13 @@ def summary_line(usage: Usage, backend: str) -> str:
 
 def measure(caches: Iterable[Any]) -> Usage:
     """Sum over the entries of a cache list."""
-    return sum(map(_measure, caches), Usage())
+    return sum(map(_measure, entries(caches)), Usage())
 
 
 def _measure(cache: Any) -> Usage:
     if isinstance(cache, CompressedKVCache):
         memory = cache.memory()
         return Usage(cache.offset, memory.used, cache.fp16_nbytes, memory.allocated)
-    if (children := getattr(cache, "caches", None)) is not None:  # CacheList
-        return measure(children)
     keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
     if keys is None or values is None:
         return Usage()

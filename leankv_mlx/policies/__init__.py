@@ -6,7 +6,7 @@ here imports NumPy before it plans.
 
 from leankv_mlx.policies.budget import Budget
 from leankv_mlx.policies.keep_all import KeepAll
-from leankv_mlx.policies.policy import DROP, HIGH, LOW, LayerSlots, Policy
+from leankv_mlx.policies.policy import DROP, HIGH, LOW, Dropping, LayerSlots, Policy
 from leankv_mlx.policies.streaming import Streaming
 from leankv_mlx.policies.threshold import Threshold
 
@@ -21,6 +21,7 @@ __all__ = [
     "LOW",
     "POLICIES",
     "Budget",
+    "Dropping",
     "KeepAll",
     "LayerSlots",
     "Policy",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from leankv_mlx.errors import ConfigError
-from leankv_mlx.policies.policy import DROP, HIGH, LOW, LayerSlots, Policy
+from leankv_mlx.policies.policy import DROP, HIGH, LOW, Dropping, LayerSlots
 from leankv_mlx.settings import BLOCK_SLOTS, Groups, LowBits, Size, check_low
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ are small anyway."""
 
 
 @dataclass(frozen=True)
-class Budget(Policy):
+class Budget(Dropping):
     """Bytes shared by heads by significance (AdaKV, https://arxiv.org/abs/2407.11550, section 3).
 
     All slots of a layer (or of the model) compete for its bytes. The most significant ones take

@@ -17,8 +17,6 @@ class KeepAll(Policy):
     """Every token stays as it is."""
 
     name: ClassVar[str] = "keep_all"
-    drops: ClassVar[bool] = False
-    scored: ClassVar[bool] = False
 
     def plan(self, layers: Sequence[LayerSlots]) -> list[Tiers]:
         """See `Policy`."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from leankv_mlx.settings import Groups, check_words
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     Scores = NDArray[np.float32]
     Tiers = NDArray[np.int8]
+
+When = Literal["prompt", "chunk"]
 
 HIGH, LOW, DROP = 0, 1, -1
 """Tiers. A slot never moves up: what a tier has forgotten is gone."""
@@ -45,6 +47,7 @@ class LayerSlots:
     tokens: int
 
 
+@dataclass(frozen=True)
 class Policy(ABC):
     """Where slots go. A policy is a frozen dataclass: its fields are its settings, each with a
     default and a type that `leankv_mlx.settings` reads, and wrong ones are a `ConfigError`.
@@ -55,9 +58,9 @@ class Policy(ABC):
 
     name: ClassVar[str]
     """As in `policy=NAME`."""
-    drops: ClassVar[bool] = True
+    drops: ClassVar[bool] = False
     """Whether tokens may go; a cache keeps their positions, and queries to judge them by, if so."""
-    scored: ClassVar[bool] = True
+    scored: ClassVar[bool] = False
     """Whether it looks at the scores."""
 
     def __post_init__(self) -> None:
@@ -72,6 +75,11 @@ class Policy(ABC):
         return None
 
     @property
+    def by_chunk(self) -> bool:
+        """Whether it acts before each chunk of a prompt, too, and not only once all of it is in."""
+        return False
+
+    @property
     def limit(self) -> int:
         """Bytes that all layers together keep to, whatever is generated; 0 for no such limit."""
         return 0
@@ -80,3 +88,22 @@ class Policy(ABC):
         """Fields that do nothing beside the others, with what they do without and what would help:
         "without a low tier; add low=k3v2"."""
         return {}
+
+
+@dataclass(frozen=True)
+class Dropping(Policy):
+    """A policy under which tokens go.
+
+    Attributes:
+        at: when it acts: once the "prompt" is in, or also before each "chunk" of it.
+    """
+
+    drops: ClassVar[bool] = True
+    scored: ClassVar[bool] = True
+
+    at: When = field(default="prompt", kw_only=True)
+
+    @property
+    def by_chunk(self) -> bool:
+        """See `Policy`."""
+        return self.at == "chunk"

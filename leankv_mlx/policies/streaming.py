@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from leankv_mlx.policies.policy import DROP, LayerSlots, Policy
+from leankv_mlx.policies.policy import DROP, Dropping, LayerSlots
 
 if TYPE_CHECKING:
     from leankv_mlx.policies.policy import Tiers
 
 
 @dataclass(frozen=True)
-class Streaming(Policy):
+class Streaming(Dropping):
     """Sink tokens and window only (StreamingLLM, https://arxiv.org/abs/2309.17453, section 3.2)."""
 
     name: ClassVar[str] = "streaming"

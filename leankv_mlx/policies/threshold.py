@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from leankv_mlx.errors import ConfigError
-from leankv_mlx.policies.policy import DROP, HIGH, LOW, LayerSlots, Policy
+from leankv_mlx.policies.policy import DROP, HIGH, LOW, Dropping, LayerSlots
 from leankv_mlx.settings import Groups, LowBits, check_low
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ LeanKV paper, k4v4 -> k3v2."""
 
 
 @dataclass(frozen=True)
-class Threshold(Policy):
+class Threshold(Dropping):
     """Tiers by significance relative to 1/N (LeanKV, https://arxiv.org/abs/2412.03131, section 4).
 
     Attributes:

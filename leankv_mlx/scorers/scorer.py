@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from leankv_mlx.settings import check_words
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from leankv_mlx.scorers.pooling import Positions, Scores
 
 
+@dataclass(frozen=True)
 class Scorer(ABC):
     """What tokens are judged by: whose attention counts, and what is made of it. A scorer is a
     frozen dataclass of settings, as a policy is.

@@ -20,7 +20,7 @@ from mlx_lm.generate import speculative_generate_step
 from leankv_mlx import attach
 from leankv_mlx.errors import ConfigError
 from leankv_mlx.mlx_lm.attachment import make_caches
-from tests.cache.test_sparsifier import Stack
+from tests.cache.test_placement import Stack
 from tests.models import TINY
 
 NBYTES = 300_000

@@ -16,12 +16,12 @@ from mlx import nn
 from mlx_lm.models.cache import LRUPromptCache
 
 from leankv_mlx import attach
-from leankv_mlx.cache import end_prompt, owner_of
+from leankv_mlx.cache import Sequences, owner_of
 from leankv_mlx.engine.conversation import Conversation
 from leankv_mlx.errors import DroppedTokensError
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.prompts import shared
-from tests.cache.test_sparsifier import Stack
+from tests.cache.test_placement import Stack
 from tests.models import TINY
 
 LEAN = "leankv:policy=budget,ratio=12,window=32"
@@ -141,7 +141,7 @@ def test_a_chat_keeps_what_goes_on_and_nothing_of_another_question(model: nn.Mod
 def test_arrays_of_a_cache_that_dropped_tokens_are_refused_where_they_are_read() -> None:
     stack = Stack(LEAN)
     stack.feed(2000)
-    end_prompt(stack.caches)
+    Sequences.of(stack.caches).end_prompt()
     q, rows = mx.zeros((1, 4, 3, 64)), mx.zeros((1, 2, 3, 64))
     for n in (3, 20):
         cache = stack.caches[0]

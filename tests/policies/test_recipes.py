@@ -11,18 +11,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from leankv_mlx.cache import CompressedKVCache, end_prompt, owner_of
+from leankv_mlx.cache import CompressedKVCache, owner_of
 from leankv_mlx.cache.persistence import load, save
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError
-from leankv_mlx.policies import DROP, POLICIES, LayerSlots, Policy
+from leankv_mlx.policies import DROP, POLICIES, Dropping, LayerSlots
 from leankv_mlx.scorers import SCORERS, Scorer
 
 HEADS, TOKENS, DIM, SINKS, WINDOW = 2, 300, 64, 4, 32
 
 
 @dataclass(frozen=True)
-class Every(Policy):
+class Every(Dropping):
     """Every so many-th stored token stays."""
 
     name: ClassVar[str] = "every"
@@ -43,7 +43,7 @@ class Every(Policy):
 
 
 @dataclass(frozen=True)
-class Best(Policy):
+class Best(Dropping):
     """A number of tokens with the best scores stays."""
 
     name: ClassVar[str] = "best"
@@ -86,7 +86,7 @@ def after_a_prompt(kv: str) -> CompressedKVCache:
     fetched = owner_of(*cache.update_and_fetch(k, v))
     assert fetched is not None
     mx.eval(fetched.attend(q, scale=DIM**-0.5, mask="causal"))
-    end_prompt([cache])
+    cache.sequence.end_prompt()
     return cache
 
 

@@ -11,15 +11,7 @@ import numpy as np
 import pytest
 
 from leankv_mlx import attach
-from leankv_mlx.cache import (
-    CompressedKVCache,
-    act_together,
-    end_prompt,
-    forget_queries,
-    owner_of,
-    place_by,
-    sparsifier,
-)
+from leankv_mlx.cache import CompressedKVCache, Sequence, Sequences, owner_of, placement
 from leankv_mlx.cache.layer import Layer
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError, UnsupportedError
@@ -37,8 +29,9 @@ class Stack:
     """The caches of a model of some layers, fed with random rows."""
 
     def __init__(self, kv: str, layers: int = 2) -> None:
-        self.caches = [CompressedKVCache(kv) for _ in range(layers)]
-        act_together(self.caches)
+        config = CompressionConfig.parse(kv)
+        sequence = Sequence(config.policy, config.scorer)
+        self.caches = [CompressedKVCache(config, sequence=sequence) for _ in range(layers)]
         self.rng = np.random.default_rng(0)
 
     def feed(self, n: int, attend: bool = True) -> None:
@@ -99,7 +92,7 @@ def test_a_document_does_not_tell_where_the_question_ends() -> None:
     stack = Stack(BUDGET)
     stack.feed(2000)
     stack.feed(1)  # the last chunk of the document
-    forget_queries(stack.caches)
+    Sequences.of(stack.caches).forget_queries()
     whole = stack.slots
     stack.feed(1)
     assert stack.slots == whole
@@ -124,7 +117,7 @@ def test_bytes_fall_as_the_policy_says() -> None:
     for ratio in (6, 12):
         stack = Stack(f"leankv:policy=budget,ratio={ratio},window=32", layers=3)
         stack.feed(8000)
-        end_prompt(stack.caches)
+        Sequences.of(stack.caches).end_prompt()
         fp16 = sum(cache.fp16_nbytes for cache in stack.caches)
         assert 0.93 * fp16 / ratio < stack.used <= fp16 / ratio
         assert stack.allocated <= 1.15 * stack.used
@@ -242,13 +235,13 @@ def test_the_end_of_the_prompt_scores_every_stored_token() -> None:
     twin = layer.copy()
     twin.compress()
     expected = judged(twin, 3)
-    end_prompt(stack.caches)
+    Sequences.of(stack.caches).end_prompt()
     assert layer.leaving[1] == layer.leaving[0] and not layer.observed
     np.testing.assert_allclose(layer.body.describe().scores, expected, rtol=0.05)
 
 
 def test_stored_scores_are_made_anew_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparsifier, "REFRESH_TOKENS", 96)
+    monkeypatch.setattr(placement, "REFRESH_TOKENS", 96)
     stack = Stack("leankv:policy=threshold,alpha_high=0,alpha_low=0,window=32")
     stack.feed(1000)
     stack.steps(2)
@@ -304,7 +297,7 @@ def test_one_wait_serves_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
             waits.append(args)
             real(*args)
 
-    monkeypatch.setattr(sparsifier, "mx", Counting())
+    monkeypatch.setattr(placement, "mx", Counting())
     before = stack.slots
     stack.steps(70)
     assert stack.slots != before and len(waits) == 2  # a flush every 32 tokens
@@ -364,7 +357,7 @@ def test_given_scores_decide() -> None:
     for cache in stack.caches:
         slots = cache.layer.body.describe()
         wanted.append(mx.array((slots.positions % 7 == 0).astype(np.float32)))
-    place_by(stack.caches, wanted)
+    stack.caches[0].sequence.place_by(wanted)
     for cache, score in zip(stack.caches, wanted, strict=True):
         positions = cache.layer.body.describe().positions
         kept = positions[positions >= 0] % 7 == 0
@@ -445,7 +438,7 @@ def test_a_budget_that_the_observed_queries_break_is_told_when_they_are_known() 
     offsets = [cache.offset for cache in stack.caches]
     for caches in (stack.caches, twin):
         with pytest.raises(ConfigError, match="budget=110000 bytes is too small"):
-            end_prompt(caches)
+            Sequences.of(caches).end_prompt()
     with pytest.raises(ConfigError, match="a larger budget"):
         stack.feed(1)
     assert [cache.offset for cache in stack.caches] == offsets
@@ -457,7 +450,7 @@ def test_queries_that_overflow_say_nothing() -> None:
     for cache in stack.caches:
         nothing = mx.full((H * G, 64, DIM), mx.nan)
         cache.layer.observations.add(nothing, None, cache.offset, 1.0, None)
-    end_prompt(stack.caches)
+    Sequences.of(stack.caches).end_prompt()
     assert all(slots >= H * 300 for slots in stack.slots)
     stack.steps(40)
 

@@ -1,0 +1,156 @@
+"""A sequence has its layers, and no others: copies, files, and several sequences of one model.
+
+The kind of fault: layers of two sequences that act on each other, or one that nobody acts for.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import CacheList, KVCache
+
+from leankv_mlx.cache import CompressedKVCache, Sequence, Sequences, entries, owner_of
+from leankv_mlx.cache.persistence import load, save
+from leankv_mlx.config import CompressionConfig
+from leankv_mlx.errors import DroppedTokensError
+from tests.cache.test_placement import BUDGET, DIM, G, H, Stack
+
+LAYERS = 2
+CONFIG = CompressionConfig.parse(BUDGET)
+
+
+class Batch:
+    """A toy cache of several sequences of one model: a row of each."""
+
+    def __init__(self, rows: int) -> None:
+        self.sequences = [Sequence(CONFIG.policy, CONFIG.scorer) for _ in range(rows)]
+        self.caches = [
+            [CompressedKVCache(CONFIG, sequence=each) for _ in range(LAYERS)]
+            for each in self.sequences
+        ]
+
+    def attend(self, layer: int, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """Of all rows, [B, Hq, L, D]."""
+        out = []
+        for row, caches in enumerate(self.caches):
+            mine = slice(row, row + 1)
+            fetched = owner_of(*caches[layer].update_and_fetch(k[mine], v[mine]))
+            assert fetched is not None
+            out.append(fetched.attend(q[mine], scale=DIM**-0.5, mask="causal"))
+        return mx.concatenate(out)
+
+    def step(self, seed: int, tokens: int, rows: slice = slice(None)) -> mx.array:
+        """An update of all layers for some of the rows of a batch of two."""
+        rng, out = np.random.default_rng(seed), []
+        for layer in range(LAYERS):
+            q, k, v = (
+                mx.array(rng.standard_normal((2, h, tokens, DIM)).astype(np.float32))[rows]
+                for h in (H * G, H, H)
+            )
+            out.append(self.attend(layer, q, k, v))
+            mx.eval(out)
+        return mx.stack(out)
+
+
+def test_two_sequences_of_a_model_go_their_own_way_in_one_batch() -> None:
+    both, alone = Batch(2), [Batch(1), Batch(1)]
+    steps = [(i, 1) for i in range(40)]
+    together = []
+    # The first one is told that its prompt goes on, so only the second one drops tokens.
+    with both.sequences[0].reading():
+        for seed, tokens in [(100, 1500), *steps]:
+            together.append(both.step(seed, tokens))
+    for row, batch in enumerate(alone):
+        told = Sequences.of(batch.caches[0] if row == 0 else ())
+        with told.reading():
+            for i, (seed, tokens) in enumerate([(100, 1500), *steps]):
+                mine = batch.step(seed, tokens, slice(row, row + 1))
+                assert mx.array_equal(mine, together[i][:, row : row + 1]), (row, i)
+        same = [c.memory() for c in batch.caches[0]]
+        assert [c.memory() for c in both.caches[row]] == same
+    assert [each.phase.now for each in both.sequences] == ["prompt", "reply"]
+    assert [each.offset for each in both.sequences] == [1540, 1540]
+    first, second = (each.layers for each in both.sequences)
+    assert not any(layer.placed for layer in first) and all(layer.placed for layer in second)
+
+
+def test_a_copy_of_one_cache_is_a_sequence_of_that_layer_alone() -> None:
+    stack = Stack(BUDGET, layers=3)
+    stack.feed(2000)
+    stack.feed(1)
+    whole = stack.slots
+    twin = Stack(BUDGET, layers=1)
+    twin.caches = [copy.deepcopy(stack.caches[1])]
+    assert len(twin.caches[0].sequence.layers) == 1
+    assert twin.caches[0].sequence is not stack.caches[1].sequence
+    twin.feed(1)  # it leads now, and knows what came before
+    assert twin.slots[0] < 0.4 * whole[1] and stack.slots == whole
+    twins = copy.deepcopy(stack.caches)
+    assert [c.layer for c in twins] == twins[0].sequence.layers
+    assert twins[2].sequence is twins[0].sequence
+
+
+def test_a_cache_that_takes_another_state_leaves_its_sequence() -> None:
+    stack = Stack(BUDGET, layers=2)
+    stack.feed(2000)
+    first, second = stack.caches
+    sequence, state = first.sequence, second.state
+    first.state = state
+    assert sequence.layers == [second.layer] and first.sequence is not sequence
+    assert first.offset == 2000 and first.sequence.layers == [first.layer]
+    before = stack.slots
+    stack.steps(2)  # the other layer leads now
+    assert stack.slots[1] < 0.4 * before[1]
+
+
+def test_caches_of_a_file_are_one_sequence_and_others_stay_beside_it(tmp_path: Path) -> None:
+    stack = Stack(BUDGET, layers=2)
+    stack.feed(2000)
+    whole = CompressedKVCache("leankv:k3v3")
+    other = KVCache()
+    for cache in (whole, other):
+        cache.update_and_fetch(mx.ones((1, H, 200, DIM)), mx.ones((1, H, 200, DIM)))
+    save(tmp_path / "cache", [stack.caches[0], whole, stack.caches[1]])
+    first, kept, last = load(tmp_path / "cache").caches
+    assert first.sequence is last.sequence is not kept.sequence
+    assert first.sequence.layers == [first.layer, last.layer]
+    found = Sequences.of([first, CacheList(kept, other), last])
+    assert found.ours == (first, kept, last) and found.others == (other,)
+    assert found.sequences == (first.sequence, kept.sequence)
+    assert list(entries([first, CacheList(kept, other)])) == [first, kept, other]
+    for cache in (first, kept, last):  # what was said to all of them
+        slots = cache.layer.body.slots
+        found.end_prompt()
+        assert cache.layer.body.slots <= slots
+    assert found.rewind(3) == 3 and kept.offset == other.offset == 197 and first.offset == 1997
+    assert kept.layer.body.slots == whole.layer.body.slots  # nothing is dropped of it
+
+
+def test_drafts_that_reach_too_far_are_refused_before_any_cache_is_trimmed() -> None:
+    stack, draft = Stack(BUDGET), Stack("leankv")
+    for each in (draft, stack):
+        each.feed(2000)
+        each.steps(4)
+    caches: list[Any] = [*draft.caches, *stack.caches]
+    with pytest.raises(DroppedTokensError, match="takes back 300 tokens"):
+        Sequences.of(caches).rewind(300)
+    assert {cache.offset for cache in caches} == {2004}
+
+
+def test_a_layer_goes_with_its_sequence_and_at_once() -> None:
+    stack = Stack(BUDGET)
+    stack.feed(200)
+    layer = weakref.ref(stack.caches[1].layer)
+    gc.disable()
+    try:
+        del stack
+        assert layer() is None
+    finally:
+        gc.enable()
