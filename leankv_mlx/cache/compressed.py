@@ -16,7 +16,7 @@ from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.sequence import Sequence
 from leankv_mlx.cache.state import CacheState
 from leankv_mlx.config import CompressionConfig
-from leankv_mlx.errors import DroppedTokensError, ShapeError, UnsupportedError
+from leankv_mlx.errors import ConfigError, DroppedTokensError, ShapeError, UnsupportedError
 from leankv_mlx.kernels import MAX_DECODE_TOKENS, Backend, Mask, Rows, View, resolve_backend
 
 
@@ -37,6 +37,7 @@ class CompressedKVCache:
 
     Raises:
         BackendUnavailableError: the configured backend cannot run here.
+        ConfigError: the sequence has another policy or scorer.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class CompressedKVCache:
         self._exact_dtype = exact_dtype
         self._backend: Backend = resolve_backend(self.config.backend)
         self._layer: Layer | None = None  # made by the first update, which tells the shape
-        self._sequence = sequence or Sequence(self.config.policy, self.config.scorer)
+        self._sequence = Sequence(self.config.policy, self.config.scorer)
+        if sequence is not None:
+            self.join(sequence)
         self._calls = Calls()
         self._parts: int | None = None  # that have come of an update in parts
         self._unread = -1  # fused calls before a fetch whose arrays do not hold all tokens
@@ -254,7 +257,16 @@ class CompressedKVCache:
         return self._sequence
 
     def join(self, sequence: Sequence) -> None:
-        """Be a layer of another sequence from here on."""
+        """Be a layer of another sequence from here on.
+
+        Raises:
+            ConfigError: it has another policy or scorer.
+        """
+        if (sequence.policy, sequence.scorer) != (self.config.policy, self.config.scorer):
+            raise ConfigError(
+                f"a cache with {self.config.policy} and {self.config.scorer} cannot be a layer of "
+                f"a sequence with {sequence.policy} and {sequence.scorer}; use the same for both."
+            )
         if self._layer:
             self._sequence.leave(self._layer)
             sequence.join(self._layer)

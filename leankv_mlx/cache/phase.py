@@ -34,13 +34,14 @@ class Phase:
     waits: bool = False
     bound: bool = True
     longs: int = 0
-    _to_come: float | None = None  # tokens of the prompt; None if nobody tells
+    _told: bool = False  # whether somebody tells where the prompt ends
+    _to_come: float = 0  # tokens until then
     _last: int = 0  # tokens of the update before
     _few: int = 0  # tokens of the updates of up to 8 in a row
 
     def begin_prompt(self, tokens: float, step: int) -> None:
         """So many tokens of a prompt come next, and then up to `step` generated ones at a time."""
-        self._to_come, self.step = tokens, max(step, MAX_DECODE_TOKENS)
+        self._told, self._to_come, self.step = True, tokens, max(step, MAX_DECODE_TOKENS)
         self.forget()
 
     def forget(self) -> None:
@@ -49,34 +50,31 @@ class Phase:
 
     def end_prompt(self) -> None:
         """The whole prompt is in."""
-        self.now = "reply"
-        if self._to_come is not None:
-            self._to_come = 0
+        self.now, self._to_come = "reply", 0
 
     def leave_prompt(self) -> None:
         """Nobody tells any more: from here on updates speak for themselves."""
-        self._to_come, self.step = None, MAX_DECODE_TOKENS
+        self._told, self._to_come, self.step = False, 0, MAX_DECODE_TOKENS
 
     def verified(self) -> None:
         """Drafts were verified: no more of the prompt comes, and what came last was a step."""
-        self._to_come = 0 if self._to_come is None else min(self._to_come, 0)
-        self.step = max(self.step, self._last)
+        self._told, self._to_come, self.step = True, 0, max(self.step, self._last)
 
     def take(self, tokens: int) -> bool:
         """An update of so many tokens comes; returns whether the prompt ended before it, which
         `end_prompt` then has to say."""
-        told, few = self._to_come is not None, tokens <= MAX_DECODE_TOKENS
-        reading = self._to_come is not None and self._to_come > 0
+        few, reading = tokens <= MAX_DECODE_TOKENS, self._to_come > 0
         self.bound = not reading
         self.waits = few or (not reading and tokens <= self.step)
         self.longs = 0 if few else self.longs + 1
         self._few = self._few + tokens if few else 0
         follows = tokens == self._last or self._few > OBSERVED_QUERIES
         self._last = tokens
-        if self._to_come is not None and reading:
+        if reading:
             self._to_come -= tokens
-        elif told and not self.waits:
-            self.leave_prompt()  # too many for a step: another prompt, of which nobody told
+            return False
         if not self.waits:
+            self.leave_prompt()  # too many for a step: another prompt, of which nobody told
             self.now = "prompt"
-        return self.waits and not reading and self.now == "prompt" and (told or follows)
+            return False
+        return self.now == "prompt" and (self._told or follows)

@@ -151,10 +151,11 @@ class Sequence:
             raise DroppedTokensError(f"takes back {rejected} tokens")
         self.phase.verified()
 
-    # What its layers tell; only where the policy drops tokens.
+    # What its layers tell.
 
     def before_update(self, layer: Layer, tokens: int) -> bool:
-        """To be called for every layer before it takes `tokens` more. For a step of generated
+        """To be called for every layer before it takes `tokens` more, where the policy drops
+        tokens. For a step of generated
         tokens a full window makes room first; it is returned whether this is one, and otherwise
         the layer is to be compressed once they were attended to.
 
@@ -171,7 +172,7 @@ class Sequence:
         """An update of all layers; and what it says of the one before."""
         if self.phase.take(tokens):
             self.end_prompt()
-        if self.policy.by_chunk and not self.phase.waits:
+        if not self.phase.waits and self.policy.by_chunk:
             self._placement.judge_and_place()
         if self.phase.bound and self.phase.longs > 1:
             self._placement.keep_to_limit()
@@ -194,8 +195,9 @@ class Sequence:
             self._placement.keep_to_limit()
 
     def after_prefill(self, layer: Layer) -> None:
-        """To be called when a layer has attended to more than 8 tokens that came at once."""
-        if self.phase.bound and layer is self.layers[-1]:
+        """To be called when a layer has attended to more than 8 tokens that came at once, whatever
+        the policy."""
+        if self.phase.bound and layer in self.layers[-1:]:
             self._placement.shrink()  # what is impossible is told before the next step
 
     def _clear_queries(self) -> None:

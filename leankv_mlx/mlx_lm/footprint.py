@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
+from leankv_mlx.cache import entries
 from leankv_mlx.cache.memory import planned
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.mlx_lm.attachment import Attachment, own_caches
@@ -103,22 +104,19 @@ class Footprint:
 
 
 def _layers(cache: Any, compressed: bool, exact: mx.Dtype | None) -> Iterator[_Layer]:
-    if (children := getattr(cache, "caches", None)) is not None:  # CacheList
-        for child in children:
-            yield from _layers(child, compressed, exact)
-        return
-    keys, values = getattr(cache, "keys", None), getattr(cache, "values", None)
-    if isinstance(keys, mx.array) and isinstance(values, mx.array):
-        bound = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None) or 0
-        yield _Layer(
-            keys.shape[1],
-            keys.shape[3],
-            values.shape[3],
-            keys.dtype.size,
-            (exact or keys.dtype).size,
-            bound,
-            compressed,
-        )
+    for entry in entries([cache]):
+        keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
+        if isinstance(keys, mx.array) and isinstance(values, mx.array):
+            bound = getattr(entry, "max_size", None) or getattr(entry, "chunk_size", None) or 0
+            yield _Layer(
+                keys.shape[1],
+                keys.shape[3],
+                values.shape[3],
+                keys.dtype.size,
+                (exact or keys.dtype).size,
+                bound,
+                compressed,
+            )
 
 
 def weight_bytes(model: nn.Module) -> int:

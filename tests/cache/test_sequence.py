@@ -19,7 +19,7 @@ from mlx_lm.models.cache import CacheList, KVCache
 from leankv_mlx.cache import CompressedKVCache, Sequence, Sequences, entries, owner_of
 from leankv_mlx.cache.persistence import load, save
 from leankv_mlx.config import CompressionConfig
-from leankv_mlx.errors import DroppedTokensError
+from leankv_mlx.errors import ConfigError, DroppedTokensError
 from tests.cache.test_placement import BUDGET, DIM, G, H, Stack
 
 LAYERS = 2
@@ -154,3 +154,23 @@ def test_a_layer_goes_with_its_sequence_and_at_once() -> None:
         assert layer() is None
     finally:
         gc.enable()
+
+
+def test_a_layer_of_another_policy_is_refused() -> None:
+    sequence = Sequence(CONFIG.policy, CONFIG.scorer)
+    for kv in ("leankv", f"{BUDGET},at=chunk", f"{BUDGET},scores=repeat"):
+        with pytest.raises(ConfigError, match="cannot be a layer of a sequence with Budget"):
+            CompressedKVCache(kv, sequence=sequence)
+        with pytest.raises(ConfigError, match="use the same for both"):
+            CompressedKVCache(kv).join(sequence)
+    assert sequence.layers == []
+
+
+def test_a_stale_prefill_of_a_layer_that_left_acts_on_nothing() -> None:
+    cache = CompressedKVCache(CONFIG)
+    rows = mx.ones((1, H, 100, DIM))
+    fetched = owner_of(*(held := cache.update_and_fetch(rows, rows)))
+    assert fetched is not None and held is not None
+    cache.join(Sequence(CONFIG.policy, CONFIG.scorer))
+    mx.eval(fetched.attend(mx.ones((1, H * G, 100, DIM)), scale=1.0, mask="causal"))
+    assert cache.sequence.layers == [cache.layer]
