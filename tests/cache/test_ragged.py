@@ -106,7 +106,8 @@ def attended(layer: Layer, queries: mx.array, mask: str | None) -> mx.array:
     """The layer's own attention, from codes or over a working copy."""
     layer = layer.copy()  # which then has seen these queries
     rows = None if queries.shape[2] <= 8 else layer.rows()
-    return Fetch(layer, rows, Calls(), None).attend(queries, scale=1.0, mask=mask)
+    nobody = CompressedKVCache(KV).sequence  # it is no layer of that, which then drops nothing
+    return Fetch(layer, rows, Calls(), nobody).attend(queries, scale=1.0, mask=mask)
 
 
 class RaggedLayers(RuleBasedStateMachine):
