@@ -14,9 +14,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.cache import CacheList, KVCache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache
 
-from leankv_mlx.cache import CompressedKVCache, Sequence, Sequences, entries, owner_of
+from leankv_mlx.cache import CompressedKVCache, Sequence, Sequences, entries, owner_of, placement
 from leankv_mlx.cache.persistence import load, save
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError, DroppedTokensError
@@ -97,6 +97,67 @@ def test_a_copy_of_one_cache_is_a_sequence_of_that_layer_alone() -> None:
     assert twins[2].sequence is twins[0].sequence
 
 
+def scores(stack: Stack) -> list[Any]:
+    return [cache.layer.body.describe().scores.tolist() for cache in stack.caches]
+
+
+def goes_on_alike(stack: Stack, twin: Stack, steps: int) -> bool:
+    """Whether both hold the same scores after the same steps."""
+    twin.rng = copy.deepcopy(stack.rng)
+    stack.steps(steps)
+    twin.steps(steps)
+    return scores(stack) == scores(twin)
+
+
+def test_a_copy_knows_when_its_scores_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "REFRESH_TOKENS", 96)
+    stack, twin = Stack(BUDGET), Stack(BUDGET)
+    stack.feed(1500)
+    stack.steps(80)
+    twin.caches = copy.deepcopy(stack.caches)
+    assert goes_on_alike(stack, twin, 40)
+
+
+def test_a_forgotten_document_is_judged_as_if_it_came_from_a_file(tmp_path: Path) -> None:
+    stack, twin = Stack(BUDGET), Stack(BUDGET)
+    stack.feed(1500)
+    found = Sequences.of(stack.caches)
+    found.end_prompt()
+    found.forget_queries()
+    save(tmp_path / "cache", stack.caches)
+    twin.caches = load(tmp_path / "cache").caches
+    for each in (stack, twin):
+        Sequences.of(each.caches).end_prompt()
+    before = scores(stack)
+    assert goes_on_alike(stack, twin, 40) and scores(stack) != before
+
+
+def test_drafts_of_which_nobody_told_are_no_prompt_once_they_are_verified() -> None:
+    for verified in (False, True):
+        stack = Stack(BUDGET)
+        stack.feed(1500)
+        stack.feed(12)
+        if verified:
+            assert Sequences.of(stack.caches).rewind(0) == 0
+        stack.feed(12)
+        assert all(bool(cache.layer.placed) == verified for cache in stack.caches)
+
+
+def test_what_keeps_everything_is_left_alone() -> None:
+    stack = Stack("leankv")
+    stack.feed(100)
+    while not stack.caches[0].layer.overfull:
+        stack.feed(8)
+    before = [cache.memory() for cache in stack.caches]
+    found = Sequences.of(stack.caches)
+    found.end_prompt()
+    found.forget_queries()
+    (sequence,) = found
+    sequence.place_by([])
+    assert [cache.memory() for cache in stack.caches] == before and sequence.is_prefix(1)
+    assert sequence.stored == sequence.layers and sequence.offset == stack.caches[0].offset
+
+
 def test_a_cache_that_takes_another_state_leaves_its_sequence() -> None:
     stack = Stack(BUDGET, layers=2)
     stack.feed(2000)
@@ -131,6 +192,29 @@ def test_caches_of_a_file_are_one_sequence_and_others_stay_beside_it(tmp_path: P
         assert cache.layer.body.slots <= slots
     assert found.rewind(3) == 3 and kept.offset == other.offset == 197 and first.offset == 1997
     assert kept.layer.body.slots == whole.layer.body.slots  # nothing is dropped of it
+
+
+def test_a_cache_that_cannot_be_cut_holds_all_of_the_list_back() -> None:
+    stack = Stack("leankv")
+    stack.feed(100)
+    recurrent = ArraysCache(2)
+    found = Sequences.of([*stack.caches, CacheList(recurrent)])
+    assert not found.can_rewind() and not found.is_prefix(100) and found.rewind(1) == 0
+    assert Sequences.of(stack.caches).is_prefix(1) and stack.caches[0].offset == 100
+    assert Sequences.of([]).rewind(1) == 0 and Sequences.of([]).is_prefix(0)
+
+
+def test_everybody_in_a_list_is_told_of_a_prompt() -> None:
+    main, draft = Stack(BUDGET), Stack(BUDGET, layers=1)
+    with Sequences.of([*main.caches, *draft.caches]).reading(1000):
+        for each in (main, draft):
+            each.feed(900)
+            each.feed(5)
+            each.feed(5)
+            assert not any(cache.layer.placed for cache in each.caches)
+    for each in (main, draft):
+        each.feed(5)
+        assert all(cache.layer.placed for cache in each.caches)
 
 
 def test_drafts_that_reach_too_far_are_refused_before_any_cache_is_trimmed() -> None:
@@ -171,6 +255,8 @@ def test_a_stale_prefill_of_a_layer_that_left_acts_on_nothing() -> None:
     rows = mx.ones((1, H, 100, DIM))
     fetched = owner_of(*(held := cache.update_and_fetch(rows, rows)))
     assert fetched is not None and held is not None
+    before = cache.sequence
     cache.join(Sequence(CONFIG.policy, CONFIG.scorer))
+    assert before.layers == []
     mx.eval(fetched.attend(mx.ones((1, H * G, 100, DIM)), scale=1.0, mask="causal"))
     assert cache.sequence.layers == [cache.layer]
