@@ -21,7 +21,8 @@ from leankv_mlx.kernels import MAX_DECODE_TOKENS, Backend, Mask, Rows, View, res
 
 
 class CompressedKVCache:
-    """Sink tokens, a compressed body and a window of recent tokens; everything rotated.
+    """What a model sees of a layer of a `Sequence`: sink tokens, a compressed body and a window of
+    recent tokens, everything rotated.
 
     A call with up to 8 new tokens moves the oldest rows of a full window to the body first and
     keeps its own rows exact. A longer call (prefill) attends first and compresses within the call.

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache
 
-from leankv_mlx.cache import CompressedKVCache, Sequence, Sequences, entries, owner_of, placement
+from leankv_mlx.cache import CompressedKVCache, Sequence, Sequences, entries, owner_of
 from leankv_mlx.cache.persistence import load, save
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError, DroppedTokensError
@@ -109,8 +109,7 @@ def goes_on_alike(stack: Stack, twin: Stack, steps: int) -> bool:
     return scores(stack) == scores(twin)
 
 
-def test_a_copy_knows_when_its_scores_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "REFRESH_TOKENS", 96)
+def test_a_copy_knows_when_its_scores_were_made() -> None:
     stack, twin = Stack(BUDGET), Stack(BUDGET)
     stack.feed(1500)
     stack.steps(80)

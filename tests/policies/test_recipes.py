@@ -100,6 +100,9 @@ def test_a_policy_is_a_file_and_a_row(tmp_path: Path) -> None:
     cache = after_a_prompt("leankv:policy=every,stride=3,window=32")
     assert cache.config.policy == Every(stride=3)
     assert cache.config.spec() == "leankv:k4v4,window=32,policy=every,stride=3"
+    chunks = CompressionConfig.parse("leankv:policy=every,at=chunk,stride=3")
+    assert chunks.policy == Every(stride=3, at="chunk") and chunks.policy.by_chunk
+    assert chunks.spec() == "leankv:k4v4,policy=every,stride=3,at=chunk"
     assert kept(cache) == HEADS * [list(range(SINKS, SINKS + 256, 3))]
     save(tmp_path / "cache", [cache])
     (again,) = load(tmp_path / "cache").caches
