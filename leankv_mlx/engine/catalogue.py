@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from leankv_mlx.errors import UsageError
 from leankv_mlx.resources import demo_model, models_toml
@@ -72,10 +73,13 @@ def find(name: str) -> CatalogueEntry:
     Raises:
         UsageError: there is none.
     """
-    for entry in catalogue():
+    entries = catalogue()
+    for entry in entries:
         if name in (entry.name, entry.repo):
             return entry
-    raise UsageError(f"no model '{name}' in the list; leankv models shows the names.")
+    near = get_close_matches(name, [entry.name for entry in entries], n=1, cutoff=0.7)
+    meant = f" (is it {near[0]}?)" if near else ""
+    raise UsageError(f"no model '{name}' in the list{meant}; leankv models shows the names.")
 
 
 def in_full(name: str) -> str:
