@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tomllib
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 from leankv_mlx.errors import UsageError
 from leankv_mlx.resources import demo_model, models_toml
@@ -77,8 +76,8 @@ def find(name: str) -> CatalogueEntry:
     for entry in entries:
         if name in (entry.name, entry.repo):
             return entry
-    near = get_close_matches(name, [entry.name for entry in entries], n=1, cutoff=0.7)
-    meant = f" (is it {near[0]}?)" if near else ""
+    longer = [entry.name for entry in entries if name and entry.name.startswith(name)]
+    meant = f" (is it {' or '.join(longer)}?)" if longer else ""
     raise UsageError(f"no model '{name}' in the list{meant}; leankv models shows the names.")
 
 
