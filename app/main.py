@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from leankv_mlx.cli.reading import Model
+from leankv_app.options import Options
+from leankv_mlx.cli.reading import Budget, Debug, Model, Version, budget_bytes
 from leankv_mlx.cli.running import run_command
 from leankv_mlx.errors import UsageError
 from leankv_mlx.terminal import printable, say
@@ -29,9 +30,7 @@ def chat(
         list[str] | None,
         typer.Option(help="Document or address to read at the start; may repeat."),
     ] = None,
-    memory_budget: Annotated[
-        str | None, typer.Option(help="What the KV cache may take, such as 2GB.")
-    ] = None,
+    memory_budget: Budget = "",
     resume: Annotated[
         str, typer.Option(help="Continue a session: its number, or last.", show_default=False)
     ] = "",
@@ -45,39 +44,38 @@ def chat(
         float, typer.Option(help="Times faster than recorded; 0 waits nowhere.")
     ] = 1.0,
     paths: Annotated[bool, typer.Option("--paths", help="Say where files are kept.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Version = False,
+    debug: Debug = False,
 ) -> None:
     """Chat with a model in the terminal and watch the memory that its cache saves."""
     from leankv_app import paths as places
-    from leankv_app.options import Options
 
-    if version:
-        from leankv_mlx import __version__
-
-        typer.echo(f"leankv-chat {__version__}")
-        return
     if paths:
         say("\n".join(places.paths().lines()))
         return
-    from leankv_app.factory import check, make_app
-    from leankv_mlx.sizes import parse_bytes
-
     options = Options(
         model,
         kv,
         system,
         tuple(file or ()),
-        parse_bytes(memory_budget) if memory_budget else 0,
+        budget_bytes(memory_budget),
         resume,
         record,
         replay,
         replay_speed,
     )
+    _open(options)
+
+
+def _open(options: Options) -> None:
+    """The screen, until the user leaves it."""
+    from leankv_app.factory import check, make_app
+    from leankv_app.paths import paths
+
     check(options)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError("leankv-chat needs a terminal; leankv generate works in a pipe.")
-    made = make_app(options, places.paths())
+    made = make_app(options, paths())
     made.run()
     for line in made.last_words:
         print(printable(line), file=sys.stderr)

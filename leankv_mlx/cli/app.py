@@ -22,6 +22,7 @@ from leankv_mlx.cli import (
     plan,
     summarize,
 )
+from leankv_mlx.cli.reading import Version
 from leankv_mlx.cli.running import run_command
 
 app = typer.Typer(
@@ -45,19 +46,9 @@ plan.register(app)
 summarize.register(app)
 
 
-def _version(show: bool) -> None:
-    if show:
-        from leankv_mlx import __version__
-
-        typer.echo(f"leankv {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
 def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Version = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error; anywhere in the line.")
     ] = False,

@@ -38,6 +38,20 @@ NoCache = Annotated[
 LastJson = Annotated[
     bool, typer.Option("--json", help="One JSON document as the last line on stdout.")
 ]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _version(context: typer.Context, show: bool) -> None:
+    if show:
+        from leankv_mlx import __version__
+
+        typer.echo(f"{context.command_path} {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+]
 
 
 def budget_bytes(text: str) -> int:

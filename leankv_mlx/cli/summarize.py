@@ -55,14 +55,6 @@ class Strategy(StrEnum):
     map_reduce = "map-reduce"
 
 
-def _version(show: bool) -> None:
-    if show:
-        from leankv_mlx import __version__
-
-        typer.echo(f"leankv-summarize {__version__}")
-        raise typer.Exit
-
-
 @app.command()
 def summarize(
     sources: Annotated[
@@ -99,10 +91,8 @@ def summarize(
         bool, typer.Option("--dry-run", help="Say tokens, KV bytes and strategy; read nothing.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: reading.Version = False,
+    debug: reading.Debug = False,
 ) -> None:
     """Summarize documents, each in one pass over the whole if it fits the memory budget."""
     config, budget = parse_kv(kv), reading.budget_bytes(memory_budget)

@@ -17,7 +17,7 @@ from leankv_mlx.documents.prefix import Opener
 from leankv_mlx.documents.readers import document_head
 from leankv_mlx.errors import ContextLengthError
 from leankv_mlx.mlx_lm import prompts
-from leankv_mlx.mlx_lm.attachment import Attachment, attach
+from leankv_mlx.mlx_lm.attachment import Attachment, attach, backend_of
 from leankv_mlx.mlx_lm.context import longest_context
 from leankv_mlx.mlx_lm.footprint import Footprint, spare_memory
 from leankv_mlx.mlx_lm.loading import LoadedModel, load
@@ -96,8 +96,7 @@ class Reader:
     @property
     def backend(self) -> str:
         """What runs the kernels, "none" without compression."""
-        compressed = self.attachment is not None and self.attachment.compressed_layers
-        return self.attachment.backend if self.attachment and compressed else "none"
+        return backend_of(self.attachment)
 
     @property
     def longest(self) -> int:

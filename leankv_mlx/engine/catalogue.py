@@ -72,10 +72,13 @@ def find(name: str) -> CatalogueEntry:
     Raises:
         UsageError: there is none.
     """
-    for entry in catalogue():
+    entries = catalogue()
+    for entry in entries:
         if name in (entry.name, entry.repo):
             return entry
-    raise UsageError(f"no model '{name}' in the list; leankv models shows the names.")
+    longer = [entry.name for entry in entries if name and entry.name.startswith(name)]
+    meant = f" (is it {' or '.join(longer)}?)" if longer else ""
+    raise UsageError(f"no model '{name}' in the list{meant}; leankv models shows the names.")
 
 
 def in_full(name: str) -> str:

@@ -15,7 +15,7 @@ from leankv_mlx.engine.recoding import can_become, recoded
 from leankv_mlx.engine.requests import Turn
 from leankv_mlx.engine.room import Room
 from leankv_mlx.errors import ContextLengthError
-from leankv_mlx.mlx_lm.attachment import Attachment, attach, make_caches
+from leankv_mlx.mlx_lm.attachment import Attachment, attach, backend_of, make_caches, why_not
 from leankv_mlx.mlx_lm.context import context_length, longest_context
 from leankv_mlx.mlx_lm.footprint import Footprint, spare_memory
 from leankv_mlx.mlx_lm.loading import LoadedModel
@@ -88,16 +88,12 @@ class Session:
     @property
     def backend(self) -> str:
         """What runs the kernels, "none" without compression."""
-        return self.attachment.backend if self.attachment and self.compressed else "none"
+        return backend_of(self.attachment)
 
     @property
     def why_not(self) -> str:
         """Why nothing is compressed; "" where something is."""
-        if self.compressed:
-            return ""
-        if self.attachment is None:
-            return "the cache is not compressed"
-        return "; ".join(dict.fromkeys(row.reason for row in self.attachment.report))
+        return why_not(self.attachment)
 
     def check_length(self, turns: Sequence[Turn]) -> None:
         """Refuse what is far too long before all of its tokens are made.

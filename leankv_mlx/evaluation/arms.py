@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from leankv_mlx.cache import CompressedKVCache, Sequences, entries
 from leankv_mlx.config import UNCOMPRESSED, CompressionConfig, parse_kv
 from leankv_mlx.errors import ModelError
-from leankv_mlx.mlx_lm.attachment import attach
+from leankv_mlx.mlx_lm.attachment import attach, why_not
 from leankv_mlx.mlx_lm.repetition import judges_by_repetition, settle_document
 from leankv_mlx.mlx_lm.usage import measure
 
@@ -53,9 +53,8 @@ class Arm:
             yield
             return
         with attach(model, self.config) as attachment:
-            if not attachment.compressed_layers:
-                reasons = "; ".join(dict.fromkeys(row.reason for row in attachment.report))
-                raise ModelError(f"nothing to compress in this model: {reasons}.")
+            if reason := why_not(attachment):
+                raise ModelError(f"nothing to compress in this model: {reason}.")
             yield
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from mlx import nn
 
 from leankv_mlx.cache import CompressedKVCache, Sequence
-from leankv_mlx.config import CompressionConfig
+from leankv_mlx.config import UNCOMPRESSED, CompressionConfig
 from leankv_mlx.errors import ModelError, UnsupportedError
 from leankv_mlx.kernels import resolve_backend
 from leankv_mlx.mlx_lm import patches
@@ -213,6 +213,20 @@ def attach(model: nn.Module, config: CompressionConfig | str = "leankv") -> Atta
             "a model in pipeline stages cannot use a compressed KV cache; load it on one machine."
         )
     return Attachment(model, config)
+
+
+def backend_of(attachment: Attachment | None) -> str:
+    """What runs the kernels, "none" where nothing is compressed."""
+    return UNCOMPRESSED if why_not(attachment) or attachment is None else attachment.backend
+
+
+def why_not(attachment: Attachment | None) -> str:
+    """Why nothing is compressed; "" where something is."""
+    if attachment is None:
+        return "the cache is not compressed"
+    if attachment.compressed_layers:
+        return ""
+    return "; ".join(dict.fromkeys(row.reason for row in attachment.report))
 
 
 def own_caches(model: nn.Module) -> list[Any]:

@@ -16,6 +16,7 @@ import pytest
 textual = pytest.importorskip("textual")
 pytest.importorskip("leankv_app")
 
+from textual import _wait  # noqa: E402
 from textual.pilot import Pilot  # noqa: E402
 
 from leankv_app.app import ChatApp  # noqa: E402
@@ -32,6 +33,11 @@ from leankv_mlx.engine.events import (  # noqa: E402
     Text,
 )
 from leankv_mlx.engine.requests import Emit, Read, Reply, Request  # noqa: E402
+
+# A pilot looks four times as often whether the app has come to rest: tests wait for it thousands of
+# times. Rest stays what it is for Textual, a twentieth of the time or less at work.
+_wait.SLEEP_GRANULARITY /= 4
+_wait.SLEEP_IDLE /= 4
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 MADE_WITH = SNAPSHOTS / "TEXTUAL"

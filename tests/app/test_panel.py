@@ -31,8 +31,16 @@ def panel_lines(d: Driver) -> list[str]:
     return [line[region.x + 2 :][:WIDTH] for line in lines[region.y + 1 : region.bottom - 1]]
 
 
-@pytest.mark.parametrize("size", [(80, 24), (100, 30), (130, 36), (200, 50)])
-@pytest.mark.parametrize("layers", [12, 30, 64])
+SIZES = [(100, 30), (130, 36), (200, 50)]
+SHOWN = [
+    pytest.param(layers, size, marks=[pytest.mark.slow] * (i != j and (i, j) != (2, 0)))
+    for i, layers in enumerate([12, 30, 64])
+    for j, size in enumerate(SIZES)
+]
+"""By default each once, and the most layers where there is the least room for them."""
+
+
+@pytest.mark.parametrize(("layers", "size"), [(12, (80, 24)), *SHOWN])
 def test_values_stand_beside_their_names(
     tmp_path: Path, layers: int, size: tuple[int, int]
 ) -> None:
@@ -46,10 +54,11 @@ def test_values_stand_beside_their_names(
             assert not d.screen.panel.display
             return
         seen: list[str] = []
-        for _ in range(30):  # from the top to the bottom
-            seen += panel_lines(d)
-            d.screen.panel.scroll_down(animate=False)
+        panel = d.screen.panel
+        for row in range(int(panel.max_scroll_y) + 1):
+            panel.scroll_to(y=row, animate=False)
             await d.pilot.pause()
+            seen += panel_lines(d)
         for name, value in (
             ("fp16", "2.74 MB"), ("now", "883.20 kB"), ("tokens", "1,071"),
             ("context left", "7,121"), ("tokens/s", "31.4"), ("codes", "634.88 kB"),

@@ -64,11 +64,17 @@ KERNELS: list[tuple[str, Kernel, Template, dict[str, str]]] = [
         | {"signs_k": "float", "signs_v": "float"},
     ),
 ]
+ALIKE = ("attention-mixed-cubic", "attention-mixed-table", "attention-uniform-shuffle")
+"""Both formats and all strategies are in the others."""
 
 
 @with_nvcc
 @pytest.mark.parametrize(
-    ("kernel", "template", "types"), [row[1:] for row in KERNELS], ids=[row[0] for row in KERNELS]
+    ("kernel", "template", "types"),
+    [
+        pytest.param(*rest, marks=[pytest.mark.slow] * (name in ALIKE), id=name)
+        for name, *rest in KERNELS
+    ],
 )
 def test_every_kernel_compiles_without_spills(
     kernel: Kernel, template: Template, types: dict[str, str], tmp_path: Path

@@ -180,14 +180,14 @@ def test_generate_counts_every_cache(
 
 
 def test_demo_shows_both_caches(capfd: pytest.CaptureFixture[str]) -> None:
-    assert app.run(["demo", "--tokens", "500"]) == 0
+    assert app.run(["demo", "--tokens", "300"]) == 0
     out = capfd.readouterr().out
     for text in ("uncompressed", "leankv:k4v4", "KV bytes in use", "decode", "smaller", "expected"):
         assert text in out
 
 
 def test_demo_json_is_one_document(capfd: pytest.CaptureFixture[str]) -> None:
-    assert app.run(["demo", "--tokens", "600", "--kv", "leankv:k8v8,window=32", "--json"]) == 0
+    assert app.run(["demo", "--tokens", "400", "--kv", "leankv:k8v8,window=32", "--json"]) == 0
     result = json.loads(capfd.readouterr().out)
     plain, compressed = result["arms"]
     assert plain["kv"] == "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -232,17 +233,18 @@ def test_dry_run_reads_nothing(
     assert made["strategy"] == "map-reduce"
 
 
-def test_stdin(report: str) -> None:
-    text = Path(report).read_text()
+def test_stdin(
+    report: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = Path(report).read_bytes()
     code = "from leankv_mlx.cli import summarize; summarize.main()"
-    for arguments in ([], ["-"]):
-        ran = subprocess.run(
-            [sys.executable, "-c", code, *arguments],
-            input=text, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert ran.returncode == 0
-        assert SECOND in ran.stdout
-        assert ran.stderr == ""
+    ran = subprocess.run([sys.executable, "-c", code], input=text, capture_output=True, timeout=120)
+    assert ran.returncode == 0
+    assert SECOND.encode() in ran.stdout
+    assert ran.stderr == b""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+    assert summarize.run(["-"]) == 0
+    assert SECOND in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -316,20 +318,19 @@ summarize.main()
 """
 
 
-def test_ctrl_c_keeps_the_partial_summaries(long: str, own_home: Path) -> None:
-    code = "from leankv_mlx.cli import summarize; summarize.main()"
-    arguments = [long, "--memory-budget", "500kB", "--max-tokens", "32", "--json"]
-    stopped, again = (
-        subprocess.run([sys.executable, "-c", source, *arguments], capture_output=True, timeout=120)
-        for source in (INTERRUPTED, code)
-    )
+def test_ctrl_c_keeps_the_partial_summaries(
+    long: str, own_home: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [long, "--memory-budget", "800kB", "--max-tokens", "32", "--json"]
+    command = [sys.executable, "-c", INTERRUPTED, *arguments]
+    stopped = subprocess.run(command, capture_output=True, timeout=120)
     assert stopped.returncode == 130
     assert stopped.stdout == b""
     assert re.fullmatch(
         rb"leankv: note: stopped; partial summaries kept: 1\. The same [^\n]+\n", stopped.stderr
     )
-    assert again.returncode == 0
-    assert json.loads(again.stdout)["resumed"] == 1
+    assert summarize.run(arguments) == 0
+    assert json.loads(capfd.readouterr().out)["resumed"] == 1
     assert not list((own_home / "cache" / "summaries").iterdir())
 
 

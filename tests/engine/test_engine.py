@@ -275,7 +275,7 @@ def test_more_bits_need_the_conversation_again(driver: Driver) -> None:
 def test_dropped_tokens_are_read_again_for_a_setting_that_keeps_them(driver: Driver) -> None:
     driver.engine.submit(Recode("leankv:policy=streaming,window=32"))
     driver.wait(Recoded)
-    driver.reply(1, turns(40))
+    driver.reply(1, turns(40), max_tokens=4)
     last = driver.snapshot()
     assert last.used == sum(layer.used for layer in last.layers)
     assert last.codes == 0  # nothing but the first tokens and the window

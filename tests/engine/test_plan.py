@@ -101,7 +101,8 @@ def test_commands(capfd: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["plan", "nosuch"], "no model 'nosuch'"),
+        (["plan", "nosuch"], "no model 'nosuch' in the list; "),
+        (["plan", "qwen3-4b"], "(is it qwen3-4b-2507?)"),
         (["plan", "qwen3-8b", "--memory", "much"], "'much' is not a size"),
         (["plan", "llama-3.3-70b", "--memory", "16GB"], "nothing of 16GB is left"),
     ],

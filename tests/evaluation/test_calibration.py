@@ -121,7 +121,7 @@ def test_it_measures_through_the_real_cache(
 ) -> None:
     monkeypatch.setattr(calibration, "RATIOS", (3.0, 30.0))
     options = ["--kld", "5", "--tasks", "S2", "--lengths", "400", "--samples", "1"]
-    options += ["--context", "2048", "--chunks", "1", "--json"]
+    options += ["--context", "1536", "--chunks", "1", "--json"]
     assert run(["calibrate", "mine", *options]) == 0
     small, large = json.loads(capsys.readouterr().out.splitlines()[-1])["candidates"]
     assert small["ratio"] > large["ratio"] and small["kld"] > large["kld"] > 0

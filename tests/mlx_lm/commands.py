@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -12,9 +13,13 @@ import sysconfig
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mlx_lm.models import llama
 
 from leankv_mlx.resources import demo_model
 
@@ -26,6 +31,8 @@ SUMMARY = re.compile(
 )
 LONG = "tell me a story about a red fox. " * 40
 ONE_ERROR = re.compile(r"leankv: error: [^\n]+\n")
+Here = Callable[..., tuple[int, str, str]]
+"""The fixture `here`."""
 
 
 def hooked_environment(folder: Path, **extra: str) -> dict[str, str]:
@@ -86,3 +93,18 @@ def _wait(process: subprocess.Popen[bytes], address: str) -> None:
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
     raise TimeoutError("the server did not start")
+
+
+def summary_of(stderr: str) -> tuple[int, float, str]:
+    """Tokens, ratio and backend of the line that ends stderr."""
+    found = SUMMARY.search(stderr)
+    assert found and stderr.endswith(found[0]), stderr
+    return int(found[1]), float(found[2]), found[3]
+
+
+def everything(module: ModuleType) -> list[Any]:
+    """What the hook may replace for the time of a command."""
+    return [
+        dict(vars(module)), dict(vars(argparse.ArgumentParser)), sys.excepthook,
+        list(sys.meta_path), llama.scaled_dot_product_attention,
+    ]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 from leankv_mlx.config import UNCOMPRESSED
 from leankv_mlx.mlx_lm.attachment import Attachment
-from leankv_mlx.mlx_lm.commands.session import Method, Session, backend_of
+from leankv_mlx.mlx_lm.commands.session import Method, Session, backend_text
 from leankv_mlx.mlx_lm.loading import resolve_model
 from leankv_mlx.mlx_lm.usage import measure, summary_line
 
@@ -35,7 +35,7 @@ class Server(Session):
 
     def keep(self, attachment: Attachment) -> None:
         """A server may drop a model for another; its attachment then goes with it."""
-        self._backend = backend_of(attachment)
+        self._backend = backend_text(attachment)
         logging.info(
             f"leankv: {attachment.config.spec()}, {attachment.compressed_layers} of "
             f"{len(attachment.report)} layers compressed, backend {self._backend}"

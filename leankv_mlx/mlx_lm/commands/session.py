@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from leankv_mlx.config import UNCOMPRESSED, CompressionConfig, parse_kv
 from leankv_mlx.errors import UsageError
 from leankv_mlx.kernels import resolve_backend
-from leankv_mlx.mlx_lm.attachment import Attachment, attach
+from leankv_mlx.mlx_lm.attachment import Attachment, attach, backend_of, why_not
 from leankv_mlx.mlx_lm.flags import add_flags
 from leankv_mlx.mlx_lm.loading import LoadedModel, fingerprint, load_from, resolve_model
 from leankv_mlx.mlx_lm.patches import printing, replaced
@@ -145,16 +145,14 @@ class Session:
         caches = self.caches or [attachment.caches for attachment in self.attachments]
         if not any(caches):
             return None
-        backend = backend_of(self.attachments[0]) if self.attachments else UNCOMPRESSED
+        backend = backend_text(self.attachments[0]) if self.attachments else UNCOMPRESSED
         return summary_line(sum(map(measure, caches), Usage()), backend)
 
 
-def backend_of(attachment: Attachment) -> str:
+def backend_text(attachment: Attachment) -> str:
     """For messages."""
-    if attachment.compressed_layers:
-        return attachment.backend
-    reasons = dict.fromkeys(row.reason for row in attachment.report)
-    return f"{UNCOMPRESSED} (nothing to compress: {'; '.join(reasons)})"
+    reason = why_not(attachment)
+    return backend_of(attachment) + (f" (nothing to compress: {reason})" if reason else "")
 
 
 Guard = Callable[[Callable[[], Any]], Any]
