@@ -84,10 +84,13 @@ def chunked(data: bytes) -> bytes:
         (b"Content-Length: 1000\r\n\r\n", b"only this..."),
         (b"Transfer-Encoding: chunked\r\n\r\n", chunked(TEXT.encode())),
         (b"Transfer-Encoding: chunked\r\n\r\n", chunked(TEXT.encode())[:-9]),
-        (b"Content-Encoding: gzip\r\n\r\n", gzip.compress(TEXT.encode())[:-9]),
+        (b"Content-Encoding: gzip\r\n\r\n", gzip.compress(TEXT.encode(), mtime=0)[:-9]),
         (b"Content-Encoding: gzip\r\n\r\n", b"\x1f"),
         (b"Content-Encoding: deflate\r\n\r\n", zlib.compress(TEXT.encode())[:20]),
-        (b"Content-Encoding: gzip\r\nContent-Length: 900\r\n\r\n", gzip.compress(TEXT.encode())),
+        (
+            b"Content-Encoding: gzip\r\nContent-Length: 900\r\n\r\n",
+            gzip.compress(TEXT.encode(), mtime=0),
+        ),
     ],
 )
 def test_a_download_that_was_cut_is_no_document(parts: tuple[bytes, ...], server: Server) -> None:
@@ -101,9 +104,12 @@ def test_a_download_that_was_cut_is_no_document(parts: tuple[bytes, ...], server
 @pytest.mark.parametrize(
     ("name", "packed"),
     [
-        ("gzip", gzip.compress(TEXT.encode())),
-        ("x-gzip", gzip.compress(TEXT.encode()) + b"\0\0 trailing"),
-        ("GZIP", gzip.compress(TEXT[:40].encode()) + gzip.compress(TEXT[40:].encode())),
+        ("gzip", gzip.compress(TEXT.encode(), mtime=0)),
+        ("x-gzip", gzip.compress(TEXT.encode(), mtime=0) + b"\0\0 trailing"),
+        (
+            "GZIP",
+            gzip.compress(TEXT[:40].encode(), mtime=0) + gzip.compress(TEXT[40:].encode(), mtime=0),
+        ),
         ("deflate", zlib.compress(TEXT.encode())),
         ("deflate", zlib.compress(TEXT.encode(), wbits=-15)),
         ("identity", TEXT.encode()),
