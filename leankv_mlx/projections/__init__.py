@@ -1,0 +1,9 @@
+"""Products with quantized weights: the operation, its layout, and what puts it into a model.
+
+`project` is the operation; `relay` makes its weights of MLX's, and `restore` makes MLX's of them.
+"""
+
+from leankv_mlx.projections.project import Keep, Norm, Projected, project
+from leankv_mlx.projections.weight import Weight, relay, restore, rows
+
+__all__ = ["Keep", "Norm", "Projected", "Weight", "project", "relay", "restore", "rows"]
