@@ -52,8 +52,8 @@ def _check(inputs: Inputs) -> None:
     channels = x.shape[-1] if x.ndim else 0
     if x.dtype not in _DTYPES or not weights or any(w.inputs != channels for w in weights):
         raise ShapeError(
-            f"[project] expected floats [..., K] for weights of the same K, got {x.dtype} {x.shape} "
-            f"for K of {[w.inputs for w in weights]}."
+            f"[project] expected floats [..., K] for weights of the same K, got {x.dtype} "
+            f"{x.shape} for K of {[w.inputs for w in weights]}."
         )
     outputs = [w.outputs for w in weights]
     if inputs.gate is not None:

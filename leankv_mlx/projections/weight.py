@@ -18,10 +18,13 @@ f = p // LANES and lane l = p % LANES, so that a field of all lanes is LANES out
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 
-from leankv_mlx.errors import ShapeError
+from leankv_mlx.errors import BackendUnavailableError, ShapeError
+from leankv_mlx.kernels import cpu
 
 LANES = 16
 """Words of a channel in a tile: a cache line."""
@@ -60,6 +63,17 @@ class Weight:
         """K."""
         return int(self.codes.shape[1])
 
+    @cached_property
+    def native(self) -> Any:
+        """It as the extension takes it.
+
+        Raises:
+            BackendUnavailableError: the extension is not there or does not fit.
+        """
+        return cpu.load().Weight(
+            self.codes, self.scales, self.biases, self.outputs, self.bits, self.group
+        )
+
     @property
     def nbytes(self) -> int:
         """Of all buffers."""
@@ -78,25 +92,45 @@ def relay(codes: mx.array, scales: mx.array, biases: mx.array, group: int, bits:
         ShapeError: they are not the arrays of one weight.
     """
     _check(codes, scales, biases, group, bits)
-    sides = (_by_tile(side, bits) for side in (scales, biases))
-    return Weight(_relaid(codes, group, bits), *sides, codes.shape[0], bits, group)
+    native = _native()
+    words = native.relay(codes, bits) if native else relaid_ops(codes, group, bits)
+    scales, biases = (_by_tile(side, bits) for side in (scales, biases))
+    return Weight(words, scales, biases, codes.shape[0], bits, group)
 
 
 def restore(weight: Weight) -> tuple[mx.array, mx.array, mx.array]:
     """MLX's arrays, bit for bit: codes [N, K * bits / 32], scales and biases [N, K / group]."""
-    fields = _fields(weight.codes, weight.bits)  # [T, K, LANES, F]
-    plain = fields.transpose(0, 3, 2, 1).reshape(-1, weight.inputs)[: weight.outputs]
-    sides = (
+    native = _native()
+    codes = native.restore(weight.native) if native else restored_ops(weight)
+    scales, biases = (
         mx.contiguous(side.swapaxes(1, 2).reshape(-1, side.shape[1])[: weight.outputs])
         for side in (weight.scales, weight.biases)
     )
-    scales, biases = sides
-    return _packed(plain, weight.bits), scales, biases
+    return codes, scales, biases
 
 
 def rows(weight: Weight, ids: mx.array) -> mx.array:
     """Rows of the weight as `mx.dequantize` gives them: [..., K] for ids int [...], in the dtype
-    of the scales."""
+    of the scales. What is no row gives any."""
+    native = _native()
+    if native:
+        found: mx.array = native.rows(weight.native, ids)
+        return found
+    return rows_ops(weight, ids)
+
+
+def _native() -> Any | None:
+    """The extension, where MLX computes on the CPU and there is one."""
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return None
+    try:
+        return cpu.load()
+    except BackendUnavailableError:
+        return None
+
+
+def rows_ops(weight: Weight, ids: mx.array) -> mx.array:
+    """Ops-based reference implementation of `rows`."""
     per_tile = tile_outputs(weight.bits)
     tile, place = (ids // per_tile)[..., None], (ids % per_tile)[..., None]
     words = _taken(weight.codes, tile, place % LANES)  # [..., K]
@@ -125,13 +159,20 @@ def _check(codes: mx.array, scales: mx.array, biases: mx.array, group: int, bits
         )
 
 
-def _relaid(codes: mx.array, group: int, bits: int) -> mx.array:
-    """[N, K * bits / 32] -> [T, K, LANES]."""
+def relaid_ops(codes: mx.array, group: int, bits: int) -> mx.array:
+    """Ops-based reference implementation of `relay`: [N, K * bits / 32] -> [T, K, LANES]."""
     ones = mx.ones((codes.shape[0], codes.shape[1] * 32 // bits // group))
     plain = mx.dequantize(codes, ones, mx.zeros_like(ones), group, bits)  # exact: small integers
     tiles = _padded(plain.astype(mx.uint32), bits).reshape(-1, 32 // bits, LANES, plain.shape[1])
     shifts = (bits * mx.arange(32 // bits, dtype=mx.uint32))[:, None, None]
     return mx.contiguous((tiles << shifts).sum(axis=1).astype(mx.uint32).swapaxes(1, 2))
+
+
+def restored_ops(weight: Weight) -> mx.array:
+    """Ops-based reference implementation of `restore`: its codes."""
+    fields = _fields(weight.codes, weight.bits)  # [T, K, LANES, F]
+    plain = fields.transpose(0, 3, 2, 1).reshape(-1, weight.inputs)[: weight.outputs]
+    return _packed(plain, weight.bits)
 
 
 def _by_tile(side: mx.array, bits: int) -> mx.array:
