@@ -9,11 +9,9 @@ import mlx.core as mx
 from leankv_mlx.errors import ShapeError
 from leankv_mlx.projections.backends import resolve_backend
 from leankv_mlx.projections.types import Backend, Gate, Inputs, Keep, Norm, Projected
-from leankv_mlx.projections.weight import Weight
+from leankv_mlx.projections.weight import FLOATS, Weight
 
 __all__ = ["Gate", "Keep", "Norm", "Projected", "project"]
-
-_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 
 def project(
@@ -42,7 +40,9 @@ def project(
     Raises:
         ShapeError: something does not fit the weights.
     """
-    inputs = Inputs(x, weights, biases or [None] * len(weights), norm, keep, residual, gate)
+    inputs = Inputs(
+        x, weights, [None] * len(weights) if biases is None else biases, norm, keep, residual, gate
+    )
     _check(inputs)
     return (backend or resolve_backend()).project(inputs)
 
@@ -50,7 +50,7 @@ def project(
 def _check(inputs: Inputs) -> None:
     x, weights = inputs.x, inputs.weights
     channels = x.shape[-1] if x.ndim else 0
-    if x.dtype not in _DTYPES or not weights or any(w.inputs != channels for w in weights):
+    if x.dtype not in FLOATS or not weights or any(w.inputs != channels for w in weights):
         raise ShapeError(
             f"[project] expected floats [..., K] for weights of the same K, got {x.dtype} "
             f"{x.shape} for K of {[w.inputs for w in weights]}."
@@ -62,9 +62,10 @@ def _check(inputs: Inputs) -> None:
                 f"[project] a gate takes two weights of the same N, got N of {outputs}."
             )
         outputs = outputs[1:]
-    if [b.shape for b in inputs.biases if b is not None] != [
-        (w.outputs,) for w, b in zip(weights, inputs.biases, strict=True) if b is not None
-    ]:
+    if len(inputs.biases) != len(weights) or any(
+        b is not None and b.shape != (w.outputs,)
+        for w, b in zip(weights, inputs.biases, strict=True)
+    ):
         raise ShapeError("[project] expected a bias [N] or None for each weight.")
     residual, last = inputs.residual, (*x.shape[:-1], outputs[-1])
     if residual is not None and (len(outputs) != 1 or residual.shape != last):
@@ -72,6 +73,17 @@ def _check(inputs: Inputs) -> None:
             f"[project] expected one output and a residual {last}, got {len(outputs)} and "
             f"{residual.shape}."
         )
-    norms = (inputs.norm and inputs.norm.weight, inputs.keep and inputs.keep.norms)
-    if any(given is not None and given.shape != (channels,) for given in norms):
+    norms = [
+        given
+        for given in (inputs.norm and inputs.norm.weight, inputs.keep and inputs.keep.norms)
+        if given is not None
+    ]
+    if any(given.shape != (channels,) for given in norms):
         raise ShapeError(f"[project] expected norms [{channels}].")
+    floats = [*norms, *(b for b in inputs.biases if b is not None)]
+    if residual is not None:
+        floats.append(residual)
+    if any(given.dtype not in FLOATS for given in floats):
+        raise ShapeError("[project] expected biases, norms and residuals of floats.")
+    if inputs.keep is not None and not inputs.keep.threshold >= 0:
+        raise ShapeError(f"[project] expected a threshold >= 0, got {inputs.keep.threshold}.")
