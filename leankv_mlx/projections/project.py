@@ -48,42 +48,36 @@ def project(
 
 
 def _check(inputs: Inputs) -> None:
-    x, weights = inputs.x, inputs.weights
+    x, weights, gate = inputs.x, inputs.weights, inputs.gate
     channels = x.shape[-1] if x.ndim else 0
-    if x.dtype not in FLOATS or not weights or any(w.inputs != channels for w in weights):
+    if not weights or any([w.inputs != channels for w in weights]) or x.dtype not in FLOATS:
         raise ShapeError(
             f"[project] expected floats [..., K] for weights of the same K, got {x.dtype} "
             f"{x.shape} for K of {[w.inputs for w in weights]}."
         )
-    outputs = [w.outputs for w in weights]
-    if inputs.gate is not None:
-        if len(outputs) != 2 or outputs[0] != outputs[1]:
-            raise ShapeError(
-                f"[project] a gate takes two weights of the same N, got N of {outputs}."
-            )
-        outputs = outputs[1:]
-    if len(inputs.biases) != len(weights) or any(
-        b is not None and b.shape != (w.outputs,)
-        for w, b in zip(weights, inputs.biases, strict=True)
-    ):
-        raise ShapeError("[project] expected a bias [N] or None for each weight.")
-    residual, last = inputs.residual, (*x.shape[:-1], outputs[-1])
-    if residual is not None and (len(outputs) != 1 or residual.shape != last):
+    if gate is not None and (len(weights) != 2 or weights[0].outputs != weights[1].outputs):
         raise ShapeError(
-            f"[project] expected one output and a residual {last}, got {len(outputs)} and "
-            f"{residual.shape}."
+            "[project] a gate takes two weights of the same N, got N of "
+            f"{[w.outputs for w in weights]}."
         )
-    norms = [
-        given
-        for given in (inputs.norm and inputs.norm.weight, inputs.keep and inputs.keep.norms)
-        if given is not None
-    ]
-    if any(given.shape != (channels,) for given in norms):
-        raise ShapeError(f"[project] expected norms [{channels}].")
-    floats = [*norms, *(b for b in inputs.biases if b is not None)]
-    if residual is not None:
-        floats.append(residual)
-    if any(given.dtype not in FLOATS for given in floats):
-        raise ShapeError("[project] expected biases, norms and residuals of floats.")
-    if inputs.keep is not None and not inputs.keep.threshold >= 0:
-        raise ShapeError(f"[project] expected a threshold >= 0, got {inputs.keep.threshold}.")
+    if len(inputs.biases) != len(weights):
+        raise ShapeError("[project] expected a bias [N] or None for each weight.")
+    for weight, bias in zip(weights, inputs.biases, strict=True):
+        _expect("a bias", bias, (weight.outputs,))
+    if inputs.residual is not None:
+        if len(weights) != (1 if gate is None else 2):
+            raise ShapeError("[project] a residual goes with one output.")
+        _expect("a residual", inputs.residual, (*x.shape[:-1], weights[-1].outputs))
+    if inputs.norm is not None:
+        _expect("a norm", inputs.norm.weight, (channels,))
+    if inputs.keep is not None:
+        _expect("norms", inputs.keep.norms, (channels,))
+        if not inputs.keep.threshold >= 0:
+            raise ShapeError(f"[project] expected a threshold >= 0, got {inputs.keep.threshold}.")
+
+
+def _expect(what: str, given: mx.array | None, shape: tuple[int, ...]) -> None:
+    if given is not None and (given.shape != shape or given.dtype not in FLOATS):
+        raise ShapeError(
+            f"[project] expected {what} of floats {shape}, got {given.dtype} {given.shape}."
+        )

@@ -59,7 +59,7 @@ class Weight:
     bits: int
     group: int
 
-    @property
+    @cached_property
     def inputs(self) -> int:
         """K."""
         return int(self.codes.shape[1])

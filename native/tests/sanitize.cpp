@@ -229,7 +229,8 @@ void products(int bits, int group, int rows, int outputs, int inputs, Type type,
   run_rows(w, ids.data(), static_cast<int>(ids.size()), output_of(taken, type, 0, inputs));
 
   const auto x = halves(size_t(rows) * inputs), bias = halves(outputs), norm = halves(inputs);
-  const auto residual = halves(size_t(rows) * outputs), norms = normal(inputs);
+  const auto residual = halves(size_t(rows) * outputs);
+  const auto norms = normal(inputs);
   std::vector<float> first(size_t(rows) * outputs), second(first.size());
   int32_t read = 0;
   const Gate gate = static_cast<Gate>(turn % 4);
