@@ -91,28 +91,6 @@ def test_what_is_no_number_is_never_left_out(rows: int, backend: Backend) -> Non
         assert mx.isnan(out[0]).all() and read is not None and read.item() == 1
 
 
-def test_threads_do_not_change_the_result(backend: Backend) -> None:
-    if backend.name != "cpu":
-        pytest.skip("of the extension alone")
-    from leankv_mlx.kernels import cpu
-
-    for rows in (1, 5, 40):
-        asked = case(
-            bits=4, group=32, outputs=900, groups=20, rows=rows, dtype=mx.float32,
-            scales=mx.float16, keep=0.5, weights="three", norm=True, layout="plain",
-        )  # fmt: skip
-        all_threads = project(**asked, backend=backend).outs
-        mx.eval(all_threads)
-        cpu.load().use_one_thread(True)
-        try:
-            one_thread = project(**asked, backend=backend).outs
-            mx.eval(one_thread)
-        finally:
-            cpu.load().use_one_thread(False)
-        for a, b in zip(all_threads, one_thread, strict=True):
-            assert mx.array_equal(a, b)
-
-
 def test_what_does_not_fit_is_refused() -> None:
     one, other = weight(20, 64, 32, 4, mx.float32), weight(21, 64, 32, 4, mx.float32)
     x = mx.zeros((2, 64))
