@@ -157,72 +157,95 @@ class Taken {
   Scratch<int32_t> ids_, starts_;
 };
 
-void run_few(const ProjectJob& job) {
-  const Taken taken(job);
-  if (job.read) *job.read = taken.read();
-  const Channels channels = taken.channels();
-
-  struct Task {
+// The tiles of all weights, cut into parts of their channels where there are few of them, and the
+// memory of what each part sums up to.
+class Parts {
+ public:
+  struct Part {
     const Weight* weight;
     int tile, first, last;
-    float* out;
+    float* out;  // [R, P]
   };
-  int tiles = 0;
-  for (int i = 0; i < job.n; ++i) tiles += job.products[i].weight.tiles();
-  // Where tiles are cut depends on the shapes alone, and so does the order of every sum.
-  const int parts = std::clamp(kFewTiles / tiles, 1, std::max(1, job.inputs / kShortest));
-  std::vector<int64_t> places;  // of each product in the memory of all
-  int64_t size = 0;
-  for (int i = 0; i < job.n; ++i) {
-    const Weight& w = job.products[i].weight;
-    places.push_back(size);
-    size += int64_t{w.tiles()} * parts * job.rows * w.tile();
-  }
-  const Scratch<float> products(size);
-  std::vector<Task> tasks;
-  tasks.reserve(size_t(tiles) * parts);
-  for (int i = 0; i < job.n; ++i) {
-    const Weight& w = job.products[i].weight;
-    const int part = rounded_up((job.inputs + parts - 1) / parts, w.group);
-    for (int t = 0; t < w.tiles(); ++t) {
-      for (int p = 0; p < parts; ++p) {
-        const int64_t at = (int64_t{t} * parts + p) * job.rows * w.tile();
-        tasks.push_back({.weight = &w,
-                         .tile = t,
-                         .first = std::min(p * part, job.inputs),
-                         .last = std::min((p + 1) * part, job.inputs),
-                         .out = products.data.get() + places[i] + at});
+
+  explicit Parts(const ProjectJob& job) : job_(job), memory_(size(job)) {
+    float* out = memory_.data.get();
+    for (int i = 0; i < job.n; ++i) {
+      const Weight& w = job.products[i].weight;
+      const int cut = cuts(job), part = rounded_up((job.inputs + cut - 1) / cut, w.group);
+      products_.push_back(out);
+      for (int t = 0; t < w.tiles(); ++t) {
+        for (int p = 0; p < cut; ++p, out += int64_t{job.rows} * w.tile()) {
+          all_.push_back({.weight = &w,
+                          .tile = t,
+                          .first = std::min(p * part, job.inputs),
+                          .last = std::min((p + 1) * part, job.inputs),
+                          .out = out});
+        }
       }
     }
   }
 
-  const int n = static_cast<int>(tasks.size()), threads = std::min(thread_count(), n);
+  const std::vector<Part>& all() const { return all_; }
+
+  // Of all rows by one tile of a product.
+  Products products(int i, int tile) const {
+    const Weight& w = job_.products[i].weight;
+    const int64_t size = int64_t{job_.rows} * w.tile();
+    return {.from = products_[i] + tile * cuts(job_) * size,
+            .row_stride = w.tile(),
+            .part_stride = size,
+            .parts = cuts(job_),
+            .row = 0,
+            .rows = job_.rows,
+            .column = tile * w.tile(),
+            .columns = std::min(w.tile(), w.outputs - tile * w.tile())};
+  }
+
+ private:
+  // The shapes alone decide, so that the order of a sum does not depend on the threads.
+  static int cuts(const ProjectJob& job) {
+    int tiles = 0;
+    for (int i = 0; i < job.n; ++i) tiles += job.products[i].weight.tiles();
+    return std::clamp(kFewTiles / tiles, 1, std::max(1, job.inputs / kShortest));
+  }
+  static size_t size(const ProjectJob& job) {
+    size_t outputs = 0;
+    for (int i = 0; i < job.n; ++i) {
+      outputs += size_t(job.products[i].weight.tiles()) * job.products[i].weight.tile();
+    }
+    return outputs * job.rows * cuts(job);
+  }
+
+  const ProjectJob& job_;
+  Scratch<float> memory_;
+  std::vector<float*> products_;
+  std::vector<Part> all_;
+};
+
+void run_few(const ProjectJob& job) {
+  const Taken taken(job);
+  if (job.read) *job.read = taken.read();
+  const Channels channels = taken.channels();
+  const Parts parts(job);
+  const int n = static_cast<int>(parts.all().size()), threads = std::min(thread_count(), n);
   std::vector<int> ends(threads);
   for (int i = 0; i < threads; ++i) ends[i] = static_cast<int>(int64_t{n} * (i + 1) / threads);
   Shares shares(ends);
   parallel_for(threads, [&](int own) {
     for (int i = shares.take(own); i >= 0; i = shares.take(own)) {
-      const Task& task = tasks[i];
-      kernels().multiply(*task.weight, channels, task.tile, task.first, task.last, task.out);
+      const Parts::Part& part = parts.all()[i];
+      kernels().multiply(*part.weight, channels, part.tile, part.first, part.last, part.out);
     }
   });
 
   const Finishes finishes(job, 0, job.rows);
   for (int i = 0; i < job.n; ++i) {
     const Weight& w = job.products[i].weight;
-    const int64_t tile_size = int64_t{parts} * job.rows * w.tile();
-    const int together = std::max(1, kFinished / static_cast<int>(tile_size));
+    const int together = std::max(1, kFinished / (job.rows * w.tile()));
     parallel_for((w.tiles() + together - 1) / together, [&](int turn) {
       const int end = std::min(w.tiles(), (turn + 1) * together);
       for (int t = turn * together; t < end; ++t) {
-        kernels().finish(finishes[i], {.from = products.data.get() + places[i] + t * tile_size,
-                                       .row_stride = w.tile(),
-                                       .part_stride = int64_t{job.rows} * w.tile(),
-                                       .parts = parts,
-                                       .row = 0,
-                                       .rows = job.rows,
-                                       .column = t * w.tile(),
-                                       .columns = std::min(w.tile(), w.outputs - t * w.tile())});
+        kernels().finish(finishes[i], parts.products(i, t));
       }
     });
   }
