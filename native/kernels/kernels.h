@@ -1,5 +1,5 @@
 // All kernels of one instruction set; included once by each translation unit, behind its simd_*.h.
-// Those of products with weights are a unit of their own (project.h): both take a minute to compile.
+// Those of products with weights are a unit of their own (project.h): both take long to compile.
 #pragma once
 
 #include "tile.h"
