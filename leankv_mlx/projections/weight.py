@@ -72,14 +72,18 @@ def restore(weight: Weight) -> tuple[mx.array, mx.array, mx.array]:
     return _packed(flat, weight.bits), scales, biases
 
 
-def rows(weight: Weight, ids: mx.array) -> mx.array:
-    """Rows of the weight as `mx.dequantize` gives them: [..., K] for ids int [...], in the dtype
-    of the scales."""
+def rows(weight: Weight, ids: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
+    """Rows of the weight as `mx.dequantize` gives them: [..., K] for ids int [...].
+
+    Args:
+        dtype: what they are computed in and have; by default that of the scales.
+    """
     tiles, inside = ids // TILE, ids % TILE
     codes = _unpacked(weight.codes[tiles], weight.bits)  # [..., K, TILE]
     chosen = mx.take_along_axis(codes, inside[..., None, None], axis=-1)[..., 0]  # [..., K]
     packed = _packed(chosen, weight.bits)
-    scales, biases = weight.scales.T[ids], weight.biases.T[ids]
+    dtype = dtype or weight.scales.dtype
+    scales, biases = (x.T[ids].astype(dtype) for x in (weight.scales, weight.biases))
     return mx.dequantize(packed, scales, biases, weight.group, weight.bits)
 
 
