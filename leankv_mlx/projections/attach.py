@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx import nn
@@ -71,13 +71,7 @@ class Projections:
         self.lazy = lazy
 
     def start(self) -> Projections:
-        """Begin; every call needs its `stop`.
-
-        Raises:
-            BackendUnavailableError: `native`, and the native products do not run here.
-        """
-        if self.native and (reason := why_not_native()):
-            raise BackendUnavailableError(f"projections=native does not run here: {reason}")
+        """Begin; every call needs its `stop`."""
         with _LOCK:
             home = getattr(self.model, _HOME, None) or _Home(self.model)
             home.active.append(self)
@@ -226,7 +220,7 @@ class _Home:
             mx.eval(arrays)
             for layer in layers:
                 layer.put_back(arrays)
-                layer.__class__ = PLAIN[type(layer)]
+                cast(Any, layer).__class__ = PLAIN[type(layer)]
                 object.__delattr__(layer, "held")
         self._layers = []
 

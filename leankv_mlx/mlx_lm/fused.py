@@ -1,0 +1,280 @@
+"""Layers of mlx-lm's models whose relaid weights work together: one row per kind of model.
+
+A decode step of a small model spends much of its time between its products: in norms, additions and
+activations, and in the Python that builds them. Here a layer is four operations and its attention:
+norm, queries, keys and values; output and residual; norm, gate and up with the activation; down and
+residual. What is not relaid (an adapter, a dense layer) runs as it is, in its place.
+
+A row was made from functions of mlx-lm as they were read, and says so by their digest: where they
+differ, the layer stays mlx-lm's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx import nn
+
+from leankv_mlx.mlx_lm.patches import NAME as ATTENTION
+from leankv_mlx.projections import Norm, Relaid, products
+from leankv_mlx.projections.project import Gate
+
+_MODELS = "mlx_lm.models"
+_PLAN = "_leankv_fused"
+
+
+@dataclass(frozen=True)
+class Row:
+    """How the layers of one of mlx-lm's modules compute.
+
+    Attributes:
+        functions: digest of the functions that this stands for, see `digest`.
+        gate: the activation.
+        offset: what is added to the weights of norms.
+        sandwich: attention and MLP are followed by a norm each.
+        head_norms: queries and keys are normed by head.
+        joined: queries, keys and values are one weight, gate and up another.
+    """
+
+    functions: str
+    gate: Gate = "silu"
+    offset: float = 0.0
+    sandwich: bool = False
+    head_norms: bool = False
+    joined: bool = False
+
+
+ROWS: dict[str, Row] = {
+    "llama": Row("cb9fc5b8dfa8d2d5"),
+    "qwen2": Row("4e5429e7e25c8590"),
+    "qwen3": Row("c4c92d1d5c76ef8d", head_norms=True),
+    "gemma3_text": Row(
+        "b1b1187f2b8e0822", gate="gelu_approx", offset=1.0, sandwich=True, head_norms=True
+    ),
+    "phi3": Row("4375d6c9a849eef4", joined=True),
+}
+"""By the module that defines `TransformerBlock`, `Attention` and `MLP`."""
+
+
+def fuse(model: nn.Module) -> Callable[[], None]:
+    """Fuse the layers that a row knows and that have a relaid weight.
+
+    Returns:
+        What undoes it.
+    """
+    fused: list[Any] = []
+    for block in model.modules():
+        kind: Any = type(block)
+        row = row_of(kind)
+        if row is None or not _fits(block, row):
+            continue
+        object.__setattr__(block, _PLAN, _Plan(row, sys.modules[kind.__module__]))
+        block.__class__ = _fused_class(kind)
+        fused.append(block)
+
+    def undo() -> None:
+        for block in fused:
+            block.__class__ = type(block).__bases__[1]
+            object.__delattr__(block, _PLAN)
+
+    return undo
+
+
+def count(model: nn.Module) -> int:
+    """How many layers of a model are fused now."""
+    return sum(isinstance(module, _Fused) for module in model.modules())
+
+
+def row_of(block: Any) -> Row | None:
+    """The row of a class of layers, if it computes as the row says."""
+    package, _, name = block.__module__.rpartition(".")
+    row = ROWS.get(name) if package == _MODELS and block.__name__ == "TransformerBlock" else None
+    if row is None or issubclass(block, _Fused) or digest(block) != row.functions:
+        return None
+    return row
+
+
+@lru_cache
+def digest(block: Any) -> str:
+    """Of the source of what a class of layers computes; "" where there is none."""
+    module = sys.modules[block.__module__]
+    classes = [block, module.Attention, module.MLP]
+    if norm := vars(module).get("RMSNorm"):
+        classes.append(norm)
+    try:
+        source = "".join(inspect.getsource(cls.__call__) for cls in classes)
+    except (OSError, TypeError):
+        return ""
+    return hashlib.blake2b(source.encode(), digest_size=8).hexdigest()
+
+
+def _fits(block: Any, row: Row) -> bool:
+    """Whether a layer has the parts that its class makes, and one of them is relaid."""
+    module = sys.modules[type(block).__module__]
+    if type(block.self_attn) is not module.Attention or type(block.mlp) is not module.MLP:
+        return False
+    return any(
+        isinstance(part, Relaid) for part in (*block.self_attn.values(), *block.mlp.values())
+    )
+
+
+class _Plan:
+    """How one layer runs: its row, and what was made of its weights."""
+
+    def __init__(self, row: Row, module: Any) -> None:
+        self.row = row
+        self.module = module
+        self.names = vars(module)  # attention is looked up at each call: it may be patched
+        self.norm_type = self.names.get("RMSNorm", nn.RMSNorm)
+        self._norms: dict[str, tuple[mx.array, Norm]] = {}
+
+    def norm(self, block: Any, name: str) -> Norm | None:
+        """The norm of a layer by its name; None if it is of another kind."""
+        layer = block[name]
+        if type(layer) is not self.norm_type:
+            return None
+        weight, made = self._norms.get(name, (None, None))
+        if made is None or weight is not layer["weight"] or made.eps != layer.eps:
+            weight = layer["weight"]
+            made = Norm(weight + self.row.offset if self.row.offset else weight, layer.eps)
+            self._norms[name] = weight, made
+        return made
+
+
+class _Fused:
+    """What stands in for a `TransformerBlock`."""
+
+    def __call__(
+        self: Any, x: mx.array, mask: mx.array | str | None = None, cache: Any | None = None
+    ) -> mx.array:
+        plan: _Plan = vars(self)[_PLAN]
+        return _feed(self, plan, _attend(self, plan, x, mask, cache))
+
+
+@lru_cache
+def _fused_class(block: Any) -> type:
+    names = {"__module__": block.__module__, "__qualname__": block.__qualname__}
+    return type(block.__name__, (_Fused, block), names)
+
+
+def _attend(block: Any, plan: _Plan, x: mx.array, mask: Any, cache: Any) -> mx.array:
+    """x plus its attention: [B, L, K]."""
+    attention, row = block["self_attn"], plan.row
+    queries, keys, values = _heads(block, plan, x)
+    if row.head_norms:
+        queries, keys = attention["q_norm"](queries), attention["k_norm"](keys)
+    if cache is None:
+        queries, keys = attention["rope"](queries), attention["rope"](keys)
+    else:
+        offset = cache.offset
+        queries, keys = (
+            attention["rope"](queries, offset=offset),
+            attention["rope"](keys, offset=offset),
+        )
+        keys, values = cache.update_and_fetch(keys, values)
+    out = plan.names[ATTENTION](
+        queries, keys, values, cache=cache, scale=attention.scale, mask=mask
+    )
+    batch, _, length, _ = out.shape
+    if length > 1:
+        out = out.transpose(0, 2, 1, 3)
+    return _added(
+        block,
+        plan,
+        "post_attention_layernorm",
+        attention["o_proj"],
+        out.reshape(batch, length, -1),
+        x,
+    )
+
+
+def _heads(block: Any, plan: _Plan, x: mx.array) -> list[mx.array]:
+    """Queries, keys and values by head: [B, heads, L, D] each."""
+    attention = block["self_attn"]
+    counts = attention.n_heads, attention.n_kv_heads, attention.n_kv_heads
+    if plan.row.joined:
+        (out,) = _normed(block, plan, "input_layernorm", [attention["qkv_proj"]], x)
+        ends = [attention.n_heads * attention.head_dim]
+        ends.append(ends[0] + attention.n_kv_heads * attention.head_dim)
+        outs = list(mx.split(out, ends, axis=-1))
+    else:
+        layers = [attention["q_proj"], attention["k_proj"], attention["v_proj"]]
+        outs = _normed(block, plan, "input_layernorm", layers, x)
+    batch, length = x.shape[:2]
+    if length == 1:
+        return [out.reshape(batch, n, 1, -1) for out, n in zip(outs, counts, strict=True)]
+    return [
+        out.reshape(batch, length, n, -1).transpose(0, 2, 1, 3)
+        for out, n in zip(outs, counts, strict=True)
+    ]
+
+
+def _feed(block: Any, plan: _Plan, x: mx.array) -> mx.array:
+    """x plus what the MLP makes of it: [B, L, K]."""
+    mlp, row = block["mlp"], plan.row
+    before = "pre_feedforward_layernorm" if row.sandwich else "post_attention_layernorm"
+    if row.joined:
+        (out,) = _normed(block, plan, before, [mlp["gate_up_proj"]], x)
+        hidden = _gated(plan, *mx.split(out, 2, axis=-1))
+    else:
+        (hidden,) = _normed(block, plan, before, [mlp["gate_proj"], mlp["up_proj"]], x, row.gate)
+    return _added(block, plan, "post_feedforward_layernorm", mlp["down_proj"], hidden, x)
+
+
+def _normed(
+    block: Any,
+    plan: _Plan,
+    name: str,
+    layers: Sequence[Any],
+    x: mx.array,
+    gate: Gate | None = None,
+) -> list[mx.array]:
+    """The products of layers with the norm of x; with a gate what it makes of both."""
+    norm = plan.norm(block, name)
+    if norm is None or not _take(layers, x, norm.weight.dtype):
+        x = block[name](x)
+        outs = [layer(x) for layer in layers]
+        return outs if gate is None else [_gated(plan, *outs)]
+    held = layers[0].held
+    weights = [layer.relaid() for layer in layers]
+    biases = [dict.get(layer, "bias") for layer in layers]
+    return products(held.home.inputs, held.at, x, weights, biases=biases, norm=norm, gate=gate)
+
+
+def _added(
+    block: Any, plan: _Plan, after: str, layer: Any, x: mx.array, residual: mx.array
+) -> mx.array:
+    """The residual plus the product of a layer with x, normed by `after` if the row says so."""
+    if plan.row.sandwich:
+        added: mx.array = plan.names["clip_residual"](residual, block[after](layer(x)))
+        return added
+    if not _take([layer], x, residual.dtype):
+        return residual + cast(mx.array, layer(x))
+    held = layer.held
+    biases = [dict.get(layer, "bias")]
+    return products(
+        held.home.inputs, held.at, x, [layer.relaid()], biases=biases, residual=residual
+    )[0]
+
+
+def _take(layers: Sequence[Any], x: mx.array, other: mx.Dtype) -> bool:
+    """Whether layers are relaid, and give with x what has the dtype of x; `other` is added or
+    multiplied."""
+    dtype = x.dtype
+    wide = dtype == mx.float32
+    return (wide or other == dtype) and all(
+        isinstance(layer, Relaid) and (wide or layer.held.dtype == dtype) for layer in layers
+    )
+
+
+def _gated(plan: _Plan, gate: mx.array, up: mx.array) -> mx.array:
+    out: mx.array
+    out = plan.names["swiglu"](gate, up) if plan.row.gate == "silu" else nn.gelu_approx(gate) * up
+    return out
