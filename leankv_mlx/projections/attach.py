@@ -16,9 +16,7 @@ from leankv_mlx.errors import BackendUnavailableError
 from leankv_mlx.kernels import resolve_backend
 from leankv_mlx.projections.inputs import Input, Inputs, input_of
 from leankv_mlx.projections.layers import ARRAYS, PLAIN, RELAID, Held, Relaid
-
-BITS = (2, 3, 4, 5, 6, 8)
-GROUPS = (32, 64, 128)
+from leankv_mlx.projections.weight import BITS, GROUPS
 
 Undo = Callable[[], None]
 Fuse = Callable[[nn.Module], Undo]

@@ -5,7 +5,14 @@ bytes there. Here the codes of one channel lie together, for a tile of outputs: 
 multiplied is not read. The numbers are those of MLX (affine: code * scale + bias, for each output
 and group of inputs), and `restore` gives back its arrays bit for bit.
 
-Shapes: K inputs, N outputs, T tiles of `TILE` outputs (the last one padded with zeros).
+The layout. Shapes: K inputs, N outputs; a word has F = 32 // bits codes, and a tile P = `LANES` * F
+outputs (128 at 4 bits), so that the codes of a channel are one cache line of 64 bytes. T = ceil(N /
+P) tiles, the last one padded with zeros. Output n is in tile t = n // P; there p = n % P, field
+f = p // LANES and lane l = p % LANES, so that a field of all lanes is LANES outputs in a row:
+
+- codes uint32 [T, K, LANES]: its code for channel k is in word [t, k, l], in the `bits` bits from
+  bit f * bits on. Bits that F codes leave (2 at 3, 5 and 6 bits) are 0.
+- scales and biases [T, K / group, P]: at [t, k // group, p].
 """
 
 from __future__ import annotations
@@ -14,21 +21,31 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-TILE = 64
-"""Outputs whose codes lie side by side."""
+from leankv_mlx.errors import ShapeError
+
+LANES = 16
+"""Words of a channel in a tile: a cache line."""
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (32, 64, 128)
+
+
+def tile_outputs(bits: int) -> int:
+    """P: outputs of a tile."""
+    return LANES * (32 // bits)
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A quantized weight [N, K].
+    """A quantized weight [N, K], see the layout above.
 
     Attributes:
-        codes: uint32 [T, K, TILE * bits / 32].
-        scales: [K / group, T * TILE], of the dtype that the model has.
+        codes: uint32 [T, K, LANES].
+        scales: [T, K / group, P], of the dtype that the model has.
         biases: the same.
         outputs: N.
-        bits: of a code, 2 to 8.
-        group: inputs that share a scale and a bias.
+        bits: of a code, one of BITS.
+        group: inputs that share a scale and a bias, one of GROUPS.
     """
 
     codes: mx.array
@@ -54,22 +71,27 @@ def relay(codes: mx.array, scales: mx.array, biases: mx.array, group: int, bits:
 
     Args:
         codes: uint32 [N, K * bits / 32], as `mx.quantize` packs them.
-        scales: [N, K / group].
-        biases: [N, K / group].
+        scales: [N, K / group], float32, float16 or bfloat16.
+        biases: [N, K / group], of the same dtype.
+
+    Raises:
+        ShapeError: they are not the arrays of one weight.
     """
-    outputs = codes.shape[0]
-    plain = _unpacked(codes, bits)  # [N, K]
-    padded = _padded(plain)  # [T * TILE, K]
-    tiles = padded.reshape(-1, TILE, plain.shape[1]).transpose(0, 2, 1)
-    return Weight(_packed(tiles, bits), _padded(scales).T, _padded(biases).T, outputs, bits, group)
+    _check(codes, scales, biases, group, bits)
+    sides = (_by_tile(side, bits) for side in (scales, biases))
+    return Weight(_relaid(codes, group, bits), *sides, codes.shape[0], bits, group)
 
 
 def restore(weight: Weight) -> tuple[mx.array, mx.array, mx.array]:
     """MLX's arrays, bit for bit: codes [N, K * bits / 32], scales and biases [N, K / group]."""
-    plain = _unpacked(weight.codes, weight.bits)  # [T, K, TILE]
-    flat = plain.transpose(0, 2, 1).reshape(-1, weight.inputs)[: weight.outputs]
-    scales, biases = (mx.contiguous(x.T[: weight.outputs]) for x in (weight.scales, weight.biases))
-    return _packed(flat, weight.bits), scales, biases
+    fields = _fields(weight.codes, weight.bits)  # [T, K, LANES, F]
+    plain = fields.transpose(0, 3, 2, 1).reshape(-1, weight.inputs)[: weight.outputs]
+    sides = (
+        mx.contiguous(side.swapaxes(1, 2).reshape(-1, side.shape[1])[: weight.outputs])
+        for side in (weight.scales, weight.biases)
+    )
+    scales, biases = sides
+    return _packed(plain, weight.bits), scales, biases
 
 
 def rows(weight: Weight, ids: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
@@ -78,31 +100,72 @@ def rows(weight: Weight, ids: mx.array, dtype: mx.Dtype | None = None) -> mx.arr
     Args:
         dtype: what they are computed in and have; by default that of the scales.
     """
-    tiles, inside = ids // TILE, ids % TILE
-    codes = _unpacked(weight.codes[tiles], weight.bits)  # [..., K, TILE]
-    chosen = mx.take_along_axis(codes, inside[..., None, None], axis=-1)[..., 0]  # [..., K]
-    packed = _packed(chosen, weight.bits)
+    per_tile = tile_outputs(weight.bits)
+    tile, place = (ids // per_tile)[..., None], (ids % per_tile)[..., None]
+    words = _taken(weight.codes, tile, place % LANES)  # [..., K]
+    shifts = (place // LANES * weight.bits).astype(mx.uint32)
+    codes = (words >> shifts) & ((1 << weight.bits) - 1)
     dtype = dtype or weight.scales.dtype
-    scales, biases = (x.T[ids].astype(dtype) for x in (weight.scales, weight.biases))
-    return mx.dequantize(packed, scales, biases, weight.group, weight.bits)
+    sides = (_taken(side, tile, place).astype(dtype) for side in (weight.scales, weight.biases))
+    return mx.dequantize(_packed(codes, weight.bits), *sides, weight.group, weight.bits)
 
 
-def _padded(rows: mx.array) -> mx.array:
-    """With zeros to a multiple of TILE."""
-    short = -rows.shape[0] % TILE
+def _check(codes: mx.array, scales: mx.array, biases: mx.array, group: int, bits: int) -> None:
+    if bits not in BITS or group not in GROUPS:
+        raise ShapeError(
+            f"[relay] expected bits of {BITS} and groups of {GROUPS}, got {bits} and {group}."
+        )
+    inputs = group * scales.shape[-1]
+    fits = codes.ndim == scales.ndim == 2 and codes.dtype == mx.uint32
+    if not fits or codes.shape != (scales.shape[0], inputs * bits // 32) or not codes.size:
+        raise ShapeError(
+            f"[relay] expected codes uint32 [N, {inputs} * {bits} / 32] and scales [N, K / group], "
+            f"got {codes.dtype} {codes.shape} and {scales.shape}."
+        )
+    if biases.shape != scales.shape or biases.dtype != scales.dtype:
+        raise ShapeError(
+            f"[relay] expected biases as the scales {scales.shape}, {scales.dtype}, "
+            f"got {biases.shape}, {biases.dtype}."
+        )
+
+
+def _relaid(codes: mx.array, group: int, bits: int) -> mx.array:
+    """[N, K * bits / 32] -> [T, K, LANES]."""
+    ones = mx.ones((codes.shape[0], codes.shape[1] * 32 // bits // group))
+    plain = mx.dequantize(codes, ones, mx.zeros_like(ones), group, bits)  # exact: small integers
+    tiles = _padded(plain.astype(mx.uint32), bits).reshape(-1, 32 // bits, LANES, plain.shape[1])
+    shifts = (bits * mx.arange(32 // bits, dtype=mx.uint32))[:, None, None]
+    return mx.contiguous((tiles << shifts).sum(axis=1).astype(mx.uint32).swapaxes(1, 2))
+
+
+def _by_tile(side: mx.array, bits: int) -> mx.array:
+    """[N, K / group] -> [T, K / group, P]."""
+    tiles = _padded(side, bits).reshape(-1, tile_outputs(bits), side.shape[1])
+    return mx.contiguous(tiles.swapaxes(1, 2))
+
+
+def _padded(rows: mx.array, bits: int) -> mx.array:
+    """With zeros to a multiple of P."""
+    short = -rows.shape[0] % tile_outputs(bits)
     return mx.pad(rows, [(0, short), (0, 0)]) if short else rows
 
 
-def _unpacked(words: mx.array, bits: int) -> mx.array:
-    """Numbers [..., n] of `bits` bits, one after the other, from uint32 [..., n * bits / 32]."""
-    places = mx.arange(32, dtype=mx.uint32)
-    all_bits = (words[..., None] >> places) & 1
-    each = all_bits.reshape(*words.shape[:-1], -1, bits)
-    return (each << mx.arange(bits, dtype=mx.uint32)).sum(axis=-1).astype(mx.uint32)
+def _fields(words: mx.array, bits: int) -> mx.array:
+    """The codes of words: [..., F]."""
+    shifts = bits * mx.arange(32 // bits, dtype=mx.uint32)
+    return (words[..., None] >> shifts) & ((1 << bits) - 1)
 
 
-def _packed(numbers: mx.array, bits: int) -> mx.array:
-    """The inverse of `_unpacked`."""
-    each = (numbers[..., None] >> mx.arange(bits, dtype=mx.uint32)) & 1
-    all_bits = each.reshape(*numbers.shape[:-1], -1, 32)
-    return (all_bits << mx.arange(32, dtype=mx.uint32)).sum(axis=-1).astype(mx.uint32)
+def _packed(codes: mx.array, bits: int) -> mx.array:
+    """Codes uint32 [..., K], K a multiple of 32 -> [..., K * bits / 32] as MLX packs them: one
+    behind the other, so that 8 of them are `bits` bytes."""
+    eights = codes.astype(mx.uint64).reshape(*codes.shape[:-1], -1, 8)
+    joined = (eights << (bits * mx.arange(8, dtype=mx.uint64))).sum(axis=-1).astype(mx.uint64)
+    used = joined[..., None].view(mx.uint8)[..., :bits]
+    return mx.contiguous(used).reshape(*codes.shape[:-1], -1).view(mx.uint32)
+
+
+def _taken(tiles: mx.array, tile: mx.array, place: mx.array) -> mx.array:
+    """[T, n, P] at [tile, :, place] -> [..., n], for tile and place [..., 1]."""
+    _, n, width = tiles.shape
+    return tiles.reshape(-1)[(tile * n + mx.arange(n)) * width + place]
