@@ -20,10 +20,12 @@ from functools import lru_cache
 from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
 from leankv_mlx.mlx_lm.patches import NAME as ATTENTION
 from leankv_mlx.projections import Norm, Relaid, products
+from leankv_mlx.projections.heads import Turn, heads
 from leankv_mlx.projections.project import Gate
 
 _MODELS = "mlx_lm.models"
@@ -130,14 +132,14 @@ class _Plan:
 
     def __init__(self, row: Row, module: Any) -> None:
         self.row = row
-        self.module = module
         self.names = vars(module)  # attention is looked up at each call: it may be patched
         self.norm_type = self.names.get("RMSNorm", nn.RMSNorm)
         self._norms: dict[str, tuple[mx.array, Norm]] = {}
+        self._turn: tuple[Any, Turn | None] = None, None
 
-    def norm(self, block: Any, name: str) -> Norm | None:
-        """The norm of a layer by its name; None if it is of another kind."""
-        layer = block[name]
+    def norm(self, owner: Any, name: str) -> Norm | None:
+        """A norm by its name; None if it is of another kind."""
+        layer = owner[name]
         if type(layer) is not self.norm_type:
             return None
         weight, made = self._norms.get(name, (None, None))
@@ -146,6 +148,33 @@ class _Plan:
             made = Norm(weight + self.row.offset if self.row.offset else weight, layer.eps)
             self._norms[name] = weight, made
         return made
+
+    def turn(self, rope: Any) -> Turn | None:
+        """What turns heads as this layer of mlx-lm does; None if it does more than that."""
+        if self._turn[0] is not rope:
+            self._turn = rope, _turn_of(rope)
+        return self._turn[1]
+
+
+def _turn_of(rope: Any) -> Turn | None:
+    from mlx_lm.models.rope_utils import Llama3RoPE
+
+    if type(rope) is nn.RoPE and not rope.traditional:
+        return _usual_turn(rope.dims, rope.base, rope.scale)
+    if type(rope) is Llama3RoPE and not rope.traditional:
+        freqs = mx.reciprocal(rope._freqs)
+        mx.eval(freqs)
+        return Turn(freqs)
+    return None
+
+
+@lru_cache(maxsize=16)
+def _usual_turn(dims: int, base: float, scale: float) -> Turn:
+    half = dims // 2
+    step = float(np.log(np.float32(base)) / np.float32(half))  # rounded as MLX does it
+    freqs = mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * step)
+    mx.eval(freqs)
+    return Turn(freqs, scale)
 
 
 class _Fused:
@@ -166,54 +195,60 @@ def _fused_class(block: Any) -> type:
 
 def _attend(block: Any, plan: _Plan, x: mx.array, mask: Any, cache: Any) -> mx.array:
     """x plus its attention: [B, L, K]."""
-    attention, row = block["self_attn"], plan.row
-    queries, keys, values = _heads(block, plan, x)
-    if row.head_norms:
-        queries, keys = attention["q_norm"](queries), attention["k_norm"](keys)
-    if cache is None:
-        queries, keys = attention["rope"](queries), attention["rope"](keys)
-    else:
-        offset = cache.offset
-        queries, keys = (
-            attention["rope"](queries, offset=offset),
-            attention["rope"](keys, offset=offset),
-        )
+    attention = block["self_attn"]
+    queries, keys, values = _queries_keys_values(block, plan, x)
+    queries, keys = _turned(plan, attention, queries, keys, 0 if cache is None else cache.offset)
+    values = _split(values, attention.n_kv_heads)
+    if cache is not None:
         keys, values = cache.update_and_fetch(keys, values)
-    out = plan.names[ATTENTION](
-        queries, keys, values, cache=cache, scale=attention.scale, mask=mask
-    )
+    attend = plan.names[ATTENTION]
+    out = attend(queries, keys, values, cache=cache, scale=attention.scale, mask=mask)
     batch, _, length, _ = out.shape
     if length > 1:
         out = out.transpose(0, 2, 1, 3)
-    return _added(
-        block,
-        plan,
-        "post_attention_layernorm",
-        attention["o_proj"],
-        out.reshape(batch, length, -1),
-        x,
-    )
+    out = out.reshape(batch, length, -1)
+    return _added(block, plan, "post_attention_layernorm", attention["o_proj"], out, x)
 
 
-def _heads(block: Any, plan: _Plan, x: mx.array) -> list[mx.array]:
-    """Queries, keys and values by head: [B, heads, L, D] each."""
+def _queries_keys_values(block: Any, plan: _Plan, x: mx.array) -> list[mx.array]:
+    """[B, L, heads * D] each."""
     attention = block["self_attn"]
-    counts = attention.n_heads, attention.n_kv_heads, attention.n_kv_heads
-    if plan.row.joined:
-        (out,) = _normed(block, plan, "input_layernorm", [attention["qkv_proj"]], x)
-        ends = [attention.n_heads * attention.head_dim]
-        ends.append(ends[0] + attention.n_kv_heads * attention.head_dim)
-        outs = list(mx.split(out, ends, axis=-1))
-    else:
+    if not plan.row.joined:
         layers = [attention["q_proj"], attention["k_proj"], attention["v_proj"]]
-        outs = _normed(block, plan, "input_layernorm", layers, x)
+        return _normed(block, plan, "input_layernorm", layers, x)
+    (out,) = _normed(block, plan, "input_layernorm", [attention["qkv_proj"]], x)
+    first = attention.n_heads * attention.head_dim
+    ends = [first, first + attention.n_kv_heads * attention.head_dim]
+    return list(mx.split(out, ends, axis=-1))
+
+
+def _turned(
+    plan: _Plan, attention: Any, queries: mx.array, keys: mx.array, offset: Any
+) -> tuple[mx.array, mx.array]:
+    """Queries and keys by head, normed and at their positions: [B, heads, L, D]."""
+    names = ("q_norm", "k_norm") if plan.row.head_norms else ()
+    norms = [plan.norm(attention, name) for name in names]
+    turn = plan.turn(attention["rope"])
+    plain = turn is None or type(offset) is not int or None in norms
+    given = [queries, keys, *(norm.weight for norm in norms if norm is not None)]
+    if turn is not None and not plain and all(x.dtype == mx.float32 for x in given):
+        dim = queries.shape[-1] // attention.n_heads
+        both = (norms[0], norms[1]) if norms else (None, None)
+        return heads(queries, keys, dim, turn, offset, both)
+    queries = _split(queries, attention.n_heads)
+    keys = _split(keys, attention.n_kv_heads)
+    if names:
+        queries, keys = attention["q_norm"](queries), attention["k_norm"](keys)
+    rope = attention["rope"]
+    return rope(queries, offset=offset), rope(keys, offset=offset)
+
+
+def _split(x: mx.array, count: int) -> mx.array:
+    """[B, L, heads * D] -> [B, heads, L, D]."""
     batch, length = x.shape[:2]
     if length == 1:
-        return [out.reshape(batch, n, 1, -1) for out, n in zip(outs, counts, strict=True)]
-    return [
-        out.reshape(batch, length, n, -1).transpose(0, 2, 1, 3)
-        for out, n in zip(outs, counts, strict=True)
-    ]
+        return x.reshape(batch, count, 1, -1)
+    return x.reshape(batch, length, count, -1).transpose(0, 2, 1, 3)
 
 
 def _feed(block: Any, plan: _Plan, x: mx.array) -> mx.array:

@@ -106,8 +106,10 @@ def rows(weight: Weight, ids: mx.array, dtype: mx.Dtype | None = None) -> mx.arr
     shifts = (place // LANES * weight.bits).astype(mx.uint32)
     codes = (words >> shifts) & ((1 << weight.bits) - 1)
     dtype = dtype or weight.scales.dtype
-    sides = (_taken(side, tile, place).astype(dtype) for side in (weight.scales, weight.biases))
-    return mx.dequantize(_packed(codes, weight.bits), *sides, weight.group, weight.bits)
+    scales, biases = (
+        _taken(side, tile, place).astype(dtype) for side in (weight.scales, weight.biases)
+    )
+    return mx.dequantize(_packed(codes, weight.bits), scales, biases, weight.group, weight.bits)
 
 
 def _check(codes: mx.array, scales: mx.array, biases: mx.array, group: int, bits: int) -> None:
