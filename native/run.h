@@ -51,6 +51,29 @@ void run_decode(const DecodeJob& job);
 void run_append(const Vectors& exact, int n_exact, const Vectors& rows, int n_rows,
                 const Rotation& rotation, int heads, const Output& out);
 
+// One of the weights that the inputs are multiplied with.
+struct Product {
+  Weight weight;
+  Vectors bias{};  // [1, 1, N], none without data
+  Output out{};    // [1, R, N]
+};
+
+struct ProjectJob {
+  Vectors x;  // [1, R, K]
+  int rows = 0, inputs = 0;
+  Vectors norm{};  // [1, 1, K], none without data
+  float eps = 0;
+  bool sparse = false;  // leave out the channels with |x| * norms <= threshold
+  float threshold = 0;
+  const float* norms = nullptr;  // [K], null for 1
+  const Product* products = nullptr;
+  int n = 0;
+  Gate gate = Gate::none;   // with one: gate(first) * second is the second's output, the only one
+  Vectors residual{};       // [1, R, N], none without data
+  int32_t* read = nullptr;  // channels that took part, summed over the rows; or null
+};
+void run_project(const ProjectJob& job);
+
 // Multiply-adds per second, n on each thread in use: the bound of attention's arithmetic.
 double multiply_add_rate(int64_t n);
 

@@ -24,9 +24,8 @@ import numpy as np
 from mlx import nn
 
 from leankv_mlx.mlx_lm.patches import NAME as ATTENTION
-from leankv_mlx.projections import Norm, Relaid, products
+from leankv_mlx.projections import Gate, Norm, Relaid, products
 from leankv_mlx.projections.heads import Turn, heads
-from leankv_mlx.projections.project import Gate
 
 _MODELS = "mlx_lm.models"
 _PLAN = "_leankv_fused"

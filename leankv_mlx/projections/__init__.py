@@ -12,12 +12,16 @@ from leankv_mlx.projections.attach import (
     report,
     why_not_native,
 )
+from leankv_mlx.projections.backends import resolve_backend
 from leankv_mlx.projections.inputs import Input, Inputs, input_of, products
 from leankv_mlx.projections.layers import Relaid
-from leankv_mlx.projections.project import Keep, Norm, Projected, project
+from leankv_mlx.projections.project import project
+from leankv_mlx.projections.types import Backend, Gate, Keep, Norm, Projected
 from leankv_mlx.projections.weight import Weight, relay, restore, rows
 
 __all__ = [
+    "Backend",
+    "Gate",
     "Input",
     "Inputs",
     "Keep",
@@ -34,6 +38,7 @@ __all__ = [
     "project",
     "relay",
     "report",
+    "resolve_backend",
     "restore",
     "rows",
     "why_not_native",

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx import nn
 
 from leankv_mlx.errors import BackendUnavailableError
-from leankv_mlx.kernels import resolve_backend
+from leankv_mlx.projections.backends import resolve_backend
 from leankv_mlx.projections.inputs import Input, Inputs, input_of
 from leankv_mlx.projections.layers import ARRAYS, PLAIN, RELAID, Held, Relaid
 from leankv_mlx.projections.weight import BITS, GROUPS

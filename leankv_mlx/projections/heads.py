@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from leankv_mlx.errors import ShapeError
 from leankv_mlx.kernels import cpu
-from leankv_mlx.projections.project import Norm
+from leankv_mlx.projections.types import Norm
 
 
 class Turn(NamedTuple):

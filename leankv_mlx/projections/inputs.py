@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple, Protocol
 
 import mlx.core as mx
 
-from leankv_mlx.projections.project import Gate, Keep, Norm, project
+from leankv_mlx.projections.project import project
+from leankv_mlx.projections.types import Gate, Keep, Norm
 from leankv_mlx.projections.weight import Weight
 
 Place = Literal["attention", "attention_out", "mlp", "mlp_out"]

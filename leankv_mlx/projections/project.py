@@ -3,48 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
 
 import mlx.core as mx
-from mlx import nn
 
-from leankv_mlx.projections.weight import Weight, restore
+from leankv_mlx.errors import ShapeError
+from leankv_mlx.projections.backends import resolve_backend
+from leankv_mlx.projections.types import Backend, Gate, Inputs, Keep, Norm, Projected
+from leankv_mlx.projections.weight import Weight
 
-Gate = Literal["silu", "gelu", "gelu_approx"]
+__all__ = ["Gate", "Keep", "Norm", "Projected", "project"]
 
-_GATES = {"silu": nn.silu, "gelu": nn.gelu, "gelu_approx": nn.gelu_approx}
-
-
-class Norm(NamedTuple):
-    """A root-mean-square norm of the inputs: weight [K], epsilon."""
-
-    weight: mx.array
-    eps: float
-
-
-class Keep(NamedTuple):
-    """Which input channels take part: those with |x| * norms > threshold (TEAL, arXiv 2408.14690;
-    with norms of the weight's columns WINA, arXiv 2505.19427). A channel that does not counts as 0.
-
-    Attributes:
-        threshold: at least 0.
-        norms: float32 [K]; None for 1.
-    """
-
-    threshold: float
-    norms: mx.array | None = None
-
-
-class Projected(NamedTuple):
-    """One output [..., N] for each weight (with a gate one for both), in the dtype of the inputs.
-
-    Attributes:
-        read: with `Keep`, int32 []: input channels that took part, summed over the rows. None
-            without.
-    """
-
-    outs: list[mx.array]
-    read: mx.array | None = None
+_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 
 def project(
@@ -56,37 +25,53 @@ def project(
     keep: Keep | None = None,
     residual: mx.array | None = None,
     gate: Gate | None = None,
+    backend: Backend | None = None,
 ) -> Projected:
     """x by the transpose of each weight; sums are in float32.
 
     Args:
-        x: inputs [..., K].
+        x: inputs [..., K], float32, float16 or bfloat16.
         weights: of the same K.
         biases: [N] of each weight, or None.
         norm: applied to the inputs first.
         keep: leave out the channels that hardly count, after the norm.
-        residual: [..., N], added to the output; with one weight only.
-        gate: with two weights, gate(first output) * second output is the only output.
+        residual: [..., N], added to the output; with one output only.
+        gate: with two weights of the same N, gate(first output) * second output is the only output.
+        backend: who computes it; None for the best that runs here.
+
+    Raises:
+        ShapeError: something does not fit the weights.
     """
-    inputs = x.astype(mx.float32)
-    if norm is not None:
-        inputs = mx.fast.rms_norm(inputs, norm.weight.astype(mx.float32), norm.eps)
-    read = None
-    if keep is not None:
-        size = mx.abs(inputs) if keep.norms is None else mx.abs(inputs) * keep.norms
-        chosen = size > keep.threshold
-        inputs, read = mx.where(chosen, inputs, 0), chosen.sum().astype(mx.int32)
-    outs = []
-    for weight, bias in zip(weights, biases or [None] * len(weights), strict=True):
-        codes, scales, zeros = restore(weight)
-        dense = mx.dequantize(
-            codes, scales.astype(mx.float32), zeros.astype(mx.float32), weight.group, weight.bits
+    inputs = Inputs(x, weights, biases or [None] * len(weights), norm, keep, residual, gate)
+    _check(inputs)
+    return (backend or resolve_backend()).project(inputs)
+
+
+def _check(inputs: Inputs) -> None:
+    x, weights = inputs.x, inputs.weights
+    channels = x.shape[-1] if x.ndim else 0
+    if x.dtype not in _DTYPES or not weights or any(w.inputs != channels for w in weights):
+        raise ShapeError(
+            f"[project] expected floats [..., K] for weights of the same K, got {x.dtype} {x.shape} "
+            f"for K of {[w.inputs for w in weights]}."
         )
-        out = inputs @ dense.T
-        outs.append(out if bias is None else out + bias.astype(mx.float32))
-    if gate is not None:
-        first, second = outs
-        outs = [_GATES[gate](first) * second]
-    if residual is not None:
-        outs = [outs[0] + residual.astype(mx.float32)]
-    return Projected([out.astype(x.dtype) for out in outs], read)
+    outputs = [w.outputs for w in weights]
+    if inputs.gate is not None:
+        if len(outputs) != 2 or outputs[0] != outputs[1]:
+            raise ShapeError(
+                f"[project] a gate takes two weights of the same N, got N of {outputs}."
+            )
+        outputs = outputs[1:]
+    if [b.shape for b in inputs.biases if b is not None] != [
+        (w.outputs,) for w, b in zip(weights, inputs.biases, strict=True) if b is not None
+    ]:
+        raise ShapeError("[project] expected a bias [N] or None for each weight.")
+    residual, last = inputs.residual, (*x.shape[:-1], outputs[-1])
+    if residual is not None and (len(outputs) != 1 or residual.shape != last):
+        raise ShapeError(
+            f"[project] expected one output and a residual {last}, got {len(outputs)} and "
+            f"{residual.shape}."
+        )
+    norms = (inputs.norm and inputs.norm.weight, inputs.keep and inputs.keep.norms)
+    if any(given is not None and given.shape != (channels,) for given in norms):
+        raise ShapeError(f"[project] expected norms [{channels}].")

@@ -35,7 +35,7 @@ def tile_outputs(bits: int) -> int:
     return LANES * (32 // bits)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Weight:
     """A quantized weight [N, K], see the layout above.
 

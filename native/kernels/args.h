@@ -8,6 +8,8 @@
 #include <cstdint>
 
 #include "../layout.h"
+#include "../projection.h"
+#include "vectors.h"
 
 namespace leankv {
 
@@ -22,32 +24,6 @@ constexpr int kRowChunk = 8;  // query rows that share one decoding of a code
 
 constexpr int kMaxWidth = 16;      // floats of the widest vector
 constexpr int kPairs = kTile / 2;  // of the codes or factors of a tile, see kernels/pairs.h
-
-enum class Type { f32, f16, bf16 };
-
-LEANKV_INLINE constexpr int size_of(Type type) { return type == Type::f32 ? 4 : 2; }
-
-// Vectors [H, T, dim] with dense channels; strides in elements.
-struct Vectors {
-  const void* data = nullptr;
-  Type type = Type::f32;
-  int64_t head_stride = 0, row_stride = 0;
-
-  LEANKV_INLINE const char* row(int head, int64_t t) const {
-    return static_cast<const char*>(data) + (head * head_stride + t * row_stride) * size_of(type);
-  }
-};
-
-// The same to be written.
-struct Output {
-  void* data = nullptr;
-  Type type = Type::f32;
-  int64_t head_stride = 0, row_stride = 0;
-
-  LEANKV_INLINE char* row(int head, int64_t t) const {
-    return static_cast<char*>(data) + (head * head_stride + t * row_stride) * size_of(type);
-  }
-};
 
 // Signs and Walsh-Hadamard blocks (leankv_mlx/codec/rotation.py); none if signs is null.
 struct Rotation {
@@ -202,6 +178,18 @@ struct Kernels {
   void (*prefill)(const PrefillArgs&, int head, PrefillTile&);
   // At least n multiply-adds and nothing else, for benchmarks; returns how many.
   int64_t (*multiply_add)(int64_t n);
+  // Root-mean-square norm of a row [dim], dim a multiple of 32.
+  void (*norm)(float* row, const float* weight, float eps, int dim);
+  // A few rows by channels [first, last) of a tile, multiples of its group -> out [R, P].
+  void (*multiply)(const Weight&, const Channels&, int tile, int first, int last, float* out);
+  // Channels [first, first + n) of a tile, multiples of its group, as numbers -> panels of
+  // `columns` outputs, [ceil(P / columns), n, columns].
+  void (*unpack)(const Weight&, int tile, int first, int n, float* panels);
+  // Rows [n, block] by a panel [n, columns], n channels of both -> out [block, columns], or added
+  // to it.
+  void (*multiply_block)(const float* rows, const float* panel, int n, bool add, float* out);
+  int block, columns;
+  void (*finish)(const Finish&, const Products&);
 };
 
 extern const Kernels kAvx512, kAvx2, kNeon, kGeneric;

@@ -9,6 +9,7 @@
 #include "rows.h"
 #include "attention.h"
 #include "prefill.h"
+#include "project.h"
 #include "encode.h"
 #include "decode.h"
 #include "repack.h"
@@ -36,7 +37,14 @@ constexpr Kernels kernels(const char* name) {
           .unrotate = unrotate,
           .lanes = kRowLanes,
           .prefill = prefill,
-          .multiply_add = multiply_add};
+          .multiply_add = multiply_add,
+          .norm = norm,
+          .multiply = multiply,
+          .unpack = unpack,
+          .multiply_block = multiply_block,
+          .block = kColumns,
+          .columns = kRowLanes,
+          .finish = finish};
 }
 
 }  // namespace leankv::LEANKV_ISA

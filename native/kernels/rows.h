@@ -27,6 +27,23 @@ LEANKV_INLINE void write_vector(char* row, int i, vf x) {
   }
 }
 
+// The first n of a vector, n <= W.
+template <Type T>
+LEANKV_INLINE vf read_some(const char* row, int i, int n) {
+  if (n == W) return read_vector<T>(row, i);
+  char rest[4 * W] = {};
+  std::memcpy(rest, row + i * size_of(T), n * size_of(T));
+  return read_vector<T>(rest, 0);
+}
+
+template <Type T>
+LEANKV_INLINE void write_some(char* row, int i, int n, vf x) {
+  if (n == W) return write_vector<T>(row, i, x);
+  char rest[4 * W];
+  write_vector<T>(rest, 0, x);
+  std::memcpy(row + i * size_of(T), rest, n * size_of(T));
+}
+
 // f(std::integral_constant-like type tag) for a type known at run time.
 template <Type T>
 struct TypeTag {
@@ -52,9 +69,7 @@ inline void read(const Vectors& from, int head, int64_t first, int n, int dim, f
       const int whole = dim / W * W;
       for (int i = 0; i < whole; i += W) store(to + i, read_vector<T>(row, i));
       if (whole < dim) {
-        char rest[4 * W] = {};
-        std::memcpy(rest, row + whole * size_of(T), (dim - whole) * size_of(T));
-        const vf x = read_vector<T>(rest, 0);
+        const vf x = read_some<T>(row, whole, dim - whole);
         std::memcpy(to + whole, &x, 4 * (dim - whole));
       }
     }
@@ -72,9 +87,7 @@ inline void write(const Output& to, int head, int64_t first, int n, int dim, con
       if (whole < dim) {
         float rest[W] = {};
         std::memcpy(rest, from + whole, 4 * (dim - whole));
-        char bytes[4 * W];
-        write_vector<T>(bytes, 0, load(rest));
-        std::memcpy(row + whole * size_of(T), bytes, (dim - whole) * size_of(T));
+        write_some<T>(row, whole, dim - whole, load(rest));
       }
     }
   });

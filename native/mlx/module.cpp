@@ -1,4 +1,5 @@
-// The Python module leankv_mlx._native; leankv_mlx/kernels/cpu.py is its only user.
+// The Python module leankv_mlx._native; leankv_mlx/kernels/cpu.py and
+// leankv_mlx/projections/native.py are its users.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -10,8 +11,10 @@
 #include "../dispatch.h"
 #include "../run.h"
 #include "../thread_pool.h"
+#include "heads.h"
 #include "mlx/version.h"
 #include "primitives.h"
+#include "projections.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -38,6 +41,14 @@ Rounding rounding_of(const std::string& name) {
   if (name == "search") return Rounding::search;
   if (name == "rms") return Rounding::rms;
   throw std::invalid_argument("expected rounding search or rms.");
+}
+
+Gate gate_of(const std::optional<std::string>& name) {
+  if (!name) return Gate::none;
+  if (*name == "silu") return Gate::silu;
+  if (*name == "gelu") return Gate::gelu;
+  if (*name == "gelu_approx") return Gate::gelu_approx;
+  throw std::invalid_argument("expected gate silu, gelu or gelu_approx.");
 }
 
 }  // namespace
@@ -82,6 +93,28 @@ NB_MODULE(_native, m) {
   m.def("decode", &decode, "bodies"_a, "exact_k"_a, "exact_v"_a, "centers"_a.none(), "sinks"_a,
         "dtype"_a, "rotations"_a.none());
   m.def("append", &append, "exact_k"_a, "exact_v"_a, "k"_a, "v"_a, "rotations"_a);
+
+  nb::class_<WeightArrays>(m, "Weight")
+      .def(nb::init<mx::array, mx::array, mx::array, int, int, int>(), "codes"_a, "scales"_a,
+           "biases"_a, "outputs"_a, "bits"_a, "group"_a);
+  m.def(
+      "project",
+      [](const mx::array& x, const std::vector<WeightArrays>& weights,
+         const std::vector<std::optional<mx::array>>& biases,
+         const std::optional<std::pair<mx::array, float>>& norm, std::optional<float> threshold,
+         const std::optional<mx::array>& norms, const std::optional<mx::array>& residual,
+         const std::optional<std::string>& gate) {
+        return project(x, weights, biases,
+                       {.norm = norm,
+                        .threshold = threshold,
+                        .norms = norms,
+                        .residual = residual,
+                        .gate = gate_of(gate)});
+      },
+      "x"_a, "weights"_a, "biases"_a, "norm"_a.none(), "threshold"_a.none(), "norms"_a.none(),
+      "residual"_a.none(), "gate"_a.none());
+  m.def("heads", &heads, "queries"_a, "keys"_a, "dim"_a, "freqs"_a, "scale"_a, "offset"_a,
+        "query_norm"_a.none(), "key_norm"_a.none());
 }
 
 }  // namespace leankv

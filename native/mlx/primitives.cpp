@@ -1,45 +1,14 @@
 #include "primitives.h"
 
 #include <array>
-#include <functional>
 
-#include "inputs.h"
 #include "mlx/ops.h"
-#include "mlx/primitives.h"
+#include "operation.h"
 
 namespace leankv {
 namespace {
 
-using Arrays = std::vector<mx::array>;
 using Rotations = std::pair<RotationArrays, RotationArrays>;
-
-mx::Stream cpu_stream() { return mx::default_stream(mx::Device::cpu); }
-
-// A primitive that allocates its outputs and runs in its stream what task() returns.
-class Operation : public mx::Primitive {
- public:
-  using mx::Primitive::Primitive;
-
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    for (const auto& a : inputs) encoder.set_input_array(a);
-    for (auto& a : outputs) {
-      allocate(a);
-      encoder.set_output_array(a);
-    }
-    Reader reader(inputs, stream());
-    encoder.dispatch(task(inputs, reader, outputs));
-  }
-
-  void eval_gpu(const Arrays&, Arrays&) override {
-    throw std::runtime_error(std::string(name()) + " runs on the CPU only.");
-  }
-
- protected:
-  // Plain numbers and pointers, which stay valid: MLX holds inputs, outputs and copies until the
-  // stream is past them. It must not use `this`, which may be gone when it runs.
-  virtual std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const = 0;
-};
 
 // The parts of a sequence that several operations share.
 struct Parts {

@@ -1,0 +1,54 @@
+"""The native CPU backend: primitives of the extension `leankv_mlx._native` (see native/)."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import mlx.core as mx
+
+from leankv_mlx.errors import BackendUnavailableError
+from leankv_mlx.kernels import cpu
+from leankv_mlx.projections.types import Backend, Inputs, Projected
+from leankv_mlx.projections.weight import Weight
+
+_handles: WeakKeyDictionary[Weight, Any] = WeakKeyDictionary()
+"""The extension's own objects for the weights."""
+
+
+def make() -> Backend:
+    """The backend.
+
+    Raises:
+        BackendUnavailableError: the extension is not there or does not fit, or MLX computes on
+            another device.
+    """
+    if mx.default_device().type != mx.DeviceType.cpu:
+        raise BackendUnavailableError("MLX computes on another device than the CPU.")
+    cpu.load()
+    return Backend("cpu", project_native)
+
+
+def project_native(inputs: Inputs) -> Projected:
+    """Native implementation of `project`."""
+    keep = inputs.keep
+    outs = cpu.load().project(
+        inputs.x,
+        [_handle(weight) for weight in inputs.weights],
+        list(inputs.biases),
+        inputs.norm,
+        None if keep is None else keep.threshold,
+        None if keep is None else keep.norms,
+        inputs.residual,
+        inputs.gate,
+    )
+    return Projected(outs) if keep is None else Projected(outs[:-1], outs[-1])
+
+
+def _handle(weight: Weight) -> Any:
+    found = _handles.get(weight)
+    if found is None:
+        found = _handles[weight] = cpu.load().Weight(
+            weight.codes, weight.scales, weight.biases, weight.outputs, weight.bits, weight.group
+        )
+    return found

@@ -1,0 +1,42 @@
+"""The operation in MLX ops, on any device: what all other implementations are compared with."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx import nn
+
+from leankv_mlx.projections.types import Backend, Inputs, Projected
+from leankv_mlx.projections.weight import restore
+
+_GATES = {"silu": nn.silu, "gelu": nn.gelu, "gelu_approx": nn.gelu_approx}
+
+
+def make() -> Backend:
+    """The backend."""
+    return Backend("reference", project_ops)
+
+
+def project_ops(inputs: Inputs) -> Projected:
+    """Ops-based reference implementation of `project`."""
+    x = inputs.x.astype(mx.float32)
+    if inputs.norm is not None:
+        x = mx.fast.rms_norm(x, inputs.norm.weight.astype(mx.float32), inputs.norm.eps)
+    read = None
+    if inputs.keep is not None:
+        size = mx.abs(x) if inputs.keep.norms is None else mx.abs(x) * inputs.keep.norms
+        chosen = ~(size <= inputs.keep.threshold)
+        x, read = mx.where(chosen, x, 0), chosen.sum().astype(mx.int32)
+    outs = []
+    for weight, bias in zip(inputs.weights, inputs.biases, strict=True):
+        codes, scales, zeros = restore(weight)
+        dense = mx.dequantize(
+            codes, scales.astype(mx.float32), zeros.astype(mx.float32), weight.group, weight.bits
+        )
+        out = x @ dense.T
+        outs.append(out if bias is None else out + bias.astype(mx.float32))
+    if inputs.gate is not None:
+        first, second = outs
+        outs = [_GATES[inputs.gate](first) * second]
+    if inputs.residual is not None:
+        outs = [outs[0] + inputs.residual.astype(mx.float32)]
+    return Projected([out.astype(inputs.x.dtype) for out in outs], read)

@@ -1,0 +1,35 @@
+// The operations with quantized weights as lazy MLX arrays. Shapes and meaning are those of
+// leankv_mlx/projections/.
+#pragma once
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "../run.h"
+#include "mlx/array.h"
+
+namespace leankv {
+
+namespace mx = mlx::core;
+
+struct WeightArrays {
+  mx::array codes, scales, zeros;
+  int outputs, bits, group;
+};
+
+struct ProjectOptions {
+  std::optional<std::pair<mx::array, float>> norm;  // weight and epsilon
+  std::optional<float> threshold;
+  std::optional<mx::array> norms;
+  std::optional<mx::array> residual;
+  Gate gate = Gate::none;
+};
+
+// x [..., K] -> [..., N] of each weight (with a gate one output for two), in the dtype of x; with a
+// threshold also how many channels took part, int32 [].
+std::vector<mx::array> project(const mx::array& x, const std::vector<WeightArrays>& weights,
+                               const std::vector<std::optional<mx::array>>& biases,
+                               const ProjectOptions& options);
+
+}  // namespace leankv
