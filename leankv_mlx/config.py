@@ -23,6 +23,7 @@ from leankv_mlx.settings import (
 
 Rounding = Literal["search", "rms", "optimal"]
 BackendName = Literal["auto", "metal", "cuda", "cpu", "reference"]
+Products = Literal["auto", "native", "mlx"]
 RotationName = Literal["hadamard", "none"]
 
 _CHOICES: dict[str, tuple[str, Mapping[str, type[Any]], type[Any]]] = {
@@ -57,6 +58,8 @@ class CompressionConfig:
             `kernels.decode_attention`; 0 reads all of them.
         layer_bits: bits of each layer in place of k_bits and v_bits; () for all alike.
         backend: which implementation runs the kernels; "auto" takes the best one present.
+        projections: what multiplies quantized weights: "native" products, "mlx" for MLX's own, or
+            "auto": native ones on a CPU that has them.
         idle: names and values that a profile or a file gave and that another policy would read.
             They do nothing, but the text form keeps them, because it names what was stored.
 
@@ -77,6 +80,7 @@ class CompressionConfig:
     skip: float = 0.0
     layer_bits: tuple[Bits, ...] = ()
     backend: BackendName = "auto"
+    projections: Products = "auto"
     idle: tuple[tuple[str, Any], ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -100,6 +104,12 @@ class CompressionConfig:
         low = self.policy.low_tier(self.k_bits, self.v_bits)
         high = self.k_bits, self.v_bits
         return (high,) if low is None else (high, low)
+
+    @property
+    def portable(self) -> CompressionConfig:
+        """The settings without those that change how a cache is computed and not what is in it:
+        no part of what is stored."""
+        return replace(self, backend="auto", projections="auto")
 
     def for_layer(self, index: int, layers: int) -> CompressionConfig:
         """The settings of one of the compressed layers of a model.

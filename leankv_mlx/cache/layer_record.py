@@ -34,17 +34,12 @@ _MAX_SPEC = 1000
 Tensors = dict[str, mx.array]
 
 
-def portable(config: CompressionConfig) -> CompressionConfig:
-    """The settings without the backend, which is no part of a file."""
-    return replace(config, backend="auto")
-
-
 def written(cache: CompressedKVCache, name: str, tensors: Tensors) -> dict[str, Any]:
     """What the header says about a layer; its arrays go to `tensors`, under names that begin with
     its own."""
     state = cache.state
     record: dict[str, Any] = {
-        "kv": portable(cache.config).spec(),
+        "kv": cache.config.portable.spec(),
         "keep_fetched": state.keep_fetched,
     }
     if (layer := state.layer) is None:

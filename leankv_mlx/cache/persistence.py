@@ -18,7 +18,7 @@ import mlx.core as mx
 from leankv_mlx.cache import container, layer_record
 from leankv_mlx.cache.compressed import CompressedKVCache
 from leankv_mlx.cache.container import DamagedError
-from leankv_mlx.cache.layer_record import LAYERS, Tensors, portable
+from leankv_mlx.cache.layer_record import LAYERS, Tensors
 from leankv_mlx.cache.lists import unite
 from leankv_mlx.config import BackendName, CompressionConfig
 from leankv_mlx.errors import CacheFileError, ConfigError, UnsupportedError
@@ -60,7 +60,7 @@ class PromptCache:
     @property
     def configs(self) -> list[CompressionConfig]:
         """Settings of the compressed layers, each once, without the backend."""
-        found = (portable(c.config) for c in self.caches if isinstance(c, CompressedKVCache))
+        found = (c.config.portable for c in self.caches if isinstance(c, CompressedKVCache))
         return list(dict.fromkeys(found))
 
 

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -94,8 +94,8 @@ def model_identity(path: Path) -> str:
 
 
 def kv_name(config: CompressionConfig | None) -> str:
-    """The setting as a key has it: the backend is no part of it."""
-    return kv_text(None if config is None else replace(config, backend="auto"))
+    """The setting as a key has it: what computes it is no part of it."""
+    return kv_text(None if config is None else config.portable)
 
 
 def cache_limit() -> int:

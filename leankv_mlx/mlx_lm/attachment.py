@@ -16,7 +16,9 @@ from leankv_mlx.errors import ModelError, UnsupportedError
 from leankv_mlx.kernels import resolve_backend
 from leankv_mlx.mlx_lm import patches
 from leankv_mlx.mlx_lm.precision import weights_dtype
+from leankv_mlx.mlx_lm.projecting import projections_of
 from leankv_mlx.mlx_lm.quirks import left_alone, quirks_of
+from leankv_mlx.projections import ProjectionReport, report
 
 _MISSING = object()
 _LOCK = threading.Lock()
@@ -90,6 +92,7 @@ class Attachment:
         self._final: list[str] = []
         self._exact_dtype = weights_dtype(model)
         self._entries = own_caches(model)
+        self._projections = projections_of(model, config.projections)
 
     def start(self) -> Attachment:
         """Begin; every call needs its `stop`."""
@@ -105,6 +108,11 @@ class Attachment:
             current.active.append(self)
             self._maker = current
             patches.patch(self._targets)
+        try:
+            self._projections.start()
+        except BaseException:
+            self.stop()
+            raise
         return self
 
     def stop(self) -> None:
@@ -113,6 +121,7 @@ class Attachment:
             self._depth = max(0, self._depth - 1)
             if self._depth or self._maker is None:
                 return
+            self._projections.stop()
             self._final = self._attention()
             self._caches = None
             patches.unpatch(self._targets)
@@ -173,6 +182,12 @@ class Attachment:
                 reason += "; keeps every token, because its attention does not go through the cache"
             rows.append(LayerReport(index, type(entry).__name__, refused is None, reason, path))
         return rows
+
+    @property
+    def projections(self) -> list[ProjectionReport]:
+        """One row per quantized layer of the model: whether its products are native, or why not;
+        empty with MLX's own."""
+        return report(self.model) if self._projections.native else []
 
     @property
     def caches(self) -> list[Any]:

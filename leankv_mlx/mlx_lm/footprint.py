@@ -16,6 +16,7 @@ from leankv_mlx.config import CompressionConfig
 from leankv_mlx.mlx_lm.attachment import Attachment, own_caches
 from leankv_mlx.mlx_lm.machine import memory_size
 from leankv_mlx.mlx_lm.precision import weights_dtype
+from leankv_mlx.projections import Relaid
 
 _SPARE = 0.75
 """Share of the machine's memory that model and cache may take, if no budget is given."""
@@ -120,9 +121,13 @@ def _layers(cache: Any, compressed: bool, exact: mx.Dtype | None) -> Iterator[_L
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters."""
+    """Bytes of a model's parameters, as they are held."""
     parameters: Any = tree_flatten(model.parameters())
-    return sum(array.nbytes for _, array in parameters)
+    total = sum(array.nbytes for _, array in parameters)
+    for layer in model.modules():
+        if isinstance(layer, Relaid) and (held := layer.held.weight) is not None:
+            total += held.nbytes - sum(x.nbytes for x in layer.shown().values())
+    return int(total)
 
 
 def spare_memory(model: nn.Module) -> int:

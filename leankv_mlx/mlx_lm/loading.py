@@ -15,10 +15,12 @@ import mlx.core as mx
 from mlx import nn
 
 from leankv_mlx import terminal
+from leankv_mlx.config import Products
 from leankv_mlx.errors import ContextLengthError, ModelError
 from leankv_mlx.folders import expanded
 from leankv_mlx.mlx_lm.context import context_length
 from leankv_mlx.mlx_lm.precision import compute_in_float32
+from leankv_mlx.mlx_lm.projecting import is_native, projections_of
 from leankv_mlx.models.container import has_magic
 from leankv_mlx.models.conversion import ORIGIN
 from leankv_mlx.models.kept import Note, kept
@@ -59,11 +61,14 @@ class Loaded(NamedTuple):
     config: dict[str, Any]
 
 
-def load(model: str | Path | None = None, **options: Any) -> LoadedModel:
+def load(
+    model: str | Path | None = None, projections: Products = "auto", **options: Any
+) -> LoadedModel:
     """Load a model with mlx-lm.
 
     Args:
         model: a folder, a GGUF file, a hub id, or None for the bundled demo model.
+        projections: what multiplies quantized weights, as in `CompressionConfig`.
         options: further arguments of `mlx_lm.load`.
 
     Raises:
@@ -72,16 +77,21 @@ def load(model: str | Path | None = None, **options: Any) -> LoadedModel:
     from mlx_lm import load as mlx_lm_load
 
     path = resolve_model(model)
-    return LoadedModel(*load_from(mlx_lm_load, path, **options), path)
+    return LoadedModel(*load_from(mlx_lm_load, path, projections, **options), path)
 
 
-def load_from(loader: Callable[..., Any], path: Path, **options: Any) -> Loaded:
+def load_from(
+    loader: Callable[..., Any], path: Path, projections: Products = "auto", **options: Any
+) -> Loaded:
     """Call mlx-lm's `load` (or a namesake) on a folder; on the CPU the model then computes in
-    float32, see `precision`. The bundled model stays bf16, which all that is said of it is about.
+    float32, see `precision`, and its quantized layers through `projections`, for good. The bundled
+    model stays bf16, which all that is said of it is about.
 
     Raises:
+        BackendUnavailableError: native products are asked for and do not run here.
         ModelError: the files are damaged, or mlx-lm does not know this kind of model.
     """
+    native = is_native(projections)
     try:
         loaded = Loaded(*loader(str(path), **{**options, "return_config": True}))
         _be_silent_about_length(loaded.tokenizer)
@@ -90,7 +100,10 @@ def load_from(loader: Callable[..., Any], path: Path, **options: Any) -> Loaded:
         if half is not None and mx.default_device() == mx.gpu:
             loaded.model.set_dtype(half)
         if path != demo_model():
-            compute_in_float32(loaded.model, options.get("lazy", False), half=half)
+            lazy = options.get("lazy", False)
+            compute_in_float32(loaded.model, lazy, half=half, projected=native)
+            if native:
+                projections_of(loaded.model, "native", lazy).start()
         return loaded
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"cannot load the model in {path}: {_one_line(error)}") from error

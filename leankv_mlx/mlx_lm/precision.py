@@ -2,10 +2,10 @@
 
 MLX's products in half precision are slow on a CPU: a quantized one takes 20 to 65 times as long as
 in float32, a dense one 5 to 50 times as long as OpenBLAS. So 16-bit parameters, the scales and
-biases of quantized layers among them, become float32 when a model is loaded. If it is small enough
-its quantized layers become dense too, because MLX's quantized product runs in one thread and reads
-the weights again for every row. Weights keep their values: replies are those of the same weights in
-float32.
+biases of quantized layers among them, become float32 when a model is loaded. Quantized layers that
+`projections` multiplies stay quantized. The others become dense too if the model is small enough,
+because MLX's quantized product runs in one thread and reads the weights again for every row.
+Weights keep their values: replies are those of the same weights in float32.
 
 On other devices, and with LEANKV_PRECISION=file, a model stays as its files have it.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Container
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from leankv_mlx.mlx_lm.machine import memory_size, on_cpu
+from leankv_mlx.projections import report, why_not_native
 
 DENSE_BYTES = 8 * 2**30
 """Largest float32 model that quantized layers are made dense for; the machine must have four times
@@ -38,10 +40,9 @@ def policy() -> str:
         return "as in the model's files"
     if _declined():
         return "as in the model's files (LEANKV_PRECISION=file)"
-    return (
-        "16-bit weights compute in float32, quantized ones unpacked up to "
-        f"{_most_dense() / 1e9:.1f} GB"
-    )
+    unpacked = f"unpacked up to {_most_dense() / 1e9:.1f} GB"
+    quantized = unpacked if why_not_native() else "multiplied by native products"
+    return f"16-bit weights compute in float32, quantized ones {quantized}"
 
 
 def compute_in_float32(
@@ -49,6 +50,7 @@ def compute_in_float32(
     lazy: bool = False,
     dense_bytes: int | None = None,
     half: mx.Dtype | None = None,
+    projected: bool = False,
 ) -> None:
     """Let a model that was just loaded compute in float32, if MLX computes on the CPU.
 
@@ -60,18 +62,21 @@ def compute_in_float32(
             `DENSE_BYTES` or a quarter of the memory, whichever is less.
         half: the 16-bit dtype of the weights, where the parameters need not say; by default that
             of most of them.
+        projected: layers that `projections` knows stay quantized, and unevaluated, because they are
+            relaid next.
     """
     if not on_cpu() or _declined():
         return
     half = half or _half_dtype(model)
-    if float32_bytes(model) <= (_most_dense() if dense_bytes is None else dense_bytes):
-        _unpack(model, lazy)
+    kept = {row.name for row in report(model) if not row.reason} if projected else set()
+    if float32_bytes(model, kept) <= (_most_dense() if dense_bytes is None else dense_bytes):
+        _unpack(model, kept, lazy)
     if half is None:
         return
-    for module in model.modules()[::-1]:  # from the leaves up
+    for name, module in model.named_modules()[::-1]:  # from the leaves up
         module.set_dtype(mx.float32, _is_half)
-        if not lazy:
-            mx.eval(module.parameters())
+        if not lazy and name not in kept:
+            mx.eval([array for array in module.values() if isinstance(array, mx.array)])
     # A plain attribute: no parameter, and gone with the model.
     object.__setattr__(model, _NOTE, half)
 
@@ -83,12 +88,16 @@ def weights_dtype(model: nn.Module) -> mx.Dtype | None:
     return found
 
 
-def float32_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters as dense float32; layers that stay quantized count as they are."""
+def float32_bytes(model: nn.Module, kept: Container[str] = ()) -> int:
+    """Bytes of the parameters as dense float32; layers that stay quantized count as they are.
+
+    Args:
+        kept: paths of layers that stay so.
+    """
     total = sum(_as_float32(array) for _, array in _flat(model.parameters()))
-    for _, module in model.named_modules():
-        if type(module) in _QUANTIZED:
-            packed = (module.get(name) for name in ("weight", "scales", "biases"))
+    for name, module in model.named_modules():
+        if type(module) in _QUANTIZED and name not in kept:
+            packed = (module.get(key) for key in ("weight", "scales", "biases"))
             total -= sum(_as_float32(array) for array in packed if array is not None)
             total += 4 * module["weight"].size * 32 // module.bits
     return total
@@ -102,12 +111,12 @@ def _most_dense() -> int:
     return min(DENSE_BYTES, memory_size() // _DENSE_SHARE)
 
 
-def _unpack(model: nn.Module, lazy: bool) -> None:
-    """Put a dense layer in the place of each quantized one; one that stands in several places is
-    one layer afterwards, too."""
+def _unpack(model: nn.Module, kept: Container[str], lazy: bool) -> None:
+    """Put a dense layer in the place of each quantized one that is not kept; one that stands in
+    several places is one layer afterwards, too."""
     made: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
-        if type(module) not in _QUANTIZED:
+        if type(module) not in _QUANTIZED or name in kept:
             continue
         dense = made.get(id(module))
         if dense is None:

@@ -130,14 +130,19 @@ def restore(weight: Weight) -> tuple[mx.array, mx.array, mx.array]:
     return codes, scales, biases
 
 
-def rows(weight: Weight, ids: mx.array) -> mx.array:
-    """Rows of the weight as `mx.dequantize` gives them: [..., K] for ids int [...], in the dtype
-    of the scales. What is no row gives any."""
+def rows(weight: Weight, ids: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
+    """Rows of the weight as `mx.dequantize` gives them: [..., K] for ids int [...]. What is no row
+    gives any.
+
+    Args:
+        dtype: what they have; by default that of the scales.
+    """
+    dtype = dtype or weight.scales.dtype
     native = _native()
     if native:
-        found: mx.array = native.rows(weight.native, ids)
+        found: mx.array = native.rows(weight.native, ids, dtype)
         return found
-    return rows_ops(weight, ids)
+    return rows_ops(weight, ids, dtype)
 
 
 def _native() -> Any | None:
@@ -150,14 +155,16 @@ def _native() -> Any | None:
         return None
 
 
-def rows_ops(weight: Weight, ids: mx.array) -> mx.array:
+def rows_ops(weight: Weight, ids: mx.array, dtype: mx.Dtype) -> mx.array:
     """Ops-based reference implementation of `rows`."""
     per_tile = tile_outputs(weight.bits)
     tile, place = (ids // per_tile)[..., None], (ids % per_tile)[..., None]
     words = _taken(weight.codes, tile, place % LANES)  # [..., K]
     shifts = (place // LANES * weight.bits).astype(mx.uint32)
     codes = (words >> shifts) & ((1 << weight.bits) - 1)
-    scales, biases = (_taken(side, tile, place) for side in (weight.scales, weight.biases))
+    scales, biases = (
+        _taken(side, tile, place).astype(dtype) for side in (weight.scales, weight.biases)
+    )
     return mx.dequantize(_packed(codes, weight.bits), scales, biases, weight.group, weight.bits)
 
 

@@ -11,6 +11,7 @@
 #include "../dispatch.h"
 #include "../run.h"
 #include "../thread_pool.h"
+#include "heads.h"
 #include "mlx/version.h"
 #include "primitives.h"
 #include "projections.h"
@@ -98,7 +99,7 @@ NB_MODULE(_native, m) {
            "biases"_a, "outputs"_a, "bits"_a, "group"_a);
   m.def("relay", &relay, "codes"_a, "bits"_a);
   m.def("restore", &restore, "weight"_a);
-  m.def("rows", &rows, "weight"_a, "ids"_a);
+  m.def("rows", &rows, "weight"_a, "ids"_a, "dtype"_a);
   m.def(
       "project",
       [](const mx::array& x, const std::vector<WeightArrays>& weights,
@@ -115,6 +116,8 @@ NB_MODULE(_native, m) {
       },
       "x"_a, "weights"_a, "biases"_a, "norm"_a.none(), "threshold"_a.none(), "norms"_a.none(),
       "residual"_a.none(), "gate"_a.none());
+  m.def("heads", &heads, "queries"_a, "keys"_a, "dim"_a, "freqs"_a, "scale"_a, "offset"_a,
+        "query_norm"_a.none(), "key_norm"_a.none());
 }
 
 }  // namespace leankv

@@ -155,7 +155,8 @@ class Rows : public Operation {
     weight.zeros = reader.dense<char>();
     weight.type = type_of(in[1]);
     const auto* ids = reader.dense<int32_t>();
-    const Output to{.data = out[0].data<char>(), .type = weight.type, .row_stride = weight.inputs};
+    const Output to{
+        .data = out[0].data<char>(), .type = type_of(out[0]), .row_stride = weight.inputs};
     return [weight, ids, n = static_cast<int>(in[3].size()), to] { run_rows(weight, ids, n, to); };
   }
 
@@ -176,11 +177,11 @@ mx::array restore(const WeightArrays& weight) {
                    std::make_shared<Restore>(cpu_stream(), weight.bits), {weight.codes});
 }
 
-mx::array rows(const WeightArrays& weight, const mx::array& ids) {
+mx::array rows(const WeightArrays& weight, const mx::array& ids, mx::Dtype dtype) {
   mx::Shape shape = ids.shape();
   shape.push_back(weight.codes.shape(1));
   return mx::array(
-      std::move(shape), weight.scales.dtype(),
+      std::move(shape), dtype,
       std::make_shared<Rows>(cpu_stream(), weight.outputs, weight.bits, weight.group),
       {weight.codes, weight.scales, weight.zeros, mx::astype(ids, mx::int32, cpu_stream())});
 }

@@ -38,7 +38,7 @@ mx::array relay(const mx::array& codes, int bits);
 // The inverse.
 mx::array restore(const WeightArrays& weight);
 
-// Rows int32 [..] of the weight -> [.., K], in the dtype of the scales.
-mx::array rows(const WeightArrays& weight, const mx::array& ids);
+// Rows int32 [..] of the weight -> [.., K].
+mx::array rows(const WeightArrays& weight, const mx::array& ids, mx::Dtype dtype);
 
 }  // namespace leankv

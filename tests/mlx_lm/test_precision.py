@@ -22,14 +22,17 @@ from leankv_mlx.documents.cache import DocumentCache
 from leankv_mlx.documents.prefix import Opener
 from leankv_mlx.evaluation.demo import run_demo
 from leankv_mlx.mlx_lm import LoadedModel, load
-from leankv_mlx.mlx_lm.attachment import make_caches
+from leankv_mlx.mlx_lm.attachment import make_caches, own_caches
 from leankv_mlx.mlx_lm.footprint import Footprint, weight_bytes
 from leankv_mlx.mlx_lm.machine import on_cpu
 from leankv_mlx.mlx_lm.precision import compute_in_float32, float32_bytes, weights_dtype
 from leankv_mlx.mlx_lm.usage import measure
+from leankv_mlx.projections import Relaid, is_attached, why_not_native
 from leankv_mlx.resources import demo_model
 from tests.cache.harness import feed, relative, tokens
 from tests.models import TINY
+
+native = pytest.mark.skipif(bool(why_not_native()), reason=why_not_native())
 
 pytestmark = pytest.mark.skipif(not on_cpu(), reason="MLX computes on another device")
 
@@ -199,9 +202,38 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_loading_a_folder_makes_it_compute_in_float32(folder: Path) -> None:
-    model = load(folder).model
+    model = load(folder, projections="mlx").model
     assert dtypes(model) == {mx.float32}
     assert weights_dtype(model) == mx.float16
+
+
+@native
+def test_what_is_projected_stays_quantized_and_computes_the_same(folder: Path) -> None:
+    dense, projected = (load(folder, projections=name).model for name in ("mlx", "native"))
+    assert is_attached(projected) and not is_attached(dense)
+    assert dtypes(projected) == {mx.float32, mx.uint32}
+    assert weights_dtype(projected) == mx.float16
+    assert {m.relaid().scales.dtype for m in projected.modules() if isinstance(m, Relaid)} == {
+        mx.float16
+    }
+    assert weight_bytes(projected) < 0.3 * weight_bytes(dense)
+    ids = tokens(40)
+    found, wanted = logits(projected, ids), logits(dense, ids)
+    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+    with attach(projected, "leankv:projections=mlx"):
+        assert not is_attached(projected)
+        assert (
+            np.abs(feed(projected, own_caches(projected), [ids]) - wanted).max()
+            < 1e-4 * np.abs(wanted).max()
+        )
+    assert is_attached(projected)
+
+
+def test_what_is_not_projected_becomes_dense() -> None:
+    model = with_adapters()
+    compute_in_float32(model, projected=True)
+    assert type(model.layers[0].self_attn.q_proj) is nn.QuantizedLinear
+    assert type(model.layers[2].self_attn.q_proj.linear) is nn.Linear
 
 
 def test_documents_are_kept_for_what_the_model_computes_in(
@@ -234,7 +266,7 @@ def test_a_lazy_load_reads_no_weights(folder: Path) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     model = load(folder, lazy=True).model
-    assert dtypes(model) == {mx.float32}
+    assert dtypes(model) <= {mx.float32, mx.uint32}
     assert mx.get_active_memory() - before < 10**6
 
 

@@ -132,7 +132,8 @@ class Generate(Session):
         """A bare `--kv` stands for the format of the file."""
         assert self.config is not None
         for config in loaded.configs:
-            config = replace(config, backend=self.config.backend)
+            ours = self.config
+            config = replace(config, backend=ours.backend, projections=ours.projections)
             if self.args.kv == BARE:
                 self.config = config
             elif config != self.config:

@@ -17,6 +17,7 @@ from leankv_mlx.mlx_lm.flags import add_flags
 from leankv_mlx.mlx_lm.loading import LoadedModel, fingerprint, load_from, resolve_model
 from leankv_mlx.mlx_lm.patches import printing, replaced
 from leankv_mlx.mlx_lm.precision import compute_in_float32
+from leankv_mlx.mlx_lm.projecting import is_native
 from leankv_mlx.mlx_lm.usage import Usage, measure, summary_line
 
 BARE = "leankv"
@@ -78,6 +79,7 @@ class Session:
         if self.config is None:
             return
         resolve_backend(self.config.backend)
+        is_native(self.config.projections)
         for name, flag in _IDLE_BESIDE_KV.items():
             if getattr(args, name, None) is not None:
                 raise UsageError(
@@ -96,7 +98,8 @@ class Session:
         """mlx-lm's `load`, with our errors; the model comes back attached."""
         with_config = options.pop("return_config", False)
         path = resolve_model(name)
-        loaded = load_from(lambda p, **o: original(p, *args, **o), path, **options)
+        projections = self.config.projections if self.config else "auto"
+        loaded = load_from(lambda p, **o: original(p, *args, **o), path, projections, **options)
         self._attach(loaded.model)
         if self.main_model is None:  # the draft model comes second
             self.main_model = LoadedModel(*loaded, path)
