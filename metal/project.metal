@@ -168,12 +168,11 @@ DEVFN int lkv_list(const THR lkv_inputs<T, W, R>& given, int first, uint lane,
   bool needed = false;
   UNROLL for (int r = 0; r < R; r++) {
     const int row = given.row + r;
-    const bool there = row < given.rows;
-    x[r] = there ? (float)given.x[(size_t)row * given.channels + channel] : 0.0f;
+    x[r] = row < given.rows ? (float)given.x[(size_t)row * given.channels + channel] : 0.0f;
     if (NORM) x[r] *= given.inverse[r] * (float)given.norm[channel];
     if (KEEP == LKV_ALL) continue;
     const float column = KEEP == LKV_BY_NORM ? given.columns[channel] : 1.0f;
-    const bool keep = there && !(metal::fabs(x[r]) * column <= given.threshold);  // or no number
+    const bool keep = !(metal::fabs(x[r]) * column <= given.threshold);  // NaN takes part
     x[r] = keep ? x[r] : 0.0f;
     kept += keep ? 1 : 0;
     needed = needed || keep;
