@@ -200,11 +200,9 @@ DEVFN void lkv_add_list(const DEV uint* codes, int first, int count, uint lane,
   lkv_words<V> words[lanes];
   UNROLL for (int i = 0; i < lanes; i++) {
     const int at = i * at_once + mine;
+    const int channel = KEEP == LKV_ALL ? first + at : list[lkv_list_place(at, at_once)];
     UNROLL for (int v = 0; v < V; v++) words[i].word[v] = 0u;
-    if (at < count) {
-      const int channel = KEEP == LKV_ALL ? first + at : list[lkv_list_place(at, at_once)];
-      words[i] = lkv_load_words<V>(codes, channel);
-    }
+    if (at < count) words[i] = lkv_load_words<V>(codes, channel);
   }
   UNROLL for (int i = 0; i < lanes; i++) {
     if (i * at_once >= count) break;
@@ -305,10 +303,10 @@ DEVFN float lkv_strip(const THR lkv_inputs<T, W, R>& given, const THR lkv_weight
     }
   }
   lkv_add_up<lanes, NSG>(outs, lane, simd_group, shared.outs, elements);
-  UNROLL for (int e = 0; e < E && weight.biased; e++) {
+  UNROLL for (int e = 0; e < E; e++) {
     int row, output;
     lkv_place<B, L, V, NSG>(e, strip, lane, simd_group, row, output);
-    if (output < weight.outputs) elements[e] += (float)weight.bias[output];
+    if (weight.biased && output < weight.outputs) elements[e] += (float)weight.bias[output];
   }
   return KEEP == LKV_ALL ? 0.0f : simd_sum((float)kept);
 }
