@@ -231,7 +231,7 @@ def project_table(rows: Sequence[static_project.ProjectRow]) -> Grid:
         ]
         for row in rows
     ]
-    note = "for a weight: instructions of a thread for all rows, bytes read with 16-bit scales"
+    note = "for a weight: instructions of a thread in the loop, all rows; bytes with 16-bit scales"
     return Grid("Products on CUDA, compiled and not run", header, cells, note)
 
 
