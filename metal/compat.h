@@ -47,6 +47,7 @@ namespace metal {
 DEVFN float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 DEVFN float max(float a, float b) { return ::fmaxf(a, b); }
 DEVFN float min(float a, float b) { return ::fminf(a, b); }
+DEVFN float fabs(float x) { return ::fabsf(x); }
 DEVFN float sqrt(float x) { return ::sqrtf(x); }
 DEVFN float log2(float x) { return ::log2f(x); }
 namespace fast {
@@ -64,6 +65,25 @@ DEVFN uint lkv_half_bits(float x) { return (uint)__half_as_ushort(__float2half_r
 template <int to>
 DEVFN float lkv_magic(uint x, int k) {
   return __uint_as_float(__byte_perm(x, 0x4B000000u, to == 0 ? 0x7440 | k : 0x7404 | (k << 4)));
+}
+
+// Byte k of x behind the exponent of 0.5. Its highest bit is 0.
+DEVFN float lkv_half_magic(uint x, int k) {
+  return __uint_as_float(__byte_perm(x, 0x3F000000u, 0x7044 | (k << 8)));
+}
+
+// Two words at an even one.
+DEVFN void lkv_load_pair(const DEV uint* at, THR uint& low, THR uint& high) {
+  const uint2 pair = *reinterpret_cast<const uint2*>(at);
+  low = pair.x;
+  high = pair.y;
+}
+
+// How many lanes before this one say yes; `count` are all that do.
+DEVFN int lkv_rank(bool yes, uint lane, THR int& count) {
+  const uint votes = __ballot_sync(0xffffffffu, yes);
+  count = __popc(votes);
+  return __popc(votes & ((1u << lane) - 1u));
 }
 
 // The lane with the number in the low B bits of `code`; the hardware ignores the others.
@@ -100,6 +120,21 @@ DEVFN float lkv_magic(uint x, int k) {
   const uint byte = (shift < 0 ? x << (shift < 0 ? -shift : 0) : x >> (shift < 0 ? 0 : shift)) &
                     (0xffu << (8 * to));
   return as_type<float>(byte | 0x4B000000u);
+}
+
+DEVFN float lkv_half_magic(uint x, int k) {
+  const uint byte = k < 2 ? x << (k < 2 ? 16 - 8 * k : 0) : x >> (k < 2 ? 0 : 8 * k - 16);
+  return as_type<float>((byte & 0x7F0000u) | 0x3F000000u);
+}
+
+DEVFN void lkv_load_pair(const DEV uint* at, THR uint& low, THR uint& high) {
+  low = at[0];
+  high = at[1];
+}
+
+DEVFN int lkv_rank(bool yes, uint lane, THR int& count) {
+  count = simd_sum((int)yes);
+  return simd_prefix_inclusive_sum((int)yes) - (int)yes;
 }
 
 template <int B>

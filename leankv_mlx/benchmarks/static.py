@@ -48,10 +48,15 @@ class Resources:
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop: all its instructions, and the fused multiply-adds among them."""
+    """An innermost loop: all its instructions, and the fused multiply-adds among them.
+
+    Attributes:
+        parts: the same two of what lies between its branches, in order.
+    """
 
     instructions: int
     multiply_adds: int
+    parts: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,8 +178,14 @@ def loops_of(sass: str) -> list[Loop]:
     ]
     loops = []
     for first, last in inner:
-        body = [text for at, text in code if first <= at <= last]
-        loops.append(Loop(len(body), sum("FFMA" in text for text in body)))
+        parts = [[0, 0]]
+        for text in (text for at, text in code if first <= at <= last):
+            parts[-1][0] += 1
+            parts[-1][1] += "FFMA" in text
+            if "BRA" in text:
+                parts.append([0, 0])
+        total, adds = (sum(part[i] for part in parts) for i in (0, 1))
+        loops.append(Loop(total, adds, tuple((part[0], part[1]) for part in parts[:-1])))
     return loops
 
 

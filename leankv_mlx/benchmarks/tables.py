@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 
-from leankv_mlx.benchmarks import static
+from leankv_mlx.benchmarks import static, static_project
 from leankv_mlx.benchmarks.fill import DTYPES, STOCK
 from leankv_mlx.benchmarks.projections import DENSE, MLX
 from leankv_mlx.benchmarks.real import RealReport
@@ -235,6 +235,26 @@ def static_table(rows: Sequence[static.Row]) -> Grid:
         note += "; ? needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump "
         note += "nvidia-cuda-nvdisasm"
     return Grid("Decode attention on CUDA, compiled and not run", header, cells, note)
+
+
+def project_table(rows: Sequence[static_project.ProjectRow]) -> Grid:
+    """What nvcc makes of the products with quantized weights."""
+    header = ("bits", "group", "rows", "registers", "spilled", "instructions", "half kept", "bytes",
+              "half kept")  # fmt: skip
+    cells = [
+        [
+            f"{row.bits}",
+            f"{row.group}",
+            f"{row.rows}",
+            f"{row.resources.registers}",
+            f"{row.resources.spilled_bytes} B",
+            *("?" if n is None else f"{n:.2f}" for n in row.instructions),
+            *(f"{n:.3f}" for n in row.bytes),
+        ]
+        for row in rows
+    ]
+    note = "for a weight: instructions of a thread in the loop, all rows; bytes with 16-bit scales"
+    return Grid("Products on CUDA, compiled and not run", header, cells, note)
 
 
 def figures_table(title: str, found: Mapping[str, float | bool]) -> Grid:

@@ -197,15 +197,18 @@ def _real(given: dict[str, Any], as_json: bool) -> None:
 def _instead(static: bool, ui: bool, documents: bool, as_json: bool) -> None:
     """The reports that are no comparison."""
     from leankv_mlx.benchmarks.static import report
+    from leankv_mlx.benchmarks.static_project import project_report
     from leankv_mlx.benchmarks.suite import machine
-    from leankv_mlx.benchmarks.tables import figures_table, static_table
+    from leankv_mlx.benchmarks.tables import figures_table, project_table, static_table
 
     document: dict[str, Any] = {"machine": machine()}
     grids: list[Grid] = []
     if static:
         rows = report()
         document["static"] = [asdict(row) for row in rows]
-        grids.append(static_table(rows))
+        products = project_report()
+        document["static_products"] = [asdict(row) for row in products]
+        grids += [static_table(rows), project_table(products)]
     if ui:
         # By name: the package does not depend on the app, which comes with it.
         measure_ui: Callable[[], dict[str, Any]] = import_module("leankv_app.bench").measure_ui

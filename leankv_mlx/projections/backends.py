@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import mlx.core as mx
 
 from leankv_mlx.errors import BackendUnavailableError
-from leankv_mlx.projections import native, reference
+from leankv_mlx.kernels.gpu.devices import DEVICES
+from leankv_mlx.projections import gpu, native, reference
 from leankv_mlx.projections.types import Backend
 
-_MAKERS: dict[str, Callable[[], Backend]] = {"cpu": native.make, "reference": reference.make}
+_MAKERS: dict[str, Callable[[], Backend]] = {
+    **{name: partial(gpu.make, name) for name in DEVICES},
+    "cpu": native.make,
+    "reference": reference.make,
+}
 """Best first. A maker raises BackendUnavailableError with the reason when it cannot run here."""
 
 

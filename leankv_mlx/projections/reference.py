@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 from mlx import nn
 
@@ -18,22 +20,35 @@ def make() -> Backend:
 
 def project_ops(inputs: Inputs) -> Projected:
     """Ops-based reference implementation of `project`."""
-    x = inputs.x.astype(mx.float32)
-    if inputs.norm is not None:
-        x = mx.fast.rms_norm(x, inputs.norm.weight.astype(mx.float32), inputs.norm.eps)
-    read = None
-    if inputs.keep is not None:
-        size = mx.abs(x) if inputs.keep.norms is None else mx.abs(x) * inputs.keep.norms
-        chosen = ~(size <= inputs.keep.threshold)
-        x, read = mx.where(chosen, x, 0), chosen.sum().astype(mx.int32)
+    x, read = taken(inputs)
     outs = []
-    for weight, bias in zip(inputs.weights, inputs.biases, strict=True):
+    for weight in inputs.weights:
         codes, scales, zeros = restore(weight)
         dense = mx.dequantize(
             codes, scales.astype(mx.float32), zeros.astype(mx.float32), weight.group, weight.bits
         )
-        out = x @ dense.T
-        outs.append(out if bias is None else out + bias.astype(mx.float32))
+        outs.append(x @ dense.T)
+    return finished(outs, read, inputs)
+
+
+def taken(inputs: Inputs) -> tuple[mx.array, mx.array | None]:
+    """The inputs that are multiplied, float32 [..., K], and `Projected.read`."""
+    x = inputs.x.astype(mx.float32)
+    if inputs.norm is not None:
+        x = mx.fast.rms_norm(x, inputs.norm.weight.astype(mx.float32), inputs.norm.eps)
+    if inputs.keep is None:
+        return x, None
+    size = mx.abs(x) if inputs.keep.norms is None else mx.abs(x) * inputs.keep.norms
+    chosen = ~(size <= inputs.keep.threshold)
+    return mx.where(chosen, x, 0), chosen.sum().astype(mx.int32)
+
+
+def finished(products: Sequence[mx.array], read: mx.array | None, inputs: Inputs) -> Projected:
+    """What follows the products [..., N] of the weights: biases, gate, residual, in float32."""
+    outs = [
+        out.astype(mx.float32) if bias is None else out + bias.astype(mx.float32)
+        for out, bias in zip(products, inputs.biases, strict=True)
+    ]
     if inputs.gate is not None:
         first, second = outs
         outs = [_GATES[inputs.gate](first) * second]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from leankv_mlx.benchmarks import static
+from leankv_mlx.benchmarks import static, static_project
 from leankv_mlx.codec.format import Format
 from leankv_mlx.errors import UnsupportedError
 from leankv_mlx.kernels.gpu.append import APPEND
@@ -14,6 +15,7 @@ from leankv_mlx.kernels.gpu.attention import SKIPPING, SPLITS, merge_kernel
 from leankv_mlx.kernels.gpu.dequantize import DEQUANTIZE
 from leankv_mlx.kernels.gpu.encode import ENCODE
 from leankv_mlx.kernels.gpu.launch import Kernel, Template, format_template
+from leankv_mlx.kernels.gpu.project import UNPACK, Spread, project_kernel, spread
 from leankv_mlx.kernels.gpu.repack import REPACK
 
 with_nvcc = pytest.mark.skipif(static.nvcc() is None, reason="needs nvcc")
@@ -24,6 +26,17 @@ BLOCKS = {"KF": 0, **format_template(MIXED), "NSG": 8, "SEARCH": True}
 INDEX = {"pool": "uint32_t", "table": "int32_t", "lengths": "int32_t", "slots": "int32_t"}
 CENTERS = {"mu_k": "float", "mu_v": "float"}
 PARTS = {f"part{i}": "float" for i in range(3)}
+
+
+def product(count: int, gated: bool, keep: int, bits: int, rows: int, tiles: int) -> Any:
+    """A row of KERNELS."""
+    kernel = project_kernel(count, gated=gated, keep=keep > 0)
+    way = spread(rows, 64, bits, tiles)
+    template = static_project.template(bits, 64, way)
+    more = {"KEEP": keep, "GATE": 2 if gated else 0, "BIASED": 3, "QUADS": tiles > 1}
+    name = f"product-{count}-{bits}-{rows}"
+    return name, kernel, template | more, static_project.types(kernel, BFLOAT if gated else HALF)
+
 
 KERNELS: list[tuple[str, Kernel, Template, dict[str, str]]] = [
     (
@@ -63,6 +76,16 @@ KERNELS: list[tuple[str, Kernel, Template, dict[str, str]]] = [
         {name: HALF for name in APPEND.inputs + APPEND.outputs}
         | {"signs_k": "float", "signs_v": "float"},
     ),
+    product(1, False, 1, 4, 1, 500),
+    product(3, False, 2, 3, 3, 1),
+    product(2, True, 1, 4, 2, 500),
+    product(1, False, 1, 2, 8, 500),
+    (
+        "unpack",
+        UNPACK,
+        {"B": 5, "QUADS": True, "GROUP": 32},
+        {"codes": "uint32_t", "scales": HALF, "zeros": HALF, "sizes": "int32_t", "dense": BFLOAT},
+    ),
 ]
 ALIKE = ("attention-mixed-cubic", "attention-mixed-table", "attention-uniform-shuffle")
 """Both formats and all strategies are in the others."""
@@ -80,7 +103,10 @@ def test_every_kernel_compiles_without_spills(
     kernel: Kernel, template: Template, types: dict[str, str], tmp_path: Path
 ) -> None:
     source = static.cuda_source(kernel, template, types)
-    assert static.compile_cuda(source, tmp_path / "k.cubin").spilled_bytes == 0
+    resources = static.compile_cuda(source, tmp_path / "k.cubin")
+    assert resources.spilled_bytes == 0
+    if kernel.name.startswith("leankv_project"):  # a multiprocessor has 65,536 registers
+        assert -(-resources.registers // 8) * 8 * 32 * int(template["NSG"]) <= 65536
 
 
 @with_nvcc
@@ -93,12 +119,33 @@ def test_decoding_takes_few_instructions() -> None:
     assert row.scores <= 7.7 and row.values <= 7.5
 
 
+@with_nvcc
+def test_half_of_the_channels_are_half_of_the_codes_and_fewer_instructions() -> None:
+    row = static_project.project_row(4, 64, 1)
+    assert row.resources.spilled_bytes == 0
+    assert row.bytes == (0.5 + 4 / 64, 0.25 + 4 / 64)
+    whole, half = row.instructions
+    if whole is None or half is None:
+        pytest.skip("needs cuobjdump and nvdisasm")
+    assert whole < 4.7 and half < 3.2
+
+
+def test_instructions_are_counted_by_what_they_are_for() -> None:
+    way = Spread(rows=1, words=16, words_of_lane=2, simd_groups=8)
+    parts = ((100, 0), *[(50, 16)] * 8, (140, 48))
+    loops = [static.Loop(9, 1), static.Loop(640, 176, parts)]
+    counted = [static_project.instructions_per_weight(loops, 4, 64, way, kept) for kept in (1, 0.5)]
+    assert counted == [(100 + 400 + 70) / 128, (100 + 200 + 70) / 128]
+    assert static_project.instructions_per_weight(loops[:1], 4, 64, way, 1) is None
+
+
 @pytest.mark.slow
 @with_nvcc
 def test_the_whole_report() -> None:
     rows = static.report()
     assert all(row.resources.spilled_bytes == 0 for row in rows)
     assert len({(row.format, row.strategy) for row in rows}) == len(rows) == 10
+    assert all(row.resources.spilled_bytes == 0 for row in static_project.project_report())
 
 
 def test_without_nvcc_there_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -111,4 +158,5 @@ def test_loops_are_read_from_a_listing() -> None:
     lines = ["MOV R1, R2", "FFMA R1, R2, R3, R4", "IADD R1", "@P0 BRA 0x10", "NOP", "@P1 BRA 0x0",
              "BRA 0x100"]  # fmt: skip
     listing = "\n".join(f"        /*{16 * i:04x}*/    {line} ;" for i, line in enumerate(lines))
-    assert static.loops_of(listing) == [static.Loop(instructions=3, multiply_adds=1)]
+    loop = static.Loop(instructions=3, multiply_adds=1, parts=((3, 1),))
+    assert static.loops_of(listing) == [loop]

@@ -122,7 +122,7 @@ def test_a_format_is_one_positive_integer_for_each_side() -> None:
 def test_the_sources_are_found() -> None:
     names = {path.name for path in metal_sources().iterdir()}
     assert {"compat.h", "encode.metal", "decode_attention.metal", "merge_splits.metal",
-            "dequantize.metal", "repack.metal"} <= names  # fmt: skip
+            "dequantize.metal", "project.metal", "repack.metal"} <= names  # fmt: skip
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 160, 256])

@@ -15,6 +15,8 @@ from leankv_mlx.kernels.gpu.attention import DecodeAttention
 from leankv_mlx.kernels.gpu.encode import Encode
 from leankv_mlx.kernels.gpu.geometry import Geometry
 from leankv_mlx.kernels.gpu.launch import CUBIC, TABLE
+from leankv_mlx.projections import Backend, Keep, Norm, project, relay
+from leankv_mlx.projections.gpu import GpuProject
 from leankv_mlx.resources import metal_sources
 from tests.kernels import cases
 from tests.msl import compiler
@@ -42,7 +44,17 @@ def encode(launch: MslLauncher) -> None:
     Encode(launch)(rows, centers, Format((4, 3), (2, 8)), "rms")
 
 
-USERS = {"decode_attention.metal": attend, "encode.metal": encode}
+def multiply(launch: MslLauncher) -> None:
+    """Two strips one after the other, several groups of channels and lists a SIMD group."""
+    draw = np.random.default_rng(0)
+    dense = (cases.normal(draw, (40, 640)) for _ in range(2))
+    weights = [relay(*mx.quantize(w, 64, 8), 64, 8) for w in dense]
+    x, norm = cases.normal(draw, (8, 640)), Norm(mx.ones(640), 1e-5)
+    backend = Backend("msl-check", GpuProject(launch))
+    project(x, weights, norm=norm, keep=Keep(0.5), gate="silu", backend=backend)
+
+
+USERS = {"decode_attention.metal": attend, "encode.metal": encode, "project.metal": multiply}
 BARRIERS = [
     (file, match.start(), match[0])
     for file in sorted(path.name for path in metal_sources().glob("*.metal"))
@@ -54,7 +66,7 @@ def test_no_barrier_is_missed() -> None:
     text = "".join(
         (metal_sources() / file).read_text() for file in {file for file, _, _ in BARRIERS}
     )
-    assert len(BARRIERS) == text.count("_barrier(") >= 7
+    assert len(BARRIERS) == text.count("_barrier(") >= 13
     others = {path for path in metal_sources().glob("*.metal") if path.name not in USERS}
     assert not any("_barrier(" in path.read_text() for path in others)
 
@@ -63,6 +75,7 @@ def test_the_kernels_are_clean_as_they_are() -> None:
     for strategy in (CUBIC, TABLE):
         attend(MslLauncher(strategy))
     encode(MslLauncher())
+    multiply(MslLauncher())
 
 
 @pytest.mark.parametrize(

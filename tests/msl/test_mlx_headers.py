@@ -8,6 +8,8 @@ import pytest
 
 from leankv_mlx.kernels.decode_attention import decode_attention_ops
 from leankv_mlx.kernels.gpu import make_backend
+from leankv_mlx.projections import Backend
+from leankv_mlx.projections import gpu as products
 from tests.kernels import cases
 from tests.msl import compiler, mlx_headers
 from tests.msl.dispatch import FORWARD, RANDOM, REVERSE, Run, dispatch
@@ -81,3 +83,4 @@ def test_our_kernels_compile_behind_the_prelude(prelude: str, dtype: mx.Dtype) -
     backend.dequantize(case.tiers[0], case.centers, dtype)
     backend.encode(case.exact, case.centers, case.tiers[0].format, "search")
     backend.append(case.exact, case.exact, (case.rotations[1], case.rotations[1]))
+    products.check(Backend("msl-check", products.GpuProject(launch)))

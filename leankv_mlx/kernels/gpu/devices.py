@@ -55,12 +55,21 @@ def make(name: str) -> Backend:
         BackendUnavailableError: there is no such device, MLX computes on another one, or the
             kernels do not compile or compute the right thing here.
     """
+    require(name)
+    return _checked(name)
+
+
+def require(name: str) -> None:
+    """Nothing, where MLX computes on a device in `DEVICES`.
+
+    Raises:
+        BackendUnavailableError: there is no such device, or MLX computes on another one.
+    """
     device = DEVICES[name]
     if not device.available():
         raise BackendUnavailableError(device.missing)
     if mx.default_device().type != mx.DeviceType.gpu:
         raise BackendUnavailableError("MLX computes on another device than the GPU.")
-    return _checked(name)
 
 
 @lru_cache
