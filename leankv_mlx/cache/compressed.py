@@ -87,7 +87,7 @@ class CompressedKVCache:
             moves = not self._sparsifier.before_update(layer, keys.shape[2])
         elif not prefill:
             layer.compress()
-        layer.append(keys[0], values[0])
+        layer.append(mx.squeeze(keys, 0), mx.squeeze(values, 0))  # an index would be a gather
         self._unread = self._calls.fused if layer.ragged else -1
         if not prefill:
             return self._handed_out(layer, None)

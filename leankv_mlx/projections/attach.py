@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, cast
 
-import mlx.core as mx
 from mlx import nn
 
 from leankv_mlx.errors import BackendUnavailableError
@@ -220,8 +219,7 @@ class _Home:
             shared[id(layer.held.weight or layer)].append(layer)
         while shared:
             _, layers = shared.popitem()
-            arrays = layers[0].shown()
-            mx.eval(arrays)
+            arrays = layers[0].made()
             for layer in layers:
                 layer.put_back(arrays)
                 cast(Any, layer).__class__ = PLAIN[type(layer)]

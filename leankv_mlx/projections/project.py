@@ -48,30 +48,36 @@ def project(
 
 
 def _check(inputs: Inputs) -> None:
+    """Plain loops: a decode step comes here four times a layer."""
     x, weights = inputs.x, inputs.weights
-    channels = x.shape[-1] if x.ndim else 0
-    if x.dtype not in _DTYPES or not weights or any(w.inputs != channels for w in weights):
+    shape = x.shape
+    channels, last = (shape[-1], weights[-1].outputs) if shape and weights else (0, 0)
+    fits = channels > 0 and x.dtype in _DTYPES
+    for weight in weights:
+        fits = fits and weight.inputs == channels
+    if not fits:
         raise ShapeError(
-            f"[project] expected floats [..., K] for weights of the same K, got {x.dtype} {x.shape} "
-            f"for K of {[w.inputs for w in weights]}."
+            "[project] expected floats [..., K] for weights of the same K, got "
+            f"{x.dtype} {shape} for K of {[w.inputs for w in weights]}."
         )
-    outputs = [w.outputs for w in weights]
+    for weight, bias in zip(weights, inputs.biases, strict=True):
+        if bias is not None and bias.shape != (weight.outputs,):
+            raise ShapeError("[project] expected a bias [N] or None for each weight.")
+    outs = len(weights)
     if inputs.gate is not None:
-        if len(outputs) != 2 or outputs[0] != outputs[1]:
+        if outs != 2 or weights[0].outputs != last:
             raise ShapeError(
-                f"[project] a gate takes two weights of the same N, got N of {outputs}."
+                "[project] a gate takes two weights of the same N, got N of "
+                f"{[w.outputs for w in weights]}."
             )
-        outputs = outputs[1:]
-    if [b.shape for b in inputs.biases if b is not None] != [
-        (w.outputs,) for w, b in zip(weights, inputs.biases, strict=True) if b is not None
-    ]:
-        raise ShapeError("[project] expected a bias [N] or None for each weight.")
-    residual, last = inputs.residual, (*x.shape[:-1], outputs[-1])
-    if residual is not None and (len(outputs) != 1 or residual.shape != last):
+        outs = 1
+    residual = inputs.residual
+    if residual is not None and (outs != 1 or residual.shape != (*shape[:-1], last)):
         raise ShapeError(
-            f"[project] expected one output and a residual {last}, got {len(outputs)} and "
+            f"[project] expected one output and a residual {(*shape[:-1], last)}, got {outs} and "
             f"{residual.shape}."
         )
     norms = (inputs.norm and inputs.norm.weight, inputs.keep and inputs.keep.norms)
-    if any(given is not None and given.shape != (channels,) for given in norms):
-        raise ShapeError(f"[project] expected norms [{channels}].")
+    for given in norms:
+        if given is not None and given.shape != (channels,):
+            raise ShapeError(f"[project] expected norms [{channels}].")

@@ -46,8 +46,7 @@ class Projected(NamedTuple):
     read: mx.array | None = None
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(NamedTuple):
     """The arguments of `projections.project.project`, checked there. There are as many biases as
     weights."""
 

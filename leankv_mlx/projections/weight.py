@@ -17,7 +17,7 @@ f = p // LANES and lane l = p % LANES, so that a field of all lanes is LANES out
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -25,6 +25,9 @@ from leankv_mlx.errors import ShapeError
 
 LANES = 16
 """Words of a channel in a tile: a cache line."""
+
+_AT_ONCE = 2**20
+"""Numbers that are unpacked together: some 20 MB."""
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
@@ -78,8 +81,8 @@ def relay(codes: mx.array, scales: mx.array, biases: mx.array, group: int, bits:
         ShapeError: they are not the arrays of one weight.
     """
     _check(codes, scales, biases, group, bits)
-    sides = (_by_tile(side, bits) for side in (scales, biases))
-    return Weight(_relaid(codes, group, bits), *sides, codes.shape[0], bits, group)
+    words, outputs = _relaid(codes, group, bits), codes.shape[0]
+    return Weight(words, _by_tile(scales, bits), _by_tile(biases, bits), outputs, bits, group)
 
 
 def restore(weight: Weight) -> tuple[mx.array, mx.array, mx.array]:
@@ -92,6 +95,54 @@ def restore(weight: Weight) -> tuple[mx.array, mx.array, mx.array]:
     )
     scales, biases = sides
     return _packed(plain, weight.bits), scales, biases
+
+
+def relay_evenly(
+    codes: mx.array, scales: mx.array, biases: mx.array, group: int, bits: int
+) -> Weight:
+    """`relay`, evaluated a part at a time, so that it takes little memory beside the weight."""
+    step = _part(bits, scales.shape[-1] * group)
+    parts = []
+    for first in range(0, codes.shape[0], step):
+        cut = slice(first, first + step)
+        made = relay(codes[cut], scales[cut], biases[cut], group, bits)
+        mx.eval(made.codes, made.scales, made.biases)
+        parts.append((made.codes, made.scales, made.biases))
+    joined = _joined(parts)
+    return Weight(joined[0], joined[1], joined[2], codes.shape[0], bits, group)
+
+
+def restore_evenly(weight: Weight) -> tuple[mx.array, mx.array, mx.array]:
+    """`restore`, evaluated a part at a time."""
+    step = _part(weight.bits, weight.inputs)
+    per_tile = tile_outputs(weight.bits)
+    parts = []
+    for first in range(0, weight.outputs, step):
+        cut = slice(first // per_tile, (first + step) // per_tile)
+        sides = (weight.codes[cut], weight.scales[cut], weight.biases[cut])
+        outputs = min(step, weight.outputs - first)
+        arrays = restore(
+            replace(weight, codes=sides[0], scales=sides[1], biases=sides[2], outputs=outputs)
+        )
+        mx.eval(arrays)
+        parts.append(arrays)
+    return _joined(parts)
+
+
+def _part(bits: int, inputs: int) -> int:
+    """Outputs of a part: whole tiles."""
+    per_tile = tile_outputs(bits)
+    return per_tile * max(1, _AT_ONCE // (per_tile * inputs))
+
+
+def _joined(
+    parts: list[tuple[mx.array, mx.array, mx.array]],
+) -> tuple[mx.array, mx.array, mx.array]:
+    if len(parts) == 1:
+        return parts[0]
+    codes, scales, biases = (mx.concatenate(list(side)) for side in zip(*parts, strict=True))
+    mx.eval(codes, scales, biases)
+    return codes, scales, biases
 
 
 def rows(weight: Weight, ids: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
