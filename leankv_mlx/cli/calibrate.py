@@ -59,8 +59,8 @@ _By = Annotated[
 _Spread = Annotated[
     str,
     typer.Option(
-        help="With --sparse, which inputs leave out how much: uniform, block (by what their "
-        "outputs lose, every layer alike) or model (by what the model loses)."
+        help="With --sparse, which inputs leave out how much: uniform, block (by what the model "
+        "loses, every layer alike) or model (by that alone)."
     ),
 ]
 _Kld = Annotated[

@@ -1,10 +1,11 @@
 """Thresholds of activation sparsity for a model, from what its inputs are like on a text.
 
 Three passes, all forward: how large the channels of each input are (a histogram), how far the
-outputs of its weights are off when so many are left out, and, for "model", how far the model's
-distributions are off when half of one input alone is. Small errors of a model add up about as their
-squares do, so the cost of an input at a level is that divergence times the square of its output
-error there beside that at one half.
+outputs of its weights are off when so many are left out, and how far the model's distributions are
+off when half of one input alone is. Small errors of a model add up about as their squares do, so
+the cost of an input at a level is that divergence times the square of its output error there beside
+that at one half. By output errors alone, in parts of the outputs, what is left out costs more than
+when every input leaves out the same.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from leankv_mlx.projections.types import Keep
 from leankv_mlx.settings import Sparse
 
 Spread = Literal["uniform", "block", "model"]
-"""Who leaves out how much: every input alike; the inputs of a layer by their output errors, every
-layer alike (TEAL, arXiv 2408.14690); or all inputs of the model by what they cost it."""
+"""Who leaves out how much: every input alike; every layer alike, and its inputs by what they cost
+(as in TEAL, arXiv 2408.14690); or all inputs of the model by what they cost."""
 
 PROBE_TOKENS = 128
 _HALF = 0.5
@@ -107,7 +108,7 @@ def thresholds(
     with attach(model):  # once: below it is only told what to do with inputs
         known = _known(model, by, chunks, advance)
         costs = known.errors
-        if spread == "model":
+        if spread != "uniform":
             costs = costs * _worth(model, known, chunks[0], advance)[:, None]
     rows = [known.values(_parts(known, costs, spread, share)) for share in sorted(shares)]
     return Thresholds(
