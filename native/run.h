@@ -74,6 +74,14 @@ struct ProjectJob {
 };
 void run_project(const ProjectJob& job);
 
+// MLX's codes [N, K * bits / 32] -> codes of the weight, of which only the shape is read.
+void run_relay(const Weight& weight, const void* packed, uint32_t* codes);
+// The inverse.
+void run_restore(const Weight& weight, void* packed);
+// Rows of the weight, n of them -> out [1, n, K] of the type of the scales. What is no row gives
+// the first or the last.
+void run_rows(const Weight& weight, const int32_t* ids, int n, const Output& out);
+
 // Multiply-adds per second, n on each thread in use: the bound of attention's arithmetic.
 double multiply_add_rate(int64_t n);
 

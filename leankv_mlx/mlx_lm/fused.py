@@ -24,8 +24,8 @@ import numpy as np
 from mlx import nn
 
 from leankv_mlx.mlx_lm.patches import NAME as ATTENTION
-from leankv_mlx.projections import Gate, Norm, Relaid, products
-from leankv_mlx.projections.heads import Turn, heads
+from leankv_mlx.projections import Gate, Norm, Relaid, Weight, products
+from leankv_mlx.projections.heads import NO_NORMS, Turn, heads
 
 _MODELS = "mlx_lm.models"
 _PLAN = "_leankv_fused"
@@ -148,6 +148,14 @@ class _Plan:
             self._norms[name] = weight, made
         return made
 
+    def head_norms(self, attention: Any) -> tuple[Norm, Norm] | None:
+        """Those of queries and keys, if `heads` knows them."""
+        norms = self.norm(attention, "q_norm"), self.norm(attention, "k_norm")
+        if norms[0] is None or norms[1] is None:
+            return None
+        both = norms[0], norms[1]
+        return both if all(norm.weight.dtype == mx.float32 for norm in both) else None
+
     def turn(self, rope: Any) -> Turn | None:
         """What turns heads as this layer of mlx-lm does; None if it does more than that."""
         if self._turn[0] is not rope:
@@ -225,18 +233,15 @@ def _turned(
     plan: _Plan, attention: Any, queries: mx.array, keys: mx.array, offset: Any
 ) -> tuple[mx.array, mx.array]:
     """Queries and keys by head, normed and at their positions: [B, heads, L, D]."""
-    names = ("q_norm", "k_norm") if plan.row.head_norms else ()
-    norms = [plan.norm(attention, name) for name in names]
-    turn = plan.turn(attention["rope"])
-    plain = turn is None or type(offset) is not int or None in norms
-    given = [queries, keys, *(norm.weight for norm in norms if norm is not None)]
-    if turn is not None and not plain and all(x.dtype == mx.float32 for x in given):
-        dim = queries.shape[-1] // attention.n_heads
-        both = (norms[0], norms[1]) if norms else (None, None)
-        return heads(queries, keys, dim, turn, offset, both)
+    row, turn = plan.row, plan.turn(attention["rope"])
+    if turn is not None and type(offset) is int and queries.dtype == mx.float32:
+        norms = plan.head_norms(attention) if row.head_norms else NO_NORMS
+        if norms is not None:
+            dim = queries.shape[-1] // attention.n_heads
+            return heads(queries, keys, dim, turn, offset, norms)
     queries = _split(queries, attention.n_heads)
     keys = _split(keys, attention.n_kv_heads)
-    if names:
+    if row.head_norms:
         queries, keys = attention["q_norm"](queries), attention["k_norm"](keys)
     rope = attention["rope"]
     return rope(queries, offset=offset), rope(keys, offset=offset)
@@ -272,13 +277,13 @@ def _normed(
 ) -> list[mx.array]:
     """The products of layers with the norm of x; with a gate what it makes of both."""
     norm = plan.norm(block, name)
-    if norm is None or not _take(layers, x, norm.weight.dtype):
+    taken = None if norm is None else _taken(layers, x, norm.weight)
+    if taken is None:
         x = block[name](x)
         outs = [layer(x) for layer in layers]
         return outs if gate is None else [_gated(plan, *outs)]
+    weights, biases = taken
     held = layers[0].held
-    weights = [layer.relaid() for layer in layers]
-    biases = [dict.get(layer, "bias") for layer in layers]
     return products(held.home.inputs, held.at, x, weights, biases=biases, norm=norm, gate=gate)
 
 
@@ -289,23 +294,30 @@ def _added(
     if plan.row.sandwich:
         added: mx.array = plan.names["clip_residual"](residual, block[after](layer(x)))
         return added
-    if not _take([layer], x, residual.dtype):
+    taken = _taken([layer], x, residual)
+    if taken is None:
         return residual + cast(mx.array, layer(x))
+    weights, biases = taken
     held = layer.held
-    biases = [dict.get(layer, "bias")]
-    return products(
-        held.home.inputs, held.at, x, [layer.relaid()], biases=biases, residual=residual
-    )[0]
+    return products(held.home.inputs, held.at, x, weights, biases=biases, residual=residual)[0]
 
 
-def _take(layers: Sequence[Any], x: mx.array, other: mx.Dtype) -> bool:
-    """Whether layers are relaid, and give with x what has the dtype of x; `other` is added or
-    multiplied."""
+def _taken(
+    layers: Sequence[Any], x: mx.array, other: mx.array
+) -> tuple[list[Weight], list[mx.array | None]] | None:
+    """Weights and biases of layers if all are relaid, and if what comes out has the dtype of x;
+    `other` is multiplied with it or added."""
     dtype = x.dtype
     wide = dtype == mx.float32
-    return (wide or other == dtype) and all(
-        isinstance(layer, Relaid) and (wide or layer.held.dtype == dtype) for layer in layers
-    )
+    if not wide and other.dtype != dtype:
+        return None
+    weights, biases = [], []
+    for layer in layers:
+        if not isinstance(layer, Relaid) or not (wide or layer.held.dtype == dtype):
+            return None
+        weights.append(layer.relaid())
+        biases.append(dict.get(layer, "bias"))
+    return weights, biases
 
 
 def _gated(plan: _Plan, gate: mx.array, up: mx.array) -> mx.array:

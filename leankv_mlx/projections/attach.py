@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, cast
 
+import mlx.core as mx
 from mlx import nn
 
 from leankv_mlx.errors import BackendUnavailableError
@@ -219,7 +220,8 @@ class _Home:
             shared[id(layer.held.weight or layer)].append(layer)
         while shared:
             _, layers = shared.popitem()
-            arrays = layers[0].made()
+            arrays = layers[0].shown()
+            mx.eval(arrays)
             for layer in layers:
                 layer.put_back(arrays)
                 cast(Any, layer).__class__ = PLAIN[type(layer)]

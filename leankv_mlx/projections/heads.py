@@ -28,6 +28,10 @@ class Turn(NamedTuple):
     scale: float = 1.0
 
 
+Norms = tuple[Norm | None, Norm | None]
+NO_NORMS: Norms = (None, None)
+
+
 class Heads(NamedTuple):
     """Queries [B, Hq, L, D] and keys [B, H, L, D]."""
 
@@ -41,7 +45,7 @@ def heads(
     dim: int,
     turn: Turn,
     offset: int,
-    norms: tuple[Norm | None, Norm | None] = (None, None),
+    norms: Norms = NO_NORMS,
 ) -> Heads:
     """Split products into heads, norm each, and turn it by the position of its token.
 
@@ -55,17 +59,18 @@ def heads(
     Raises:
         ShapeError: the arguments do not fit each other.
     """
-    turned = 2 * turn.freqs.size
-    fits = queries.ndim == keys.ndim == 3 and queries.shape[:2] == keys.shape[:2]
-    if not fits or queries.shape[2] % dim or keys.shape[2] % dim or turned > dim:
+    q, k, turned = queries.shape, keys.shape, 2 * turn.freqs.size
+    fits = len(q) == len(k) == 3 and q[:2] == k[:2] and q[2] % dim == k[2] % dim == 0
+    if not fits or turned > dim:
         raise ShapeError(
             f"[heads] expected [B, L, heads * {dim}] twice and at most {dim // 2} frequencies, got "
-            f"{queries.shape}, {keys.shape} and {turn.freqs.size}."
+            f"{q}, {k} and {turn.freqs.size}."
         )
-    given = [turn.freqs, *(norm.weight for norm in norms if norm is not None)]
-    if {x.dtype for x in (queries, keys, *given)} != {mx.float32} or any(
-        norm is not None and norm.weight.shape != (dim,) for norm in norms
-    ):
+    fits = queries.dtype == keys.dtype == turn.freqs.dtype == mx.float32
+    for norm in norms:
+        if norm is not None:
+            fits = fits and norm.weight.dtype == mx.float32 and norm.weight.shape == (dim,)
+    if not fits:
         raise ShapeError(f"[heads] expected float32 arrays, and norms [{dim}].")
     return Heads(*cpu.load().heads(queries, keys, dim, turn.freqs, turn.scale, offset, *norms))
 
@@ -76,7 +81,7 @@ def heads_ops(
     dim: int,
     turn: Turn,
     offset: int,
-    norms: tuple[Norm | None, Norm | None] = (None, None),
+    norms: Norms = NO_NORMS,
 ) -> Heads:
     """`heads` in MLX ops."""
     length = queries.shape[1]

@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx import nn
 
 from leankv_mlx.projections.inputs import Input, Inputs, products
-from leankv_mlx.projections.weight import Weight, relay_evenly, restore, restore_evenly, rows
+from leankv_mlx.projections.weight import Weight, relay, restore, rows
 
 ARRAYS = ("weight", "scales", "biases")
 """Of an affine layer, in the order of `relay`."""
@@ -82,7 +82,7 @@ class Relaid(nn.Module):
         """Have MLX's arrays again.
 
         Args:
-            arrays: these, which are what `made` gave.
+            arrays: these, which are what `shown` gave.
         """
         if self.held.weight is not None:
             for name, array in (arrays or self.shown()).items():
@@ -93,18 +93,7 @@ class Relaid(nn.Module):
         """MLX's arrays, made of the weight (lazily); empty while the layer has them itself."""
         if self.held.weight is None:
             return {}
-        return self._named(restore(self.held.weight))
-
-    def made(self) -> dict[str, mx.array]:
-        """What `shown` gives, evaluated with little memory beside it."""
-        if self.held.weight is None:
-            return {}
-        arrays = self._named(restore_evenly(self.held.weight))
-        mx.eval(arrays)
-        return arrays
-
-    def _named(self, arrays: tuple[mx.array, mx.array, mx.array]) -> dict[str, mx.array]:
-        codes, scales, biases = arrays
+        codes, scales, biases = restore(self.held.weight)
         made = (codes, scales.astype(self.held.scales), biases.astype(self.held.scales))
         return dict(zip(ARRAYS, made, strict=True))
 
@@ -201,7 +190,9 @@ def _weight(arrays: list[mx.array], group: int, bits: int) -> Weight:
     """
     codes, scales, biases = arrays
     half = next((d for d in _HALF if _fits(scales, d) and _fits(biases, d)), scales.dtype)
-    return relay_evenly(codes, scales.astype(half), biases.astype(half), group, bits)
+    weight = relay(codes, scales.astype(half), biases.astype(half), group, bits)
+    mx.eval(weight.codes, weight.scales, weight.biases)
+    return weight
 
 
 def _fits(array: mx.array, dtype: mx.Dtype) -> bool:

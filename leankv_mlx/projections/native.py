@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-from weakref import WeakKeyDictionary
-
 import mlx.core as mx
 
 from leankv_mlx.errors import BackendUnavailableError
 from leankv_mlx.kernels import cpu
 from leankv_mlx.projections.types import Backend, Inputs, Projected
-from leankv_mlx.projections.weight import Weight
-
-_handles: WeakKeyDictionary[Weight, Any] = WeakKeyDictionary()
-"""The extension's own objects for the weights."""
 
 
 def make() -> Backend:
@@ -34,7 +27,7 @@ def project_native(inputs: Inputs) -> Projected:
     keep = inputs.keep
     outs = cpu.load().project(
         inputs.x,
-        [_handle(weight) for weight in inputs.weights],
+        [weight.native for weight in inputs.weights],
         list(inputs.biases),
         inputs.norm,
         None if keep is None else keep.threshold,
@@ -43,12 +36,3 @@ def project_native(inputs: Inputs) -> Projected:
         inputs.gate,
     )
     return Projected(outs) if keep is None else Projected(outs[:-1], outs[-1])
-
-
-def _handle(weight: Weight) -> Any:
-    found = _handles.get(weight)
-    if found is None:
-        found = _handles[weight] = cpu.load().Weight(
-            weight.codes, weight.scales, weight.biases, weight.outputs, weight.bits, weight.group
-        )
-    return found

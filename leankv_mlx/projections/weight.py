@@ -17,17 +17,17 @@ f = p // LANES and lane l = p % LANES, so that a field of all lanes is LANES out
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 
-from leankv_mlx.errors import ShapeError
+from leankv_mlx.errors import BackendUnavailableError, ShapeError
+from leankv_mlx.kernels import cpu
 
 LANES = 16
 """Words of a channel in a tile: a cache line."""
-
-_AT_ONCE = 2**20
-"""Numbers that are unpacked together: some 20 MB."""
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
@@ -63,6 +63,17 @@ class Weight:
         """K."""
         return int(self.codes.shape[1])
 
+    @cached_property
+    def native(self) -> Any:
+        """It as the extension takes it.
+
+        Raises:
+            BackendUnavailableError: the extension is not there or does not fit.
+        """
+        return cpu.load().Weight(
+            self.codes, self.scales, self.biases, self.outputs, self.bits, self.group
+        )
+
     @property
     def nbytes(self) -> int:
         """Of all buffers."""
@@ -81,82 +92,55 @@ def relay(codes: mx.array, scales: mx.array, biases: mx.array, group: int, bits:
         ShapeError: they are not the arrays of one weight.
     """
     _check(codes, scales, biases, group, bits)
-    words, outputs = _relaid(codes, group, bits), codes.shape[0]
-    return Weight(words, _by_tile(scales, bits), _by_tile(biases, bits), outputs, bits, group)
+    native = _native()
+    words = native.relay(codes, bits) if native else relaid_ops(codes, group, bits)
+    scales, biases = (_by_tile(side, bits) for side in (scales, biases))
+    return Weight(words, scales, biases, codes.shape[0], bits, group)
 
 
 def restore(weight: Weight) -> tuple[mx.array, mx.array, mx.array]:
     """MLX's arrays, bit for bit: codes [N, K * bits / 32], scales and biases [N, K / group]."""
-    fields = _fields(weight.codes, weight.bits)  # [T, K, LANES, F]
-    plain = fields.transpose(0, 3, 2, 1).reshape(-1, weight.inputs)[: weight.outputs]
-    sides = (
+    native = _native()
+    codes = native.restore(weight.native) if native else restored_ops(weight)
+    scales, biases = (
         mx.contiguous(side.swapaxes(1, 2).reshape(-1, side.shape[1])[: weight.outputs])
         for side in (weight.scales, weight.biases)
     )
-    scales, biases = sides
-    return _packed(plain, weight.bits), scales, biases
-
-
-def relay_evenly(
-    codes: mx.array, scales: mx.array, biases: mx.array, group: int, bits: int
-) -> Weight:
-    """`relay`, evaluated a part at a time, so that it takes little memory beside the weight."""
-    step = _part(bits, scales.shape[-1] * group)
-    parts = []
-    for first in range(0, codes.shape[0], step):
-        cut = slice(first, first + step)
-        made = relay(codes[cut], scales[cut], biases[cut], group, bits)
-        mx.eval(made.codes, made.scales, made.biases)
-        parts.append((made.codes, made.scales, made.biases))
-    joined = _joined(parts)
-    return Weight(joined[0], joined[1], joined[2], codes.shape[0], bits, group)
-
-
-def restore_evenly(weight: Weight) -> tuple[mx.array, mx.array, mx.array]:
-    """`restore`, evaluated a part at a time."""
-    step = _part(weight.bits, weight.inputs)
-    per_tile = tile_outputs(weight.bits)
-    parts = []
-    for first in range(0, weight.outputs, step):
-        cut = slice(first // per_tile, (first + step) // per_tile)
-        sides = (weight.codes[cut], weight.scales[cut], weight.biases[cut])
-        outputs = min(step, weight.outputs - first)
-        arrays = restore(
-            replace(weight, codes=sides[0], scales=sides[1], biases=sides[2], outputs=outputs)
-        )
-        mx.eval(arrays)
-        parts.append(arrays)
-    return _joined(parts)
-
-
-def _part(bits: int, inputs: int) -> int:
-    """Outputs of a part: whole tiles."""
-    per_tile = tile_outputs(bits)
-    return per_tile * max(1, _AT_ONCE // (per_tile * inputs))
-
-
-def _joined(
-    parts: list[tuple[mx.array, mx.array, mx.array]],
-) -> tuple[mx.array, mx.array, mx.array]:
-    if len(parts) == 1:
-        return parts[0]
-    codes, scales, biases = (mx.concatenate(list(side)) for side in zip(*parts, strict=True))
-    mx.eval(codes, scales, biases)
     return codes, scales, biases
 
 
 def rows(weight: Weight, ids: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
-    """Rows of the weight as `mx.dequantize` gives them: [..., K] for ids int [...].
+    """Rows of the weight as `mx.dequantize` gives them: [..., K] for ids int [...]. What is no row
+    gives any.
 
     Args:
-        dtype: what they are computed in and have; by default that of the scales.
+        dtype: what they have; by default that of the scales.
     """
+    dtype = dtype or weight.scales.dtype
+    native = _native()
+    if native:
+        found: mx.array = native.rows(weight.native, ids, dtype)
+        return found
+    return rows_ops(weight, ids, dtype)
+
+
+def _native() -> Any | None:
+    """The extension, where MLX computes on the CPU and there is one."""
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return None
+    try:
+        return cpu.load()
+    except BackendUnavailableError:
+        return None
+
+
+def rows_ops(weight: Weight, ids: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Ops-based reference implementation of `rows`."""
     per_tile = tile_outputs(weight.bits)
     tile, place = (ids // per_tile)[..., None], (ids % per_tile)[..., None]
     words = _taken(weight.codes, tile, place % LANES)  # [..., K]
     shifts = (place // LANES * weight.bits).astype(mx.uint32)
     codes = (words >> shifts) & ((1 << weight.bits) - 1)
-    dtype = dtype or weight.scales.dtype
     scales, biases = (
         _taken(side, tile, place).astype(dtype) for side in (weight.scales, weight.biases)
     )
@@ -182,13 +166,20 @@ def _check(codes: mx.array, scales: mx.array, biases: mx.array, group: int, bits
         )
 
 
-def _relaid(codes: mx.array, group: int, bits: int) -> mx.array:
-    """[N, K * bits / 32] -> [T, K, LANES]."""
+def relaid_ops(codes: mx.array, group: int, bits: int) -> mx.array:
+    """Ops-based reference implementation of `relay`: [N, K * bits / 32] -> [T, K, LANES]."""
     ones = mx.ones((codes.shape[0], codes.shape[1] * 32 // bits // group))
     plain = mx.dequantize(codes, ones, mx.zeros_like(ones), group, bits)  # exact: small integers
     tiles = _padded(plain.astype(mx.uint32), bits).reshape(-1, 32 // bits, LANES, plain.shape[1])
     shifts = (bits * mx.arange(32 // bits, dtype=mx.uint32))[:, None, None]
     return mx.contiguous((tiles << shifts).sum(axis=1).astype(mx.uint32).swapaxes(1, 2))
+
+
+def restored_ops(weight: Weight) -> mx.array:
+    """Ops-based reference implementation of `restore`: its codes."""
+    fields = _fields(weight.codes, weight.bits)  # [T, K, LANES, F]
+    plain = fields.transpose(0, 3, 2, 1).reshape(-1, weight.inputs)[: weight.outputs]
+    return _packed(plain, weight.bits)
 
 
 def _by_tile(side: mx.array, bits: int) -> mx.array:

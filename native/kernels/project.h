@@ -1,6 +1,12 @@
 // Products with quantized weights: codes are masked where they lie in their word, converted and
 // multiplied, and what that makes them too large is taken off their sums once for a group.
+//
+// Included once by a translation unit of each instruction set, behind its simd_*.h.
 #pragma once
+
+#include "tile.h"
+#include "rows.h"
+#include "prefill.h"
 
 namespace leankv::LEANKV_ISA {
 
@@ -53,7 +59,10 @@ LEANKV_INLINE void add_fields(const GroupOf& g, int lane, float* out) {
   const float* value = g.values;
   for (int i = 0; i < g.n; ++i, value += g.rows) {
     const vu words = load<vu>(g.codes + int64_t{g.ids[i]} * kLanes + lane);
-    if (First == 0 && lane == 0) __builtin_prefetch(g.codes + int64_t{g.ids[i + kAhead]} * kLanes);
+    // To L2: there is more room for what is on its way there.
+    if (First == 0 && lane == 0) {
+      __builtin_prefetch(g.codes + int64_t{g.ids[i + kAhead]} * kLanes, 0, 2);
+    }
     vf x[R];
     unroll<R>([&](auto r) LEANKV_LAMBDA { x[r] = splat(value[r]); });
     unroll<N>([&](auto j) LEANKV_LAMBDA {
@@ -137,13 +146,12 @@ LEANKV_INLINE void with_bits(int bits, F&& f) {
 }
 
 // See Kernels::multiply.
-inline void multiply(const Weight& w, const Channels& c, int tile, int first, int last,
-                     float* out) {
+void multiply(const Weight& w, const Channels& c, int tile, int first, int last, float* out) {
   with_bits(w.bits, [&](auto bits) { multiply_tile<bits>(w, c, tile, first, last, out); });
 }
 
 // See Kernels::unpack.
-inline void unpack(const Weight& w, int tile, int first, int n, float* panels) {
+void unpack(const Weight& w, int tile, int first, int n, float* panels) {
   with_bits(w.bits, [&](auto bits) {
     constexpr int B = bits, P = kFields<B> * kLanes;
     with_type(w.type, [&](auto tag) {
@@ -173,7 +181,7 @@ inline void unpack(const Weight& w, int tile, int first, int n, float* panels) {
 }
 
 // See Kernels::multiply_block.
-inline void multiply_block(const float* rows, const float* panel, int n, bool add, float* out) {
+void multiply_block(const float* rows, const float* panel, int n, bool add, float* out) {
   if (add) {
     outer_products<kColumns, 1>(rows, panel, n, out, [&](int j, int v) LEANKV_LAMBDA {
       return load(out + j * kRowLanes + v * W);
@@ -184,7 +192,7 @@ inline void multiply_block(const float* rows, const float* panel, int n, bool ad
 }
 
 // See Kernels::norm.
-inline void norm(float* row, const float* weight, float eps, int dim) {
+void norm(float* row, const float* weight, float eps, int dim) {
   vf squares[4] = {};
   for (int i = 0; i < dim; i += kStretch) {
     for (int j = 0; j < kStretch; j += W) {
@@ -225,7 +233,7 @@ LEANKV_INLINE vf gated(Gate gate, vf x) {
 }
 
 // See Kernels::finish.
-inline void finish(const Finish& f, const Products& p) {
+void finish(const Finish& f, const Products& p) {
   with_type(f.out.type, [&](auto out_tag) {
     with_type(f.residual.data ? f.residual.type : f.out.type, [&](auto residual_tag) {
       constexpr Type Out = decltype(out_tag)::value;

@@ -97,6 +97,9 @@ NB_MODULE(_native, m) {
   nb::class_<WeightArrays>(m, "Weight")
       .def(nb::init<mx::array, mx::array, mx::array, int, int, int>(), "codes"_a, "scales"_a,
            "biases"_a, "outputs"_a, "bits"_a, "group"_a);
+  m.def("relay", &relay, "codes"_a, "bits"_a);
+  m.def("restore", &restore, "weight"_a);
+  m.def("rows", &rows, "weight"_a, "ids"_a, "dtype"_a);
   m.def(
       "project",
       [](const mx::array& x, const std::vector<WeightArrays>& weights,

@@ -23,7 +23,7 @@ class Operation : public mx::Primitive {
     auto& encoder = mx::cpu::get_command_encoder(stream());
     for (const auto& a : inputs) encoder.set_input_array(a);
     for (auto& a : outputs) {
-      allocate(a);
+      provide(a);
       encoder.set_output_array(a);
     }
     Reader reader(inputs, stream());
@@ -35,6 +35,9 @@ class Operation : public mx::Primitive {
   }
 
  protected:
+  // Memory of an output.
+  virtual void provide(mx::array& out) const { allocate(out); }
+
   // Plain numbers and pointers, which stay valid: MLX holds inputs, outputs and copies until the
   // stream is past them. It must not use `this`, which may be gone when it runs.
   virtual std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const = 0;

@@ -1,5 +1,7 @@
 #include "projections.h"
 
+#include <sys/mman.h>
+
 #include "mlx/ops.h"
 #include "operation.h"
 
@@ -80,7 +82,109 @@ class Project : public Operation {
   Gate gate_;
 };
 
+// Weights that only have a shape, or their arrays.
+Weight weight_of(const mx::array& codes, int outputs, int bits, int group) {
+  return {.codes = codes.data<uint32_t>(),
+          .outputs = outputs,
+          .inputs = codes.shape(1),
+          .bits = bits,
+          .group = group};
+}
+
+class Relay : public Operation {
+ public:
+  Relay(mx::Stream s, int bits) : Operation(s), bits_(bits) {}
+  const char* name() const override { return "LeanKVRelay"; }
+
+ protected:
+  // Cache lines, and large pages where it has some: a channel that is not read must not share a
+  // line with one that is, and weights are read once a step, from memory.
+  void provide(mx::array& out) const override {
+    constexpr size_t line = 64, page = size_t{2} << 20;
+    mx::allocator::Data data = mx::allocator::malloc(out.nbytes() + line);
+    auto* memory = static_cast<char*>(data.buffer().raw_ptr());
+    const auto up = [](auto* p, size_t to) {
+      return (reinterpret_cast<uintptr_t>(p) + to - 1) & -to;
+    };
+#ifdef MADV_HUGEPAGE
+    const uintptr_t first = up(memory, page), end = up(memory + out.nbytes(), page) - page;
+    if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+    const int64_t offset = up(memory, line) - reinterpret_cast<uintptr_t>(memory);
+    out.set_data(std::move(data), out.size(), out.strides(),
+                 {.contiguous = true, .row_contiguous = true, .col_contiguous = false}, offset);
+  }
+
+  std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const override {
+    const char* packed = reader.dense<char>();
+    const Weight weight = weight_of(out[0], in[0].shape(0), bits_, kStretch);
+    return [weight, packed, codes = out[0].data<uint32_t>()] { run_relay(weight, packed, codes); };
+  }
+
+ private:
+  int bits_;
+};
+
+class Restore : public Operation {
+ public:
+  Restore(mx::Stream s, int bits) : Operation(s), bits_(bits) {}
+  const char* name() const override { return "LeanKVRestore"; }
+
+ protected:
+  std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const override {
+    Weight weight = weight_of(in[0], out[0].shape(0), bits_, kStretch);
+    weight.codes = reader.dense<uint32_t>();
+    return [weight, packed = out[0].data<char>()] { run_restore(weight, packed); };
+  }
+
+ private:
+  int bits_;
+};
+
+class Rows : public Operation {
+ public:
+  Rows(mx::Stream s, int outputs, int bits, int group)
+      : Operation(s), outputs_(outputs), bits_(bits), group_(group) {}
+  const char* name() const override { return "LeanKVRows"; }
+
+ protected:
+  std::function<void()> task(const Arrays& in, Reader& reader, Arrays& out) const override {
+    Weight weight = weight_of(in[0], outputs_, bits_, group_);
+    weight.codes = reader.dense<uint32_t>();
+    weight.scales = reader.dense<char>();
+    weight.zeros = reader.dense<char>();
+    weight.type = type_of(in[1]);
+    const auto* ids = reader.dense<int32_t>();
+    const Output to{
+        .data = out[0].data<char>(), .type = type_of(out[0]), .row_stride = weight.inputs};
+    return [weight, ids, n = static_cast<int>(in[3].size()), to] { run_rows(weight, ids, n, to); };
+  }
+
+ private:
+  int outputs_, bits_, group_;
+};
+
 }  // namespace
+
+mx::array relay(const mx::array& codes, int bits) {
+  const Weight shape{.outputs = codes.shape(0), .inputs = codes.shape(1) * 32 / bits, .bits = bits};
+  return mx::array({shape.tiles(), shape.inputs, kLanes}, mx::uint32,
+                   std::make_shared<Relay>(cpu_stream(), bits), {codes});
+}
+
+mx::array restore(const WeightArrays& weight) {
+  return mx::array({weight.outputs, weight.codes.shape(1) * weight.bits / 32}, mx::uint32,
+                   std::make_shared<Restore>(cpu_stream(), weight.bits), {weight.codes});
+}
+
+mx::array rows(const WeightArrays& weight, const mx::array& ids, mx::Dtype dtype) {
+  mx::Shape shape = ids.shape();
+  shape.push_back(weight.codes.shape(1));
+  return mx::array(
+      std::move(shape), dtype,
+      std::make_shared<Rows>(cpu_stream(), weight.outputs, weight.bits, weight.group),
+      {weight.codes, weight.scales, weight.zeros, mx::astype(ids, mx::int32, cpu_stream())});
+}
 
 std::vector<mx::array> project(const mx::array& x, const std::vector<WeightArrays>& weights,
                                const std::vector<std::optional<mx::array>>& biases,

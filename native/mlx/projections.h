@@ -32,4 +32,13 @@ std::vector<mx::array> project(const mx::array& x, const std::vector<WeightArray
                                const std::vector<std::optional<mx::array>>& biases,
                                const ProjectOptions& options);
 
+// MLX's codes uint32 [N, K * bits / 32] -> [T, K, 16], aligned to cache lines.
+mx::array relay(const mx::array& codes, int bits);
+
+// The inverse.
+mx::array restore(const WeightArrays& weight);
+
+// Rows int32 [..] of the weight -> [.., K].
+mx::array rows(const WeightArrays& weight, const mx::array& ids, mx::Dtype dtype);
+
 }  // namespace leankv

@@ -201,8 +201,6 @@ def test_a_dense_model_has_nothing_to_report() -> None:
 
 @pytest.mark.parametrize("outputs", [256, 20_096])
 def test_weights_exist_once_and_one_layer_twice(outputs: int) -> None:
-    """A large layer is moved in parts: MLX's operations take many times its bytes."""
-
     class Stack(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -215,12 +213,11 @@ def test_weights_exist_once_and_one_layer_twice(outputs: int) -> None:
     mx.clear_cache()
     held = mx.get_active_memory()
     layer = sum(x.nbytes for x in model.layers[0].values())
-    working = 40 * 2**20
     use = attach(model)
     for change in (use.start, use.stop):
         mx.reset_peak_memory()
         change()
-        assert mx.get_peak_memory() - held < layer + working
+        assert mx.get_peak_memory() - held < 2 * layer + 100_000
         mx.clear_cache()
         assert abs(mx.get_active_memory() - held) < 10_000
     assert not relaid(model)
@@ -249,14 +246,14 @@ def test_a_start_that_fails_leaves_the_model_as_it_was(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, calls = parameters(model), itertools.count()
-    relay = projections.layers.relay_evenly
+    relay = projections.layers.relay
 
     def failing(*args: Any) -> Weight:
         if next(calls) == 5:
             raise MemoryError
         return relay(*args)
 
-    monkeypatch.setattr(projections.layers, "relay_evenly", failing)
+    monkeypatch.setattr(projections.layers, "relay", failing)
     with pytest.raises(MemoryError):
         attach(model).start()
     assert not relaid(model) and not projections.is_attached(model)
