@@ -100,7 +100,8 @@ class Taken {
         starts_(job.inputs / kStretch + 1) {
     const Inputs inputs(job);
     for (int r = 0; r < rows_; ++r) inputs.read(r, x_.data.get() + int64_t{r} * inputs_);
-    const int n = job.sparse ? take<true>(inputs) : take<false>(inputs);
+    const int n = rows_ == 1 ? (job.sparse ? take<true, 1>(inputs) : take<false, 1>(inputs))
+                             : (job.sparse ? take<true, 0>(inputs) : take<false, 0>(inputs));
     for (int i = 0; i < kAhead; ++i) ids()[n + i] = inputs_ + (n ? ids()[i % n] : 0);
   }
 
@@ -117,19 +118,17 @@ class Taken {
   int32_t* ids() { return ids_.data.get(); }
 
   // Writes every channel behind the last one taken, and goes on from there if it is taken: which
-  // ones are is not foreseeable.
-  template <bool Sparse>
+  // ones are is not foreseeable. Rows: how many there are, 0 if the compiler is not to know.
+  template <bool Sparse, int Rows>
   int take(const Inputs& inputs) {
-    float* value = values_.data.get();
+    const int rows = Rows ? Rows : rows_;
     int n = 0;
     for (int s = 0; s < inputs_ / kStretch; ++s) {
-      starts_.data.get()[s] = n;
-      float* sums = sums_.data.get() + s * rows_;
-      std::fill_n(sums, rows_, 0.0f);
+      const int begin = starts_.data.get()[s] = n;
       for (int k = s * kStretch; k < (s + 1) * kStretch; ++k) {
         ids()[n] = k;
         bool taken = !Sparse;
-        for (int r = 0; r < rows_; ++r) {
+        for (int r = 0; r < rows; ++r) {
           float x = x_.data.get()[int64_t{r} * inputs_ + k];
           if constexpr (Sparse) {
             const bool chosen = inputs.chosen(k, x);
@@ -137,15 +136,21 @@ class Taken {
             taken |= chosen;
             read_ += chosen;
           }
-          value[int64_t{n} * rows_ + r] = x;
-          sums[r] += x;
+          value(n)[r] = x;
         }
         n += taken;
+      }
+      for (int r = 0; r < rows; ++r) {
+        float sums[4] = {};  // that do not wait for each other
+        for (int i = begin; i < n; ++i) sums[(i - begin) % 4] += value(i)[r];
+        sums_.data.get()[s * rows + r] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
       }
     }
     starts_.data.get()[inputs_ / kStretch] = n;
     return n;
   }
+
+  float* value(int i) { return values_.data.get() + int64_t{i} * rows_; }
 
   int rows_, inputs_, read_ = 0;
   Scratch<float> x_, values_, sums_;

@@ -121,6 +121,11 @@ def test_the_chat_tells_somebody_who_types_it_and_takes_what_it_kept() -> None:
     assert full_kv("k4v4,ratio=12", stored=True) == "leankv:k4v4,ratio=12"
 
 
+def test_what_is_stored_does_not_say_who_computes() -> None:
+    config = CompressionConfig.parse("k4v3,backend=reference,projections=mlx,window=128")
+    assert config.portable.spec() == "leankv:k4v3,window=128"
+
+
 def rows() -> Iterator[tuple[bool, str, str]]:
     """Of specs.txt: whether somebody may give these settings, the settings, their text form."""
     for line in Path(__file__).with_name("specs.txt").read_text().splitlines():

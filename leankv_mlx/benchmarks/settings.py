@@ -12,7 +12,7 @@ from leankv_mlx.config import BackendName, CompressionConfig
 from leankv_mlx.errors import BackendUnavailableError, UsageError
 from leankv_mlx.evaluation.arms import Arm
 
-PARTS = ("attention", "steps", "prefill", "encode", "skip", "policy")
+PARTS = ("attention", "steps", "prefill", "encode", "skip", "policy", "projections")
 Row = dict[str, Any]
 """An entry of a part in the JSON document."""
 Advance = Callable[[str], None]
@@ -29,6 +29,7 @@ class Settings:
         only: parts, see PARTS.
         kv: formats of all parts; empty for the usual ones.
         attention, steps, prefill, encode, skip, policy: contexts in tokens of each part.
+        projections: models whose products are measured.
         heads: attention layers to measure.
         shape: the model of the other parts; prefill takes the first layers of it.
         dtypes: of the model, each with an arm of ours and one uncompressed.
@@ -47,6 +48,7 @@ class Settings:
     encode: tuple[int, ...] = (512, 4096)
     skip: tuple[int, ...] = (4096, 16384)
     policy: tuple[int, ...] = (4096,)
+    projections: tuple[str, ...] = ("smollm2-135m", "qwen2.5-0.5b")
     heads: tuple[Heads, ...] = (Heads(32, 8, 128), Heads(4, 1, 128), Heads(4, 1, 256))
     shape: str = DEFAULT_SHAPE
     prefill_layers: int = 1
@@ -118,6 +120,7 @@ FAST = Settings(
     prefill_rounds=1,
     policy=(2048,),
     policy_rounds=1,
+    projections=("smollm2-135m",),
     more_dtypes=(),
     stock_tokens=1024,
     budget=Budget(seconds=1.0, warm_up=0.1, fewest=2, most=40),

@@ -64,6 +64,8 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
+        Shape("smollm2-135m", "llama", 30, 576, 1536, 9, 3, 64, 49152),
+        Shape("qwen2.5-0.5b", "qwen2", 24, 896, 4864, 14, 2, 64, 151936),
         Shape("qwen3-0.6b", "qwen3", 28, 1024, 3072, 16, 8, 128, 151936),
         Shape("qwen3-1.7b", "qwen3", 28, 2048, 6144, 16, 8, 128, 151936),
         Shape("qwen3-4b", "qwen3", 36, 2560, 9728, 32, 8, 128, 151936),

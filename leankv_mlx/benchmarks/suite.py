@@ -12,6 +12,7 @@ from leankv_mlx.benchmarks.encode import measure_encode
 from leankv_mlx.benchmarks.models import Models
 from leankv_mlx.benchmarks.policy import measure_policy
 from leankv_mlx.benchmarks.prefill import measure_prefill
+from leankv_mlx.benchmarks.projections import measure_projections
 from leankv_mlx.benchmarks.settings import Advance, Row, Settings
 from leankv_mlx.benchmarks.shapes import Shape, shape_of
 from leankv_mlx.benchmarks.skip import measure_skip
@@ -33,6 +34,7 @@ class Report:
     encode: list[Row] = field(default_factory=list)
     skip: list[Row] = field(default_factory=list)
     policy: list[Row] = field(default_factory=list)
+    projections: list[Row] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON document."""
@@ -67,6 +69,8 @@ def run(settings: Settings, advance: Advance = lambda what: None) -> Report:
     if "policy" in settings.only:
         shorter = _at_most(shape, settings.prefill_layers)
         report.policy = measure_policy(settings, Models(shorter), advance)
+    if "projections" in settings.only:
+        report.projections = measure_projections(settings, advance)
     return report
 
 

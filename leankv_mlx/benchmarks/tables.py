@@ -7,6 +7,7 @@ from itertools import groupby
 
 from leankv_mlx.benchmarks import static
 from leankv_mlx.benchmarks.fill import DTYPES, STOCK
+from leankv_mlx.benchmarks.projections import DENSE, MLX
 from leankv_mlx.benchmarks.real import RealReport
 from leankv_mlx.benchmarks.settings import Row
 from leankv_mlx.benchmarks.skip import NONE
@@ -33,6 +34,8 @@ def tables(report: Report) -> list[Grid]:
     if report.policy:
         title = f"Policies, {report.policy[0]['shape']}"
         grids.append(_plain(title, report.policy, _POLICY, _POLICY_NOTE))
+    if report.projections:
+        grids.append(_plain("Projections", report.projections, _PROJECTIONS, _PROJECTIONS_NOTE))
     return grids
 
 
@@ -152,6 +155,25 @@ _POLICY: tuple[_Column, ...] = (
 _POLICY_NOTE = (
     "its end: judging and placing all tokens once the prompt is in; flush: judging, encoding and "
     "placing the tokens that leave the window, by generated token; random weights"
+)
+
+
+_PROJECTIONS: tuple[_Column, ...] = (
+    ("model", lambda row: row["shape"]),
+    ("weights of", lambda row: row["part"]),
+    ("rows", lambda row: f"{row['rows']}"),
+    ("channels", lambda row: f"{row['share']:.0%}"),
+    ("ms", lambda row: _ms(row["ms"])),
+    *((base, _baseline(base)) for base in (MLX, DENSE)),
+    ("x mlx", lambda row: _times(row["ratios"][MLX])),
+    ("x dense", lambda row: _times(row["ratios"][DENSE])),
+    ("GB/s", lambda row: f"{row['bytes'] / row['ms'] / 1e6:.1f}"),
+    ("of bound", lambda row: f"{row['bound_share']:.0%}" if "bound_share" in row else ""),
+)
+_PROJECTIONS_NOTE = (
+    "milliseconds; x: median ratio to ours; GB/s: all bytes of the weights in our time, read or "
+    "not; of bound: of the multiply-adds that the processor could do in that time, all channels "
+    "counted"
 )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -70,7 +71,7 @@ def fuse(model: nn.Module) -> Callable[[], None]:
     Returns:
         What undoes it.
     """
-    fused: list[Any] = []
+    fused: list[weakref.ref[Any]] = []  # what a model holds must not hold its layers
     for block in model.modules():
         kind: Any = type(block)
         row = row_of(kind)
@@ -78,12 +79,13 @@ def fuse(model: nn.Module) -> Callable[[], None]:
             continue
         object.__setattr__(block, _PLAN, _Plan(row, sys.modules[kind.__module__]))
         block.__class__ = _fused_class(kind)
-        fused.append(block)
+        fused.append(weakref.ref(block))
 
     def undo() -> None:
-        for block in fused:
-            block.__class__ = type(block).__bases__[1]
-            object.__delattr__(block, _PLAN)
+        for found in fused:
+            if (block := found()) is not None:
+                block.__class__ = type(block).__bases__[1]
+                object.__delattr__(block, _PLAN)
 
     return undo
 
@@ -145,6 +147,7 @@ class _Plan:
         if made is None or weight is not layer["weight"] or made.eps != layer.eps:
             weight = layer["weight"]
             made = Norm(weight + self.row.offset if self.row.offset else weight, layer.eps)
+            mx.eval(made.weight)  # it is kept, and what is lazy belongs to a thread
             self._norms[name] = weight, made
         return made
 

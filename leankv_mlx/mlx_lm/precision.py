@@ -40,11 +40,9 @@ def policy() -> str:
         return "as in the model's files"
     if _declined():
         return "as in the model's files (LEANKV_PRECISION=file)"
-    packed = "MLX's own" if why_not_native() else "other"
-    return (
-        f"16-bit weights compute in float32, {packed} quantized layers unpacked up to "
-        f"{_most_dense() / 1e9:.1f} GB"
-    )
+    unpacked = f"unpacked up to {_most_dense() / 1e9:.1f} GB"
+    quantized = unpacked if why_not_native() else "multiplied by native products"
+    return f"16-bit weights compute in float32, quantized ones {quantized}"
 
 
 def compute_in_float32(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Projections:
         fuse: Fuse | None = None,
         lazy: bool = False,
     ) -> None:
-        self.model = model
+        self._model = weakref.ref(model)  # which holds this while it is active
         self.native = native
         self.inputs = inputs if native else None
         self.fuse = fuse if native else None
@@ -71,7 +72,9 @@ class Projections:
     def start(self) -> Projections:
         """Begin; every call needs its `stop`."""
         with _LOCK:
-            home = getattr(self.model, _HOME, None) or _Home(self.model)
+            model = self._model()
+            assert model is not None  # somebody holds it who starts this
+            home = getattr(model, _HOME, None) or _Home(model)
             home.active.append(self)
             try:
                 home.settle()
@@ -83,7 +86,7 @@ class Projections:
     def stop(self) -> None:
         """End; does nothing if it is not active."""
         with _LOCK:
-            home: _Home | None = getattr(self.model, _HOME, None)
+            home: _Home | None = getattr(self._model(), _HOME, None)
             if home is not None and self in home.active:
                 at = len(home.active) - 1 - home.active[::-1].index(self)
                 del home.active[at]
@@ -153,14 +156,15 @@ def why_not_native() -> str:
 
 
 class _Home:
-    """A model's layers, and who uses them."""
+    """A model's layers, and who uses them. The model holds it and it holds no part of the model: a
+    model that is dropped while it is attached is gone at once."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self._model = weakref.ref(model)
         self.active: list[Projections] = []
         self.native = False
         self.inputs: Inputs | None = None
-        self._layers: list[Relaid] = []
+        self._layers: list[weakref.ref[Relaid]] = []
         self._fuse: Fuse | None = None
         self._unfuse: Undo | None = None
         # A plain attribute: no parameter, and gone with the model.
@@ -171,29 +175,31 @@ class _Home:
 
     def settle(self) -> None:
         """Do what the use that started last asks for."""
-        top = self.active[-1] if self.active else Projections(self.model, native=False)
+        model = self._model()
+        assert model is not None  # only who holds it comes here
+        top = self.active[-1] if self.active else Projections(model, native=False)
         if top.fuse is not self._fuse or top.native != self.native:
-            self._change_fuse(None)
+            self._change_fuse(model, None)
         if top.native and not self.native:
-            self._relay(top.lazy)
+            self._relay(model, top.lazy)
         elif self.native and not top.native:
             self._restore()
         self.inputs = top.inputs
-        self._change_fuse(top.fuse)
+        self._change_fuse(model, top.fuse)
         if not self.active:
-            object.__delattr__(self.model, _HOME)
+            object.__delattr__(model, _HOME)
 
-    def _change_fuse(self, fuse: Fuse | None) -> None:
+    def _change_fuse(self, model: nn.Module, fuse: Fuse | None) -> None:
         if fuse is self._fuse:
             return
         if self._unfuse is not None:
             self._unfuse()
-        self._fuse, self._unfuse = fuse, fuse(self.model) if fuse else None
+        self._fuse, self._unfuse = fuse, fuse(model) if fuse else None
 
-    def _relay(self, lazy: bool) -> None:
+    def _relay(self, model: nn.Module, lazy: bool) -> None:
         self.native = True
-        modules = dict(self.model.named_modules())
-        ours = {row.name: row for row in report(self.model)}
+        modules = dict(model.named_modules())
+        ours = {row.name: row for row in report(model)}
         alone = {id(modules[name]) for name, row in ours.items() if row.reason}
         shared: defaultdict[tuple[int, ...], list[Relaid]] = defaultdict(list)
         for name, row in ours.items():
@@ -205,7 +211,7 @@ class _Home:
             shared[tuple(id(layer[array]) for array in ARRAYS)].append(layer)
             object.__setattr__(layer, "held", Held(self, row.at))
             layer.__class__ = RELAID[type(layer)]
-            self._layers.append(layer)
+            self._layers.append(weakref.ref(layer))
         if lazy:
             return
         for first, *others in shared.values():
@@ -216,8 +222,9 @@ class _Home:
     def _restore(self) -> None:
         self.native = False
         shared: defaultdict[int, list[Relaid]] = defaultdict(list)
-        for layer in self._layers:
-            shared[id(layer.held.weight or layer)].append(layer)
+        for layer in (found() for found in self._layers):
+            if layer is not None:
+                shared[id(layer.held.weight or layer)].append(layer)
         while shared:
             _, layers = shared.popitem()
             arrays = layers[0].shown()

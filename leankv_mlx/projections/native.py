@@ -25,13 +25,14 @@ def make() -> Backend:
 def project_native(inputs: Inputs) -> Projected:
     """Native implementation of `project`."""
     keep = inputs.keep
+    norms = None if keep is None or keep.norms is None else keep.norms.astype(mx.float32)
     outs = cpu.load().project(
         inputs.x,
         [weight.native for weight in inputs.weights],
         list(inputs.biases),
         inputs.norm,
         None if keep is None else keep.threshold,
-        None if keep is None else keep.norms,
+        norms,
         inputs.residual,
         inputs.gate,
     )

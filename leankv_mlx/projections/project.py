@@ -9,11 +9,9 @@ import mlx.core as mx
 from leankv_mlx.errors import ShapeError
 from leankv_mlx.projections.backends import resolve_backend
 from leankv_mlx.projections.types import Backend, Gate, Inputs, Keep, Norm, Projected
-from leankv_mlx.projections.weight import Weight
+from leankv_mlx.projections.weight import FLOATS, Weight
 
 __all__ = ["Gate", "Keep", "Norm", "Projected", "project"]
-
-_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
 
 def project(
@@ -42,42 +40,44 @@ def project(
     Raises:
         ShapeError: something does not fit the weights.
     """
-    inputs = Inputs(x, weights, biases or [None] * len(weights), norm, keep, residual, gate)
+    inputs = Inputs(
+        x, weights, [None] * len(weights) if biases is None else biases, norm, keep, residual, gate
+    )
     _check(inputs)
     return (backend or resolve_backend()).project(inputs)
 
 
 def _check(inputs: Inputs) -> None:
-    """Plain loops: a decode step comes here four times a layer."""
-    x, weights = inputs.x, inputs.weights
-    shape = x.shape
-    channels, last = (shape[-1], weights[-1].outputs) if shape and weights else (0, 0)
-    fits = channels > 0 and x.dtype in _DTYPES
-    for weight in weights:
-        fits = fits and weight.inputs == channels
-    if not fits:
+    x, weights, gate = inputs.x, inputs.weights, inputs.gate
+    channels = x.shape[-1] if x.ndim else 0
+    if not weights or any([w.inputs != channels for w in weights]) or x.dtype not in FLOATS:
         raise ShapeError(
-            "[project] expected floats [..., K] for weights of the same K, got "
-            f"{x.dtype} {shape} for K of {[w.inputs for w in weights]}."
+            f"[project] expected floats [..., K] for weights of the same K, got {x.dtype} "
+            f"{x.shape} for K of {[w.inputs for w in weights]}."
         )
+    if gate is not None and (len(weights) != 2 or weights[0].outputs != weights[1].outputs):
+        raise ShapeError(
+            "[project] a gate takes two weights of the same N, got N of "
+            f"{[w.outputs for w in weights]}."
+        )
+    if len(inputs.biases) != len(weights):
+        raise ShapeError("[project] expected a bias [N] or None for each weight.")
     for weight, bias in zip(weights, inputs.biases, strict=True):
-        if bias is not None and bias.shape != (weight.outputs,):
-            raise ShapeError("[project] expected a bias [N] or None for each weight.")
-    outs = len(weights)
-    if inputs.gate is not None:
-        if outs != 2 or weights[0].outputs != last:
-            raise ShapeError(
-                "[project] a gate takes two weights of the same N, got N of "
-                f"{[w.outputs for w in weights]}."
-            )
-        outs = 1
-    residual = inputs.residual
-    if residual is not None and (outs != 1 or residual.shape != (*shape[:-1], last)):
+        _expect("a bias", bias, (weight.outputs,))
+    if inputs.residual is not None:
+        if len(weights) != (1 if gate is None else 2):
+            raise ShapeError("[project] a residual goes with one output.")
+        _expect("a residual", inputs.residual, (*x.shape[:-1], weights[-1].outputs))
+    if inputs.norm is not None:
+        _expect("a norm", inputs.norm.weight, (channels,))
+    if inputs.keep is not None:
+        _expect("norms", inputs.keep.norms, (channels,))
+        if not inputs.keep.threshold >= 0:
+            raise ShapeError(f"[project] expected a threshold >= 0, got {inputs.keep.threshold}.")
+
+
+def _expect(what: str, given: mx.array | None, shape: tuple[int, ...]) -> None:
+    if given is not None and (given.shape != shape or given.dtype not in FLOATS):
         raise ShapeError(
-            f"[project] expected one output and a residual {(*shape[:-1], last)}, got {outs} and "
-            f"{residual.shape}."
+            f"[project] expected {what} of floats {shape}, got {given.dtype} {given.shape}."
         )
-    norms = (inputs.norm and inputs.norm.weight, inputs.keep and inputs.keep.norms)
-    for given in norms:
-        if given is not None and given.shape != (channels,):
-            raise ShapeError(f"[project] expected norms [{channels}].")

@@ -27,7 +27,7 @@ class Keep(NamedTuple):
 
     Attributes:
         threshold: at least 0.
-        norms: float32 [K]; None for 1.
+        norms: [K], at least 0; None for 1.
     """
 
     threshold: float

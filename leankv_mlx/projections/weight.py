@@ -31,6 +31,7 @@ LANES = 16
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
 
 def tile_outputs(bits: int) -> int:
@@ -58,7 +59,7 @@ class Weight:
     bits: int
     group: int
 
-    @property
+    @cached_property
     def inputs(self) -> int:
         """K."""
         return int(self.codes.shape[1])
@@ -154,10 +155,11 @@ def _check(codes: mx.array, scales: mx.array, biases: mx.array, group: int, bits
         )
     inputs = group * scales.shape[-1]
     fits = codes.ndim == scales.ndim == 2 and codes.dtype == mx.uint32
+    fits = fits and scales.dtype in FLOATS
     if not fits or codes.shape != (scales.shape[0], inputs * bits // 32) or not codes.size:
         raise ShapeError(
-            f"[relay] expected codes uint32 [N, {inputs} * {bits} / 32] and scales [N, K / group], "
-            f"got {codes.dtype} {codes.shape} and {scales.shape}."
+            f"[relay] expected codes uint32 [N, {inputs} * {bits} / 32] and scales [N, K / group] "
+            f"of floats, got {codes.dtype} {codes.shape} and {scales.dtype} {scales.shape}."
         )
     if biases.shape != scales.shape or biases.dtype != scales.dtype:
         raise ShapeError(

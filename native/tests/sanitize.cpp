@@ -203,6 +203,61 @@ void many_queries(int k_dim, int v_dim, int group, int length, int tokens, Type 
   for (const float x : out) check(std::isfinite(x), "an output of a prefill is not finite");
 }
 
+// Products with two weights of a shape and whatever goes with them; relaid, restored, and row by
+// row.
+void products(int bits, int group, int rows, int outputs, int inputs, Type type, int turn) {
+  const int width = type == Type::f32 ? 2 : 1;
+  const auto halves = [&](size_t n) {  // numbers of any type, in exactly the memory they need
+    std::vector<uint16_t> made(n * width);
+    for (uint16_t& x : made) x = static_cast<uint16_t>(0x3000 + draw() % 0x0C00);
+    return made;
+  };
+  Weight w{.type = type, .outputs = outputs, .inputs = inputs, .bits = bits, .group = group};
+  const size_t sides = size_t(w.tiles()) * (inputs / group) * w.tile();
+  std::vector<uint32_t> packed(size_t(outputs) * inputs * bits / 32), back(packed.size());
+  for (uint32_t& word : packed) word = draw();
+  std::vector<uint32_t> codes(size_t(w.tiles()) * inputs * kLanes);
+  const auto scales = halves(sides), zeros = halves(sides);
+  run_relay(w, packed.data(), codes.data());
+  w.codes = codes.data();
+  w.scales = scales.data();
+  w.zeros = zeros.data();
+  run_restore(w, back.data());
+  check(back == packed, "restored codes changed");
+  const std::vector<int32_t> ids{0, outputs - 1, -1, 1 << 30, outputs / 2};
+  auto taken = halves(ids.size() * inputs);
+  run_rows(w, ids.data(), static_cast<int>(ids.size()), output_of(taken, type, 0, inputs));
+
+  const auto x = halves(size_t(rows) * inputs), bias = halves(outputs), norm = halves(inputs);
+  const auto residual = halves(size_t(rows) * outputs);
+  const auto norms = normal(inputs);
+  std::vector<float> first(size_t(rows) * outputs), second(first.size());
+  int32_t read = 0;
+  const Gate gate = static_cast<Gate>(turn % 4);
+  const Product given[] = {
+      {.weight = w,
+       .bias = rows_of(bias, type, 1, outputs),
+       .out = output_of(first, Type::f32, rows, outputs)},
+      {.weight = w, .out = output_of(second, Type::f32, rows, outputs)},
+  };
+  ProjectJob job{.x = rows_of(x, type, rows, inputs),
+                 .rows = rows,
+                 .inputs = inputs,
+                 .eps = 1e-5f,
+                 .sparse = turn % 3 > 0,
+                 .threshold = turn % 3 == 1 ? 0.5f : 1e9f,
+                 .norms = turn % 2 ? norms.data() : nullptr,
+                 .products = given,
+                 .n = 2,
+                 .gate = gate,
+                 .read = &read};
+  if (turn % 2) job.norm = rows_of(norm, type, 1, inputs);
+  if (gate != Gate::none) job.residual = rows_of(residual, type, rows, outputs);
+  run_project(job);
+  check(read <= rows * inputs, "more channels took part than there are");
+  for (const float y : second) check(std::isfinite(y), "a product is not finite");
+}
+
 void all_shapes() {
   int turn = 0;
   for (const int k_dim : {32, 64, 96, 128, 256}) {
@@ -217,6 +272,15 @@ void all_shapes() {
     }
   }
   round_trip(128, 128, 4, 1, 4000, 70, Type::bf16);  // enough for several threads
+  for (const int bits : {2, 3, 4, 5, 6, 8}) {
+    for (const int rows : {1, 2, 3, 8, 9, 37, 600}) {
+      const int group = std::vector{32, 64, 128}[turn % 3];
+      const Type type = std::vector{Type::f32, Type::f16, Type::bf16}[turn / 3 % 3];
+      const int outputs = rows > 100 ? 70 : 1 + turn * 37 % 600;
+      products(bits, group, rows, outputs, group * (1 + turn % 9), type, turn);
+      ++turn;
+    }
+  }
 }
 
 // A forked child must get along without the parent's workers.

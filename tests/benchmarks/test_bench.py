@@ -28,6 +28,7 @@ TINY = replace(
     encode=(160,),
     skip=(160,),
     policy=(600,),
+    projections=("tiny",),
     heads=(Heads(4, 2, 64),),
     shape="tiny",
     prefill_rounds=1,
@@ -56,7 +57,7 @@ def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(document) == ["machine", "backend", *PARTS]
     assert document["backend"] == resolve_backend().name
     shared = {"tokens", "format", "ms", "baseline_ms", "speedup"}
-    for part in [part for part in PARTS if part != "policy"]:
+    for part in [part for part in PARTS if part not in ("policy", "projections")]:
         assert document[part]
         for row in document[part]:
             own = {"query_heads", "kv_heads", "head_dim"} if part == "attention" else {"shape"}
@@ -84,6 +85,22 @@ def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
         assert 0 < row["decode_share"] < 1 < row["ratio"]
     for row in document["encode"]:
         assert row["share"] == pytest.approx(row["ms"] / row["baseline_ms"]["step"], rel=1e-6)
+
+
+def test_projections(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = measured(capsys, "--only", "projections")["projections"]
+    assert [(row["part"], row["rows"], row["share"]) for row in rows] == [
+        ("2 layers", 1, 1.0), ("2 layers", 1, 0.75), ("2 layers", 1, 0.5), ("2 layers", 4, 1.0),
+        ("1 layers", 512, 1.0), ("head", 1, 1.0),
+    ]  # fmt: skip
+    weights = 2 * (64 * 4 * 64 + 2 * 64 * 2 * 64 + 4 * 64 * 64 + 3 * 64 * 96)
+    for row in rows:
+        assert row["ms"] > 0 and set(row["baseline_ms"]) == {"mlx", "dense fp32"}
+        assert row["speedup"] == pytest.approx(min(row["baseline_ms"].values()) / row["ms"])
+        assert ("bound_share" in row) == (row["backend"] == "cpu")
+    assert [row["products"] for row in rows] == [
+        weights, weights, weights, 4 * weights, 256 * weights, 64 * 128,
+    ]  # fmt: skip
 
 
 def test_choices(capsys: pytest.CaptureFixture[str]) -> None:

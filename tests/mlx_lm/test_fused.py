@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from contextlib import nullcontext
 from importlib import import_module
 from typing import Any
@@ -14,7 +16,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from leankv_mlx import attach
-from leankv_mlx.mlx_lm import fused, load
+from leankv_mlx.errors import BackendUnavailableError
+from leankv_mlx.mlx_lm import fused, load, projecting
 from leankv_mlx.mlx_lm.projecting import projections_of
 from leankv_mlx.projections import Relaid, why_not_native
 from leankv_mlx.projections.heads import Turn, heads, heads_ops
@@ -234,6 +237,35 @@ def test_heads_are_normed_and_turned(length: int, turned: int, normed: bool) -> 
             split, turned, traditional=False, base=None, scale=0.5, offset=offset, freqs=freqs
         )
         assert close(heads(*given).queries, rope, 1e-4)
+
+
+def test_a_model_that_is_dropped_is_gone_at_once() -> None:
+    """Not with the next collection: the next model needs its memory."""
+    model = quantized()
+    uses = [projections_of(model, "native").start(), attach(model, "leankv").start()]
+    run(model)
+    uses.pop().stop()
+    alive = [weakref.ref(model), weakref.ref(model.layers[0]), weakref.ref(model.layers[0].mlp)]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert [ref() for ref in alive] == [None] * 3
+    finally:
+        gc.enable()
+    uses.pop().stop()  # nothing is left to undo
+
+
+def test_products_that_do_not_run_here_are_refused_or_done_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(projecting, "why_not_native", lambda: "no compiler.")
+    model = quantized()
+    with pytest.raises(BackendUnavailableError, match="native does not run here: no compiler"):
+        attach(model, "leankv:projections=native")
+    with attach(model, "leankv:projections=auto") as attached:
+        assert attached.projections == []
+        assert fused.count(model) == 0
 
 
 @pytest.mark.real
