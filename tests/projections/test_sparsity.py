@@ -246,7 +246,8 @@ def test_few_rows_leave_out_and_many_do_not(model: nn.Module, rows: int) -> None
 
 def test_a_threshold_of_0_leaves_everything_as_it_is(model: nn.Module) -> None:
     sparsity = everything(model, Keep(0.0))
-    assert mx.array_equal(logits(model, 1, sparsity), logits(model, 1, None))
+    whole = logits(model, 1, None)
+    assert mx.allclose(logits(model, 1, sparsity), whole, rtol=1e-4, atol=1e-5)
     assert sparsity.weights_read > 0.98  # a gate that is shut makes zeros
     assert everything(model, Keep(1e9)).weights_read == 1  # nothing was read yet
 
