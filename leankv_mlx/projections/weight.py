@@ -50,6 +50,9 @@ class Weight:
         outputs: N.
         bits: of a code, one of BITS.
         group: inputs that share a scale and a bias, one of GROUPS.
+
+    Raises:
+        ShapeError: the arrays are not of these shapes.
     """
 
     codes: mx.array
@@ -58,6 +61,23 @@ class Weight:
     outputs: int
     bits: int
     group: int
+
+    def __post_init__(self) -> None:
+        _check_numbers("Weight", self.group, self.bits)
+        wide = tile_outputs(self.bits)
+        words = (-(-self.outputs // wide), *self.codes.shape[1:2], LANES)
+        if self.outputs < 1 or self.codes.shape != words or self.codes.dtype != mx.uint32:
+            raise ShapeError(
+                f"[Weight] expected codes uint32 [T, K, {LANES}] of {self.outputs} outputs, "
+                f"got {self.codes.dtype} {self.codes.shape}."
+            )
+        groups, rest = divmod(self.inputs, self.group)
+        if rest or self.scales.shape != (words[0], groups, wide):
+            raise ShapeError(
+                f"[Weight] expected scales [{words[0]}, {self.inputs} / {self.group}, {wide}], "
+                f"got {self.scales.shape}."
+            )
+        _check_sides("Weight", self.scales, self.biases)
 
     @cached_property
     def inputs(self) -> int:
@@ -149,22 +169,28 @@ def rows_ops(weight: Weight, ids: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def _check(codes: mx.array, scales: mx.array, biases: mx.array, group: int, bits: int) -> None:
+    _check_numbers("relay", group, bits)
+    fits = codes.ndim == scales.ndim == 2 and codes.dtype == mx.uint32 and codes.size > 0
+    if not fits or codes.shape != (scales.shape[0], group * scales.shape[1] * bits // 32):
+        raise ShapeError(
+            f"[relay] expected codes uint32 [N, K * {bits} / 32] and scales [N, K / {group}], "
+            f"got {codes.dtype} {codes.shape} and {scales.shape}."
+        )
+    _check_sides("relay", scales, biases)
+
+
+def _check_numbers(operation: str, group: int, bits: int) -> None:
     if bits not in BITS or group not in GROUPS:
         raise ShapeError(
-            f"[relay] expected bits of {BITS} and groups of {GROUPS}, got {bits} and {group}."
+            f"[{operation}] expected bits of {BITS} and groups of {GROUPS}, got {bits} and {group}."
         )
-    inputs = group * scales.shape[-1]
-    fits = codes.ndim == scales.ndim == 2 and codes.dtype == mx.uint32
-    fits = fits and scales.dtype in FLOATS
-    if not fits or codes.shape != (scales.shape[0], inputs * bits // 32) or not codes.size:
+
+
+def _check_sides(operation: str, scales: mx.array, biases: mx.array) -> None:
+    if scales.dtype not in FLOATS or (biases.shape, biases.dtype) != (scales.shape, scales.dtype):
         raise ShapeError(
-            f"[relay] expected codes uint32 [N, {inputs} * {bits} / 32] and scales [N, K / group] "
-            f"of floats, got {codes.dtype} {codes.shape} and {scales.dtype} {scales.shape}."
-        )
-    if biases.shape != scales.shape or biases.dtype != scales.dtype:
-        raise ShapeError(
-            f"[relay] expected biases as the scales {scales.shape}, {scales.dtype}, "
-            f"got {biases.shape}, {biases.dtype}."
+            f"[{operation}] expected scales of floats and biases like them, got {scales.dtype} "
+            f"{scales.shape} and {biases.dtype} {biases.shape}."
         )
 
 

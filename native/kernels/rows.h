@@ -96,17 +96,15 @@ inline void write(const Output& to, int head, int64_t first, int n, int dim, con
 // Lanes l and l ^ H exchanged.
 template <int H>
 LEANKV_INLINE vf exchange(vf x) {
-#if defined(__clang__)
-  if constexpr (W == 4) {
-    return __builtin_shufflevector(x, x, 0 ^ H, 1 ^ H, 2 ^ H, 3 ^ H);
-  } else if constexpr (W == 8) {
-    return __builtin_shufflevector(x, x, 0 ^ H, 1 ^ H, 2 ^ H, 3 ^ H, 4 ^ H, 5 ^ H, 6 ^ H, 7 ^ H);
-  } else {
-    return __builtin_shufflevector(x, x, 0 ^ H, 1 ^ H, 2 ^ H, 3 ^ H, 4 ^ H, 5 ^ H, 6 ^ H, 7 ^ H,
-                                   8 ^ H, 9 ^ H, 10 ^ H, 11 ^ H, 12 ^ H, 13 ^ H, 14 ^ H, 15 ^ H);
-  }
-#else
+#if !defined(__clang__)
   return __builtin_shuffle(x, lane_ids() ^ H);
+#elif LEANKV_WIDTH == 4
+  return __builtin_shufflevector(x, x, 0 ^ H, 1 ^ H, 2 ^ H, 3 ^ H);
+#elif LEANKV_WIDTH == 8
+  return __builtin_shufflevector(x, x, 0 ^ H, 1 ^ H, 2 ^ H, 3 ^ H, 4 ^ H, 5 ^ H, 6 ^ H, 7 ^ H);
+#else
+  return __builtin_shufflevector(x, x, 0 ^ H, 1 ^ H, 2 ^ H, 3 ^ H, 4 ^ H, 5 ^ H, 6 ^ H, 7 ^ H,
+                                 8 ^ H, 9 ^ H, 10 ^ H, 11 ^ H, 12 ^ H, 13 ^ H, 14 ^ H, 15 ^ H);
 #endif
 }
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../dispatch.h"
+#include "../heads.h"
 #include "../run.h"
 #include "../thread_pool.h"
 
@@ -258,6 +259,32 @@ void products(int bits, int group, int rows, int outputs, int inputs, Type type,
   for (const float y : second) check(std::isfinite(y), "a product is not finite");
 }
 
+// The norm and the turn of heads, and of heads that have neither.
+void heads_of(int batch, int length, int dim, int turned, bool normed) {
+  const int counts[] = {3, 1};
+  const auto freqs = normal(turned / 2), norm = normal(dim);
+  HeadsJob job{.batch = batch,
+               .length = length,
+               .dim = dim,
+               .freqs = freqs.data(),
+               .turned = turned,
+               .offset = 7};
+  std::vector<float> from[2], to[2];
+  for (int i = 0; i < 2; ++i) {
+    from[i] = normal(size_t(batch) * length * counts[i] * dim);
+    to[i].assign(from[i].size(), NAN);
+    job.sides[i] = {.from = from[i].data(),
+                    .to = to[i].data(),
+                    .heads = counts[i],
+                    .norm = normed ? norm.data() : nullptr,
+                    .eps = 1e-6f};
+  }
+  run_heads(job);
+  for (const auto& side : to) {
+    for (const float x : side) check(std::isfinite(x), "a channel of a head was not written");
+  }
+}
+
 void all_shapes() {
   int turn = 0;
   for (const int k_dim : {32, 64, 96, 128, 256}) {
@@ -272,6 +299,9 @@ void all_shapes() {
     }
   }
   round_trip(128, 128, 4, 1, 4000, 70, Type::bf16);  // enough for several threads
+  for (const int dim : {32, 80, 256}) {
+    for (const int turned : {0, 2, dim / 2, dim}) heads_of(1 + turned % 3, 70, dim, turned, turned);
+  }
   for (const int bits : {2, 3, 4, 5, 6, 8}) {
     for (const int rows : {1, 2, 3, 8, 9, 37, 600}) {
       const int group = std::vector{32, 64, 128}[turn % 3];

@@ -125,6 +125,19 @@ def test_in_half_precision_it_is_nearer_to_float32_than_mlx(name: str, dtype: mx
     assert 0 < error < 1.2 * before
 
 
+@pytest.mark.parametrize("part", ["input_layernorm", "mlp.down_proj"])
+def test_parts_in_float32_make_the_rest_float32_as_in_mlx_lm(part: str) -> None:
+    model = quantized(dtype=mx.float16)
+    for name, module in model.named_modules():
+        if name.endswith(f"1.{part}"):
+            module.set_dtype(mx.float32)
+    plain = run(model)
+    with projections_of(model, "native"):
+        found = run(model)
+    assert found.dtype == plain.dtype == mx.float32
+    assert close(found, plain, 0.05)
+
+
 def test_several_sequences_at_once() -> None:
     model = quantized()
     ids = mx.stack([tokens(12), tokens(24)[12:]])

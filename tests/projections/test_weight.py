@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -94,7 +95,23 @@ def test_what_is_no_weight_is_refused() -> None:
         (codes, scales, biases[:, :1], 32, 4),
         (codes, scales, biases.astype(mx.float16), 32, 4),
         (codes, scales.astype(mx.int32), biases.astype(mx.int32), 32, 4),
+        (codes, scales[0, 0], biases[0, 0], 32, 4),
     ]
     for given in wrong:
         with pytest.raises(ShapeError, match=r"\[relay\]"):
             relay(*given)
+    made = relay(codes, scales, biases, 32, 4)
+    for changed in (
+        {"outputs": 200},
+        {"outputs": 0},
+        {"bits": 8},
+        {"bits": 7},
+        {"group": 64},
+        {"codes": made.codes[:, :40]},
+        {"codes": made.codes[0]},
+        {"codes": made.codes.astype(mx.int32)},
+        {"scales": made.scales[:, :1]},
+        {"biases": made.biases.astype(mx.bfloat16)},
+    ):
+        with pytest.raises(ShapeError, match=r"\[Weight\]"):
+            replace(made, **changed)
