@@ -16,7 +16,9 @@ from leankv_mlx.settings import (
     Bits,
     Groups,
     Setting,
+    Sparse,
     check_bits,
+    check_sparse,
     check_words,
     settings_of,
 )
@@ -56,6 +58,8 @@ class CompressionConfig:
         scorer: what tokens are judged by, see `leankv_mlx.scorers`.
         skip: attention weight below which a token's value may be taken for its center, see
             `kernels.decode_attention`; 0 reads all of them.
+        sparse: share of the input channels of the model's products that a decode step leaves out,
+            see `projections.sparsity`.
         layer_bits: bits of each layer in place of k_bits and v_bits; () for all alike.
         backend: which implementation runs the kernels; "auto" takes the best one present.
         projections: what multiplies quantized weights: "native" products, "mlx" for MLX's own, or
@@ -78,6 +82,7 @@ class CompressionConfig:
     policy: Policy = field(default=KeepAll())
     scorer: Scorer = field(default=Queries())
     skip: float = 0.0
+    sparse: Sparse = field(default=Sparse())
     layer_bits: tuple[Bits, ...] = ()
     backend: BackendName = "auto"
     projections: Products = "auto"
@@ -96,6 +101,7 @@ class CompressionConfig:
             raise ConfigError(f"sink_tokens={self.sink_tokens} is out of range; use 0 to 128.")
         if not 0 <= self.skip < 1:
             raise ConfigError(f"skip={self.skip:g} is no attention weight; use 0, or 0.001.")
+        check_sparse(self.sparse)
         check_words(self)
 
     @property
@@ -107,9 +113,9 @@ class CompressionConfig:
 
     @property
     def portable(self) -> CompressionConfig:
-        """The settings without those that change how a cache is computed and not what is in it:
-        no part of what is stored."""
-        return replace(self, backend="auto", projections="auto")
+        """The settings without those that change how a cache is computed, or the model that fills
+        it, and not what is in it: no part of what is stored."""
+        return replace(self, backend="auto", projections="auto", sparse=Sparse())
 
     def for_layer(self, index: int, layers: int) -> CompressionConfig:
         """The settings of one of the compressed layers of a model.

@@ -56,6 +56,10 @@ class CacheFileError(LeanKVError):
     """A prompt cache file cannot be read, written or used with this model."""
 
 
+class CalibrationError(LeanKVError):
+    """Thresholds of a model are missing, cannot be read, or belong to another model."""
+
+
 class DocumentError(LeanKVError):
     """A document cannot be read, or its text cannot be got at."""
 

@@ -13,8 +13,7 @@ from leankv_mlx.atomic import is_lasting, locked, put_aside, read_text, write_te
 from leankv_mlx.errors import ConfigError, UsageError
 from leankv_mlx.folders import folder
 from leankv_mlx.resources import models_toml
-
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+from leankv_mlx.settings import NAME_FORM
 
 
 def user_profiles() -> Path:
@@ -53,7 +52,7 @@ def check_name(name: str) -> None:
     Raises:
         UsageError: it may not.
     """
-    if not _NAME.fullmatch(name) or re.fullmatch(r"k\d+v\d+", name):
+    if not NAME_FORM.fullmatch(name) or re.fullmatch(r"k\d+v\d+", name):
         raise UsageError(
             f"a profile cannot be called {name!r}; use letters, digits, - and _, as in my-model."
         )
@@ -80,7 +79,7 @@ def _written(rows: dict[str, dict[str, str]]) -> str:
     """The text of a file. A string of JSON is a string of TOML, once DEL is escaped and nothing
     else is: an escaped emoji would be two halves."""
     return "\n".join(
-        f"[profiles.{name if _NAME.fullmatch(name) else _quoted(name)}]\n"
+        f"[profiles.{name if NAME_FORM.fullmatch(name) else _quoted(name)}]\n"
         f"kv = {_quoted(row['kv'])}\nabout = {_quoted(row['about'])}\n"
         for name, row in rows.items()
     )

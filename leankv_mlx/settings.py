@@ -26,7 +26,32 @@ where 0 stores nothing of that group."""
 LowBits = Bits | Literal["auto", "none"]
 Size = Annotated[int, "bytes"]
 
+NAME_FORM = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+"""Names of profiles and calibrations."""
 BITS_FORM = re.compile(r"k(\d+)v(\d+)")
+
+MOST_SPARSE = 0.9
+"""Largest share of channels that is left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """Which share of the weights' input channels a decode step leaves out, and by whose thresholds.
+
+    Attributes:
+        share: 0 to `MOST_SPARSE`.
+        name: of the calibration; "" for the latest of the model.
+    """
+
+    share: float = 0.0
+    name: str = ""
+
+    def __str__(self) -> str:
+        return _short(self.share) + (f"@{self.name}" if self.name else "")
+
+    def __bool__(self) -> bool:
+        return self.share > 0
+
 
 _FOUND: dict[type[Any], dict[str, Setting]] = {}  # looking at types takes long
 
@@ -54,8 +79,7 @@ class Setting:
         if isinstance(value, bool):
             return "on" if value else "off"
         if isinstance(value, float):
-            short = f"{value:g}"
-            return short if float(short) == value else repr(value)
+            return _short(value)
         if isinstance(value, tuple) and self.kind == Groups:
             return ".".join(map(str, value))
         if isinstance(value, tuple):
@@ -115,6 +139,25 @@ def check_low(low: LowBits) -> None:
         raise ConfigError(f"low={low} is not understood; use kNvM, auto or none.")
 
 
+def check_sparse(sparse: Sparse) -> None:
+    """Whether so much can be left out.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not 0 <= sparse.share <= MOST_SPARSE:
+        raise ConfigError(
+            f"sparse={sparse} is out of range; use a share from 0 to {MOST_SPARSE}, such as 0.25."
+        )
+    if sparse.name and not NAME_FORM.fullmatch(sparse.name):
+        raise ConfigError(f"sparse={sparse} names no calibration; use letters, digits, - and _.")
+
+
+def _short(value: float) -> str:
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def _integer(name: str, text: str) -> int:
     try:
         return int(text)
@@ -133,6 +176,14 @@ def _number(name: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise ConfigError(f"{name}={text} is not a number.") from None
+
+
+def _sparse(name: str, text: str) -> Sparse:
+    share, _, calibration = text.partition("@")
+    share = share.strip()
+    if share.endswith("%"):
+        return Sparse(_number(name, share[:-1]) / 100, calibration.strip())
+    return Sparse(_number(name, share), calibration.strip())
 
 
 def _size(name: str, text: str) -> int:
@@ -169,5 +220,6 @@ _READERS: dict[Any, Callable[[str, str], Any]] = {
     Size: _size,
     Groups: _groups,
     LowBits: _low,
+    Sparse: _sparse,
     tuple[Bits, ...]: _layers,
 }

@@ -24,7 +24,7 @@ from leankv_mlx.config import CompressionConfig, kv_text, parse_kv
 from leankv_mlx.errors import ConfigError, UsageError
 from leankv_mlx.policies import POLICIES, Budget, KeepAll, Policy, Streaming, Threshold
 from leankv_mlx.scorers import SCORERS, Queries, Repeat
-from leankv_mlx.settings import settings_of
+from leankv_mlx.settings import MOST_SPARSE, Sparse, settings_of
 from leankv_mlx.sizes import parse_bytes
 
 SIZES = {
@@ -171,13 +171,35 @@ OF_POLICIES: list[st.SearchStrategy[Policy]] = [
 @given(
     st.one_of(OF_POLICIES), st.sampled_from([Queries, Repeat]), st.integers(0, 127),
     st.floats(0, 0.999),
+    st.builds(Sparse, st.floats(0, MOST_SPARSE), st.sampled_from(["", "mine", "a-b_3"])),
 )  # fmt: skip
 def test_every_configuration_survives_its_text(
-    policy: Policy, scorer: Any, half: int, skip: float
+    policy: Policy, scorer: Any, half: int, skip: float, sparse: Sparse
 ) -> None:
-    config = CompressionConfig(policy=policy, scorer=scorer(2 * half + 1), skip=skip)
+    config = CompressionConfig(policy=policy, scorer=scorer(2 * half + 1), skip=skip, sparse=sparse)
     again = CompressionConfig.parse(config.spec(), stored=True)
     assert again == config and again.spec() == config.spec()
+
+
+def test_shares_are_read_as_numbers_or_percent_and_with_a_name() -> None:
+    for text, sparse in {
+        "0.25": Sparse(0.25), "25%": Sparse(0.25), "0": Sparse(), ".9": Sparse(0.9),
+        "40 % @ mine": Sparse(0.4, "mine"), "0.25@a-b": Sparse(0.25, "a-b"),
+    }.items():  # fmt: skip
+        assert CompressionConfig.parse(f"leankv:sparse={text}").sparse == sparse
+    for text in ("0.95", "25", "-0.1", "nan", "x", "", "0.25@../x", "0.25@k v", "101%"):
+        with pytest.raises(ConfigError, match="sparse=") as refused:
+            CompressionConfig.parse(f"leankv:sparse={text}")
+        assert "\n" not in str(refused.value)
+
+
+def test_what_decode_steps_leave_out_is_no_part_of_what_is_stored(tmp_path: Path) -> None:
+    config = CompressionConfig.parse("leankv:k3v3,sparse=0.25@mine")
+    cache = CompressedKVCache(config)
+    rows = mx.random.normal((1, 2, 150, 64))
+    cache.update_and_fetch(rows, rows)
+    save(tmp_path / "cache", [cache])
+    assert load(tmp_path / "cache").configs == [CompressionConfig(k_bits=3, v_bits=3)]
 
 
 def test_what_another_policy_would_read_keeps_its_text_and_changes_nothing_else() -> None:

@@ -92,6 +92,8 @@ class MemoryPanel(VerticalScroll):
         rows.append(("tokens/s", f"{self._speed:.1f}" if self._speed else "-"))
         if snapshot.values_read < 1:
             rows.append(("values read", f"{snapshot.values_read:.0%}"))
+        if snapshot.weights_read < 1:
+            rows.append(("weights read", f"{snapshot.weights_read:.0%}"))
         if self.detail:
             rows += self._parts(snapshot)
         width = max(20, self._width)

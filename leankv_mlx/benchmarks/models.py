@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx import nn
@@ -15,15 +15,27 @@ from leankv_mlx.benchmarks.fill import DTYPES
 from leankv_mlx.benchmarks.shapes import DEFAULT_SHAPE, Heads, Shape
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import UsageError
-from leankv_mlx.mlx_lm.attachment import attach, make_caches
+from leankv_mlx.evaluation.fidelity import Chunk
+from leankv_mlx.evaluation.sparsifying import thresholds
+from leankv_mlx.mlx_lm.attachment import Attachment, attach, make_caches
 from leankv_mlx.mlx_lm.stock import random_model, stock_cache
+from leankv_mlx.projections.sparsity import Sparsity
+from leankv_mlx.settings import Sparse
+
+_BITS, _GROUP = 4, 32
+_TOKENS = 64  # that thresholds of a random model are found on
 
 
 @dataclass
 class Models:
-    """A shape's models by dtype, each made when it is first asked for."""
+    """A shape's models by dtype, each made when it is first asked for.
+
+    Attributes:
+        quantized: whether their weights have 4 bits.
+    """
 
     shape: Shape
+    quantized: bool = False
     _made: dict[str, nn.Module] = field(default_factory=dict)
 
     @property
@@ -34,7 +46,9 @@ class Models:
     def of(self, dtype: str) -> nn.Module:
         """The model in a dtype of DTYPES."""
         if dtype not in self._made:
-            self._made[dtype] = random_model(self.shape.config(), DTYPES[dtype])
+            model = self._made[dtype] = random_model(self.shape.config(), DTYPES[dtype])
+            if self.quantized:
+                nn.quantize(model, _GROUP, _BITS)
         return self._made[dtype]
 
     def check_memory(self, dtypes: Sequence[str], tokens: int, compressed: int) -> None:
@@ -61,24 +75,60 @@ def stock_caches(shape: Shape, bits: int | None = None) -> list[Any]:
     return [stock_cache(bits) for _ in range(shape.layers)]
 
 
+class Made(NamedTuple):
+    """Caches, and what they were made by."""
+
+    attachment: Attachment
+    caches: list[Any]
+
+
+@contextmanager
+def attached(
+    model: nn.Module, configs: Mapping[str, CompressionConfig]
+) -> Iterator[dict[str, Made]]:
+    """The model attends to compressed caches of each config inside of the block. What a config
+    leaves out of its products follows from random tokens."""
+    with ExitStack() as stack:
+        made = {}
+        for name, config in configs.items():
+            sparsity = _sparsity(model, config.sparse.share) if config.sparse else None
+            attachment = stack.enter_context(attach(model, config, sparsity))
+            made[name] = Made(attachment, make_caches(model))
+        yield made
+
+
 @contextmanager
 def compressed_caches(
     model: nn.Module, configs: Mapping[str, CompressionConfig]
 ) -> Iterator[dict[str, list[Any]]]:
-    """Compressed caches for each config; the model attends to them inside of the block."""
-    with ExitStack() as stack:
-        made = {}
-        for name, config in configs.items():
-            stack.enter_context(attach(model, config))
-            made[name] = make_caches(model)
-        yield made
+    """The caches alone, of a model whose products are whole."""
+    whole = {name: replace(config, sparse=Sparse()) for name, config in configs.items()}
+    with attached(model, whole) as made:
+        yield {name: one.caches for name, one in made.items()}
 
 
-def step(model: nn.Module, caches: list[Any]) -> Callable[[], object]:
-    """Decode one token."""
+def _sparsity(model: nn.Module, share: float) -> Sparsity:
+    tokens = mx.random.randint(0, 64, (_TOKENS,), key=mx.random.key(0))
+    chunk = Chunk(tokens, tokens)
+    found = thresholds(model, "teal", "uniform", [share], [chunk], lambda what, done: None)
+    return Sparsity(found.keeps(share))
+
+
+def step(
+    model: nn.Module,
+    caches: list[Any],
+    products: AbstractContextManager[Any] | None = None,
+) -> Callable[[], object]:
+    """Decode one token.
+
+    Args:
+        products: who multiplies the weights; None for what was attached last.
+    """
     token = mx.array([[1]])
+    products = products or nullcontext()
 
     def run() -> None:
-        mx.eval(model(token, cache=caches))
+        with products:
+            mx.eval(model(token, cache=caches))
 
     return run

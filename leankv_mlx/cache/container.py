@@ -1,7 +1,8 @@
 """A safetensors file with a digest over every byte, written atomically and never mapped.
 
     8 bytes     length of the header, little endian
-    header      JSON, padded with spaces; starts with _MAGIC, the digest's 64 hex digits, and `"`
+    header      JSON, padded with spaces; starts with its kind's magic, the digest's 64 hex digits,
+                and `"`
     tensors     back to back, in the order of the header
 
 The digest is BLAKE2b-256 of the whole file with its own digits as zeros. Any safetensors reader
@@ -19,7 +20,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -32,8 +33,29 @@ VERSION = 3
 BEFORE_EQUALIZE = ("2",)
 """Earlier versions that are read too: settings without a word on `equalize` mean off there."""
 
-_MAGIC = f'{{"__metadata__":{{"format":"{FORMAT}","digest":"'.encode()
-_DIGEST_AT = 8 + len(_MAGIC)
+
+class Kind(NamedTuple):
+    """What a file is: how it calls itself, the version that is written, earlier ones that are read
+    too, and what a message calls it."""
+
+    format: str
+    version: int
+    earlier: tuple[str, ...]
+    called: str
+
+    @property
+    def magic(self) -> bytes:
+        """How the header begins; the digest follows."""
+        return f'{{"__metadata__":{{"format":"{self.format}","digest":"'.encode()
+
+    @property
+    def digest_at(self) -> int:
+        """Where the digest is in the file."""
+        return 8 + len(self.magic)
+
+
+PROMPT_CACHE = Kind(FORMAT, VERSION, BEFORE_EQUALIZE, "prompt cache")
+
 _ZEROS = b"0" * 64
 _MAX_HEADER = 1 << 22  # JSON takes up to 30 times its bytes in memory
 _MAX_ELEMENTS = 1 << 40
@@ -75,12 +97,17 @@ def has_magic(path: str | Path) -> bool:
     try:
         with _open(Path(path)) as file:
             file.seek(8)
-            return file.read(len(_MAGIC)) == _MAGIC
+            return file.read(len(PROMPT_CACHE.magic)) == PROMPT_CACHE.magic
     except (OSError, DamagedError):
         return False
 
 
-def write(path: str | Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> None:
+def write(
+    path: str | Path,
+    tensors: Mapping[str, mx.array],
+    metadata: Mapping[str, str],
+    kind: Kind = PROMPT_CACHE,
+) -> None:
     """Replace a file, or leave it as it is if anything fails or the process dies.
 
     Raises:
@@ -88,16 +115,16 @@ def write(path: str | Path, tensors: Mapping[str, mx.array], metadata: Mapping[s
         UnsupportedError: a tensor has a dtype that the format does not know, or the metadata is
             too long.
     """
-    header = _header(tensors, metadata)
+    header = _header(tensors, metadata, kind)
     try:
-        _replace(Path(path), header, tensors)
+        _replace(Path(path), header, tensors, kind.digest_at)
     except OSError as error:
         raise CacheFileError(
             f"cannot write {path}: {error.strerror or error}; name another file or make room."
         ) from error
 
 
-def _replace(path: Path, header: bytes, tensors: Mapping[str, mx.array]) -> None:
+def _replace(path: Path, header: bytes, tensors: Mapping[str, mx.array], digest_at: int) -> None:
     with replacing(path) as file:
         digest = hashlib.blake2b(header, digest_size=32)
         file.write(header)
@@ -105,12 +132,12 @@ def _replace(path: Path, header: bytes, tensors: Mapping[str, mx.array]) -> None
             data = _data(array)
             digest.update(data)
             file.write(data)
-        file.seek(_DIGEST_AT)
+        file.seek(digest_at)
         file.write(digest.hexdigest().encode())
 
 
-def _header(tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> bytes:
-    own = {"format": FORMAT, "digest": _ZEROS.decode(), "version": str(VERSION)}
+def _header(tensors: Mapping[str, mx.array], metadata: Mapping[str, str], kind: Kind) -> bytes:
+    own = {"format": kind.format, "digest": _ZEROS.decode(), "version": str(kind.version)}
     header: dict[str, Any] = {"__metadata__": {**own, **metadata}}
     begin = 0
     for name, array in tensors.items():
@@ -125,7 +152,7 @@ def _header(tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> byt
     text += b" " * (-len(text) % 8)
     if len(text) > _MAX_HEADER:
         raise UnsupportedError(
-            f"a prompt cache file cannot hold {len(text):,} bytes of layers and metadata; "
+            f"a {kind.called} file cannot hold {len(text):,} bytes of layers and metadata; "
             f"at most {_MAX_HEADER:,} fit."
         )
     return len(text).to_bytes(8, "little") + text
@@ -144,7 +171,7 @@ def _data(array: mx.array) -> Any:
     return np.ascontiguousarray(plain).reshape(-1).view(np.uint8)
 
 
-def read(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+def read(path: str | Path, kind: Kind = PROMPT_CACHE) -> tuple[dict[str, mx.array], dict[str, str]]:
     """The tensors and metadata of a file that `write` made.
 
     Raises:
@@ -152,11 +179,11 @@ def read(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
         OSError: it cannot be read.
     """
     with _open(Path(path)) as file:
-        length, header = _read_header(file)
-        metadata, rows = _parse(header, os.fstat(file.fileno()).st_size - 8 - len(header))
-        own = header[len(_MAGIC) : len(_MAGIC) + 64]
+        length, header = _read_header(file, kind)
+        metadata, rows = _parse(header, os.fstat(file.fileno()).st_size - 8 - len(header), kind)
+        own = header[len(kind.magic) : len(kind.magic) + 64]
         digest = hashlib.blake2b(length, digest_size=32)
-        digest.update(_MAGIC + _ZEROS + header[len(_MAGIC) + 64 :])
+        digest.update(kind.magic + _ZEROS + header[len(kind.magic) + 64 :])
         pieces = []
         for row in rows:
             data = file.read(row.end - row.begin)
@@ -171,7 +198,7 @@ def read(path: str | Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     return {row.name: _array(pieces.pop(), row) for row in rows}, metadata
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
+def read_metadata(path: str | Path, kind: Kind = PROMPT_CACHE) -> dict[str, str]:
     """The metadata alone, for lists: its digest is not checked.
 
     Raises:
@@ -179,8 +206,8 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         OSError: it cannot be read.
     """
     with _open(Path(path)) as file:
-        _, header = _read_header(file)
-        return _parse(header, os.fstat(file.fileno()).st_size - 8 - len(header))[0]
+        _, header = _read_header(file, kind)
+        return _parse(header, os.fstat(file.fileno()).st_size - 8 - len(header), kind)[0]
 
 
 def _open(path: Path) -> BinaryIO:
@@ -192,21 +219,21 @@ def _open(path: Path) -> BinaryIO:
     return open(handle, "rb")
 
 
-def _read_header(file: BinaryIO) -> tuple[bytes, bytes]:
+def _read_header(file: BinaryIO, kind: Kind) -> tuple[bytes, bytes]:
     """The eight bytes of the length, and the header itself."""
     length = file.read(8)
     size = int.from_bytes(length, "little")
     if len(length) < 8 or size > _MAX_HEADER:
-        raise DamagedError("it is no prompt cache of leankv")
+        raise DamagedError(f"it is no {kind.called} of leankv")
     header = file.read(size)
-    if not header.startswith(_MAGIC):
-        raise DamagedError("it is no prompt cache of leankv")
+    if not header.startswith(kind.magic):
+        raise DamagedError(f"it is no {kind.called} of leankv")
     if len(header) < size:
         raise DamagedError("it is cut off")
     return length, header
 
 
-def _parse(header: bytes, data_size: int) -> tuple[dict[str, str], list[_Tensor]]:
+def _parse(header: bytes, data_size: int, kind: Kind) -> tuple[dict[str, str], list[_Tensor]]:
     try:
         content = json.loads(header.decode("ascii"))
     except (ValueError, RecursionError) as error:
@@ -217,9 +244,9 @@ def _parse(header: bytes, data_size: int) -> tuple[dict[str, str], list[_Tensor]
     if not all(isinstance(value, str) for value in metadata.values()):
         raise DamagedError("its header is damaged")
     version = metadata.get("version", "")
-    if version not in (*BEFORE_EQUALIZE, str(VERSION)):
+    if version not in (*kind.earlier, str(kind.version)):
         raise DamagedError(
-            f"it has format version {version[:20]!r} and this leankv-mlx reads {VERSION}, "
+            f"it has format version {version[:20]!r} and this leankv-mlx reads {kind.version}, "
             "so another version of the package wrote it"
         )
     rows = sorted(map(_row, content.items()), key=lambda row: (row.begin, row.end))

@@ -72,4 +72,5 @@ def _as_dict(name: str, kv: str, reader: Reader, answer: Answer) -> dict[str, An
         "kv_bytes": answer.usage.used,
         "kv_bytes_fp16": answer.usage.fp16,
         "backend": reader.backend,
+        "weights_read": reader.weights_read,
     }

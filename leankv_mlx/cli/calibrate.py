@@ -1,4 +1,7 @@
-"""`leankv calibrate`: find a setting for a model within limits, and keep it as a profile."""
+"""`leankv calibrate`: find a setting for a model within limits, and keep it as a profile.
+
+With `--sparse` see `sparsify`.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,53 @@ import typer
 from leankv_mlx.cli.console import show
 from leankv_mlx.cli.eval import parsed_lengths, parsed_tasks, progress_bar
 from leankv_mlx.cli.reading import LastJson, Model
-from leankv_mlx.errors import LeanKVError
+from leankv_mlx.cli.sparsify import Request, sparsify
+from leankv_mlx.errors import LeanKVError, UsageError
 from leankv_mlx.terminal import say_json
 
 if TYPE_CHECKING:
     from leankv_mlx.evaluation.calibration import Allocation, Candidate
+    from leankv_mlx.evaluation.lab import Settings
     from leankv_mlx.evaluation.tables import Grid
 
+_SWEPT = "leankv:policy=budget,scope=model,window=32"
 
 _Name = Annotated[str, typer.Argument(help="Name of the profile: --kv leankv:NAME takes it.")]
-_Kv = Annotated[str, typer.Option(help="What to start from; its policy says what is swept.")]
+_Kv = Annotated[
+    str | None,
+    typer.Option(
+        help="What to start from; its policy says what is swept.",
+        show_default="leankv:policy=budget,scope=model,window=32; leankv with --sparse",
+    ),
+]
 _Bits = Annotated[
     float | None,
     typer.Option(help="First give each layer and side its own bits, so many on average."),
+]
+_Sparse = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead, find the input channels that decode steps can leave out: shares of the "
+        "weights, such as 0.25,0.4."
+    ),
+]
+_Limit = Annotated[
+    float,
+    typer.Option(help="With --sparse, largest loss of perplexity, as a share of it."),
+]
+_By = Annotated[
+    str,
+    typer.Option(
+        help="With --sparse, what channels are judged by: teal (their size) or wina (that times "
+        "the norm of their weights)."
+    ),
+]
+_Spread = Annotated[
+    str,
+    typer.Option(
+        help="With --sparse, which inputs leave out how much: uniform, block (by what the model "
+        "loses, every layer alike) or model (by that alone)."
+    ),
 ]
 _Kld = Annotated[
     float, typer.Option(help="Largest mean KL divergence from the uncompressed model, in nats.")
@@ -52,8 +89,12 @@ def register(app: typer.Typer) -> None:
 def calibrate(
     name: _Name,
     model: Model = None,
-    kv: _Kv = "leankv:policy=budget,scope=model,window=32",
+    kv: _Kv = None,
     bits: _Bits = None,
+    sparse: _Sparse = None,
+    limit: _Limit = 0.01,
+    by: _By = "wina",
+    spread: _Spread = "model",
     kld: _Kld = 0.02,
     points: _Points = 2.0,
     tasks: _Tasks = "S2,MK1",
@@ -65,7 +106,36 @@ def calibrate(
     output: _Output = None,
     as_json: LastJson = False,
 ) -> None:
-    """Find the smallest cache of a model that stays within limits; keep it as a profile."""
+    """Find the smallest cache of a model that stays within limits, or the most input channels that
+    it can do without; keep it as a profile."""
+    if sparse is not None:
+        if bits is not None:
+            raise UsageError("--bits and --sparse are two calibrations; give one of them.")
+        request = Request(
+            name, model, kv or "leankv", sparse, limit, by, spread, text, context, chunks, output
+        )
+        sparsify(request, as_json)
+        return
+    from leankv_mlx.evaluation.lab import Settings
+
+    settings = Settings(
+        kv=(kv or _SWEPT,), tasks=parsed_tasks(tasks) or (), lengths=parsed_lengths(lengths) or (),
+        samples=samples, text=text, context=context, chunks=chunks,
+    )  # fmt: skip
+    _smallest(name, model, settings, bits, kld, points, output, as_json)
+
+
+def _smallest(
+    name: str,
+    model: str | None,
+    settings: Settings,
+    bits: float | None,
+    kld: float,
+    points: float,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Find the smallest cache that stays within limits."""
     from leankv_mlx.config import CompressionConfig
     from leankv_mlx.evaluation.calibration import (
         Limits,
@@ -74,18 +144,13 @@ def calibrate(
         measured,
         sweep,
     )
-    from leankv_mlx.evaluation.lab import Lab, Settings, machine
+    from leankv_mlx.evaluation.lab import Lab, machine
     from leankv_mlx.mlx_lm.attachment import attach
     from leankv_mlx.profiles import check_name, save_profile, user_profiles
 
     check_name(name)
-    base = CompressionConfig.parse(kv)
+    base = CompressionConfig.parse(settings.kv[0])
     candidates(base)  # a policy without anything to sweep is told before the model is loaded
-    chosen_tasks = parsed_tasks(tasks) or ()
-    settings = Settings(
-        kv=(kv,), tasks=chosen_tasks, lengths=parsed_lengths(lengths) or (), samples=samples,
-        text=text, context=context, chunks=chunks,
-    )  # fmt: skip
     lab = Lab(model, settings)
     allocation = None
     with progress_bar() as progress:
@@ -94,13 +159,13 @@ def calibrate(
             allocation = allocate(lab.loaded, base, layers, bits, lab.corpus, progress.advance)
             base = replace(base, layer_bits=allocation.bits)
         found = sweep(
-            lab.loaded, candidates(base), Limits(kld, points), lab.corpus, lab.cells, samples,
-            progress.advance,
+            lab.loaded, candidates(base), Limits(kld, points), lab.corpus, lab.cells,
+            settings.samples, progress.advance,
         )  # fmt: skip
     show(_tables(allocation, found), machine(), to_stderr=as_json)
-    best = _best(measured(found), context, kld, points)
+    best = _best(measured(found), settings.context, kld, points)
     about = f"calibrated on {lab.loaded.path.name}: {best.size.ratio:.1f} times smaller after "
-    about += f"{context // 2} tokens, mean KL divergence {best.kld:.4f}"
+    about += f"{settings.context // 2} tokens, mean KL divergence {best.kld:.4f}"
     target = output or user_profiles()
     save_profile(target, name, best.kv, about)
     typer.echo(f"wrote profile {name} to {target}: leankv:{best.kv}", err=as_json)

@@ -259,7 +259,7 @@ def _stats(made: Summary, reader: Reader) -> None:
         f"leankv: {made.name}: {made.strategy}{rounds}, {answer.document_tokens} tokens {read}, "
         f"first token after {answer.first_token_s:.2f} s, {answer.tokens} tokens at "
         f"{answer.speed:.1f} tokens/s",
-        summary_line(answer.usage, reader.backend),
+        summary_line(answer.usage, reader.backend, reader.weights_read),
     )
     sys.stdout.flush()
     for line in lines:

@@ -99,6 +99,11 @@ class Reader:
         return backend_of(self.attachment)
 
     @property
+    def weights_read(self) -> float:
+        """Share of the layers' weights that the last step read."""
+        return self.attachment.weights_read if self.attachment else 1.0
+
+    @property
     def longest(self) -> int:
         """Tokens of prompt and reply that fit the model and the budget."""
         return self.footprint.longest(self.budget, self.context)

@@ -104,6 +104,8 @@ class Snapshot:
         speed: tokens of the reply per second, 0 outside of a reply.
         layers: bytes per entry of the cache list.
         values_read: share of the stored values that the last token read; below 1 with skip= only.
+        weights_read: share of the bytes of the layers' weights that the last step read; below 1
+            with sparse= only.
         exact_until: tokens up to which the compressed caches keep every token as it is; 0 if no
             cache is compressed.
     """
@@ -123,6 +125,7 @@ class Snapshot:
     speed: float
     layers: tuple[LayerUse, ...] = ()
     values_read: float = 1.0
+    weights_read: float = 1.0
     exact_until: int = 0
 
     @property

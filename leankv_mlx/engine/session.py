@@ -91,6 +91,11 @@ class Session:
         return backend_of(self.attachment)
 
     @property
+    def weights_read(self) -> float:
+        """Share of the layers' weights that the last step read."""
+        return self.attachment.weights_read if self.attachment else 1.0
+
+    @property
     def why_not(self) -> str:
         """Why nothing is compressed; "" where something is."""
         return why_not(self.attachment)

@@ -16,8 +16,11 @@ from leankv_mlx.engine.room import Room
 from leankv_mlx.mlx_lm.usage import measure
 
 
-def snapshot(request: int, caches: Sequence[Any], room: Room, speed: float) -> Snapshot:
-    """Count the buffers of `caches`; `speed` is that of the reply on its way."""
+def snapshot(
+    request: int, caches: Sequence[Any], room: Room, speed: float, weights_read: float
+) -> Snapshot:
+    """Count the buffers of `caches`; `speed` is that of the reply on its way, `weights_read` what
+    its last step read of the weights."""
     total = measure(caches)
     memory = CacheMemory()
     layers = []
@@ -43,6 +46,7 @@ def snapshot(request: int, caches: Sequence[Any], room: Room, speed: float) -> S
         speed,
         tuple(layers),
         _values_read(caches),
+        weights_read,
         _exact_until(caches),
     )
 

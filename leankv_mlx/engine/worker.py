@@ -342,7 +342,7 @@ class Worker:
         session = self._need()
         self._next_snapshot = time.perf_counter() + self._snapshot_seconds
         caches, room = session.conversation.caches, session.room
-        self._control.emit(snapshot(request, caches, room, speed))
+        self._control.emit(snapshot(request, caches, room, speed, session.weights_read))
 
     def _snapshot_now_and_then(self, request: int, speed: float) -> None:
         if time.perf_counter() >= self._next_snapshot:

@@ -14,19 +14,25 @@ from mlx.utils import tree_flatten, tree_unflatten
 from leankv_mlx.cache import CompressedKVCache, Sequences, entries
 from leankv_mlx.config import UNCOMPRESSED, CompressionConfig, parse_kv
 from leankv_mlx.errors import ModelError
-from leankv_mlx.mlx_lm.attachment import attach, why_not
+from leankv_mlx.mlx_lm.attachment import Attachment, attach, why_not
 from leankv_mlx.mlx_lm.repetition import judges_by_repetition, settle_document
 from leankv_mlx.mlx_lm.usage import measure
+from leankv_mlx.projections.sparsity import Sparsity
 
 DEFAULT_KV = ("k8v8", "k8v4", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One cache; `config` is None for the uncompressed one."""
+    """One cache; `config` is None for the uncompressed one.
+
+    Attributes:
+        sparsity: in place of the calibration that `config.sparse` names.
+    """
 
     kv: str
     config: CompressionConfig | None
+    sparsity: Sparsity | None = None
 
     @classmethod
     def parse(cls, text: str) -> Arm:
@@ -42,20 +48,25 @@ class Arm:
         """Whether a policy may drop tokens."""
         return self.config is not None and self.config.policy.drops
 
+    @property
+    def sparse(self) -> bool:
+        """Whether decode steps leave out channels."""
+        return self.config is not None and bool(self.config.sparse)
+
     @contextmanager
-    def attached(self, model: nn.Module) -> Iterator[None]:
+    def attached(self, model: nn.Module) -> Iterator[Attachment | None]:
         """The model has this arm's cache inside of the block.
 
         Raises:
             ModelError: no layer of the model can be compressed.
         """
         if self.config is None:
-            yield
+            yield None
             return
-        with attach(model, self.config) as attachment:
+        with attach(model, self.config, self.sparsity) as attachment:
             if reason := why_not(attachment):
                 raise ModelError(f"nothing to compress in this model: {reason}.")
-            yield
+            yield attachment
 
 
 def parse_arms(texts: Sequence[str]) -> list[Arm]:

@@ -39,7 +39,7 @@ from leankv_mlx.evaluation.metrics import (
 )
 from leankv_mlx.evaluation.tasks import facts, seeded
 from leankv_mlx.kernels import MAX_DECODE_TOKENS
-from leankv_mlx.mlx_lm.attachment import make_caches
+from leankv_mlx.mlx_lm.attachment import Attachment, make_caches, products_of
 from leankv_mlx.mlx_lm.loading import LoadedModel
 from leankv_mlx.mlx_lm.reading import prefill
 from leankv_mlx.settings import BLOCK_SLOTS
@@ -71,10 +71,19 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Chunks of one text, and the bytes of the text that is scored in them."""
+    """Chunks of one text, and the bytes of the text that is scored in each."""
 
     chunks: tuple[Chunk, ...]
-    scored_bytes: int
+    chunk_bytes: tuple[int, ...]
+
+    @property
+    def scored_bytes(self) -> int:
+        """Of all chunks."""
+        return sum(self.chunk_bytes)
+
+    def part(self, begin: int, end: int | None = None) -> Corpus:
+        """Some of the chunks."""
+        return Corpus(self.chunks[begin:end], self.chunk_bytes[begin:end])
 
     @property
     def context(self) -> int:
@@ -145,8 +154,8 @@ def corpus(loaded: LoadedModel, text: str | None, context: int, chunks: int) -> 
             "give a longer text or a smaller context."
         )
     pieces = [[*head, *ids[i * piece : (i + 1) * piece]] for i in range(count)]
-    scored = sum(len(loaded.tokenizer.decode(p[context // 2 + 1 :]).encode()) for p in pieces)
-    return Corpus(tuple(Chunk(mx.array(p[:-1]), mx.array(p[1:])) for p in pieces), scored)
+    scored = [len(loaded.tokenizer.decode(p[context // 2 + 1 :]).encode()) for p in pieces]
+    return Corpus(tuple(Chunk(mx.array(p[:-1]), mx.array(p[1:])) for p in pieces), tuple(scored))
 
 
 def _encode(loaded: LoadedModel, text: str) -> list[int]:
@@ -185,8 +194,10 @@ def run_fidelity(
                     reference = _Base(_Reading(loaded.model, base, chunk, step, report))
                     readings = []
                     for arm in group:
-                        stack.enter_context(arm.attached(loaded.model))
-                        readings.append(_Reading(loaded.model, arm, chunk, step, advance))
+                        attachment = stack.enter_context(arm.attached(loaded.model))
+                        readings.append(
+                            _Reading(loaded.model, arm, chunk, step, advance, attachment)
+                        )
                     found = _compared(reference, readings)
                 if i:
                     del found[base.kv]
@@ -201,17 +212,24 @@ def run_fidelity(
 class _Reading:
     """One arm on its way through a chunk: the first half is in when it is made.
 
-    The arm is attached then; which attachments are active later makes no difference, because
-    attention goes by the caches.
+    The arm is attached then. Attention goes by the caches whatever is attached later; products go
+    by what was attached last, so every call says whose they are.
     """
 
     def __init__(
-        self, model: nn.Module, arm: Arm, chunk: Chunk, step: int, advance: Advance
+        self,
+        model: nn.Module,
+        arm: Arm,
+        chunk: Chunk,
+        step: int,
+        advance: Advance,
+        attachment: Attachment | None = None,
     ) -> None:
         self.arm, self.chunk = arm, chunk
         self.at = _start(arm.config, chunk.context)
         self._model, self._advance = model, advance
-        self._step = min(step, MAX_DECODE_TOKENS) if arm.drops else step
+        self._products = products_of(model, attachment)
+        self._step = min(step, MAX_DECODE_TOKENS) if arm.drops or arm.sparse else step
         self._caches = make_caches(model)
         prompt = cast(list[int], chunk.tokens[: self.at].tolist())
         prefill(model, prompt, self._caches)
@@ -234,7 +252,9 @@ class _Reading:
         while True:
             begin, self.at = self.at, min(self.at + self._step, self.chunk.context)
             # Not `reading.prefill`: the logits of every call are scored.
-            logits = self._model(self.chunk.tokens[None, begin : self.at], cache=self._caches)[0]
+            with self._products:
+                tokens = self.chunk.tokens[None, begin : self.at]
+                logits = self._model(tokens, cache=self._caches)[0]
             mx.eval(logits, [cache.state for cache in self._caches])
             self._advance(f"fidelity {self.arm.kv}", self.at - begin)
             first = max(begin, self.chunk.middle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -18,7 +19,9 @@ from leankv_mlx.mlx_lm import patches
 from leankv_mlx.mlx_lm.precision import weights_dtype
 from leankv_mlx.mlx_lm.projecting import projections_of
 from leankv_mlx.mlx_lm.quirks import left_alone, quirks_of
-from leankv_mlx.projections import ProjectionReport, report
+from leankv_mlx.mlx_lm.sparse import sparsity_of
+from leankv_mlx.projections import ProjectionReport, is_attached, report
+from leankv_mlx.projections.sparsity import Sparsity
 
 _MISSING = object()
 _LOCK = threading.Lock()
@@ -78,7 +81,9 @@ class Attachment:
     ends, so that `report` can tell how attention ran.
     """
 
-    def __init__(self, model: nn.Module, config: CompressionConfig) -> None:
+    def __init__(
+        self, model: nn.Module, config: CompressionConfig, sparsity: Sparsity | None = None
+    ) -> None:
         self.model = model
         self.config = config
         self.backend: str = resolve_backend(config.backend).name
@@ -92,7 +97,8 @@ class Attachment:
         self._final: list[str] = []
         self._exact_dtype = weights_dtype(model)
         self._entries = own_caches(model)
-        self._projections = projections_of(model, config.projections)
+        self._sparsity = sparsity or sparsity_of(model, config.sparse, config.projections)
+        self._projections = projections_of(model, config.projections, inputs=self._sparsity)
 
     def start(self) -> Attachment:
         """Begin; every call needs its `stop`."""
@@ -190,6 +196,12 @@ class Attachment:
         return report(self.model) if self._projections.native else []
 
     @property
+    def weights_read(self) -> float:
+        """Share of the bytes of the layers' weights that the last step read; below 1 with sparse=
+        only."""
+        return self._sparsity.weights_read if self._sparsity else 1.0
+
+    @property
     def caches(self) -> list[Any]:
         """The list that was made last; empty before the first and after the end."""
         return self._caches or []
@@ -206,12 +218,28 @@ def _attention_of(cache: Any) -> str:
     return "fused" if cache.fused_calls else "fallback"
 
 
-def attach(model: nn.Module, config: CompressionConfig | str = "leankv") -> Attachment:
+def products_of(model: nn.Module, attachment: Attachment | None) -> AbstractContextManager[object]:
+    """A context, to be entered any number of times, in which the model's products are those of an
+    attachment, whichever started last; with None those that they are now, and nothing is left out.
+    """
+    if attachment is not None:
+        return attachment._projections
+    if not report(model):
+        return nullcontext()
+    return projections_of(model, "native" if is_attached(model) else "mlx")
+
+
+def attach(
+    model: nn.Module,
+    config: CompressionConfig | str = "leankv",
+    sparsity: Sparsity | None = None,
+) -> Attachment:
     """Make `model` use compressed KV caches while the result is active.
 
     Args:
         model: a model of mlx-lm.
         config: settings, or their text form as in `--kv`.
+        sparsity: what decode steps leave out, in place of the calibration that `sparse` names.
 
     Returns:
         A context manager; outside of `with`, call `start()` and `stop()`.
@@ -219,6 +247,7 @@ def attach(model: nn.Module, config: CompressionConfig | str = "leankv") -> Atta
     Raises:
         ConfigError: the text is not understood.
         BackendUnavailableError: the configured backend cannot run here.
+        CalibrationError: the model was not calibrated for what `sparse` leaves out.
         UnsupportedError: the model is split over several machines.
     """
     if isinstance(config, str):
@@ -227,7 +256,7 @@ def attach(model: nn.Module, config: CompressionConfig | str = "leankv") -> Atta
         raise UnsupportedError(
             "a model in pipeline stages cannot use a compressed KV cache; load it on one machine."
         )
-    return Attachment(model, config)
+    return Attachment(model, config, sparsity)
 
 
 def backend_of(attachment: Attachment | None) -> str:

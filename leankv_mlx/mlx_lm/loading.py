@@ -34,6 +34,7 @@ HUB_TIMEOUT_S = 5.0
 _WHOLE_BYTES = 16 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 1024, 1024
 
+_FOLDER = "_leankv_folder"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -99,6 +100,7 @@ def load_from(
         half = getattr(mx, loaded.config["torch_dtype"]) if ORIGIN in loaded.config else None
         if half is not None and mx.default_device() == mx.gpu:
             loaded.model.set_dtype(half)
+        object.__setattr__(loaded.model, _FOLDER, path)  # a plain attribute: no parameter
         if path != demo_model():
             lazy = options.get("lazy", False)
             compute_in_float32(loaded.model, lazy, half=half, projected=native)
@@ -149,6 +151,12 @@ def resolve_model(
     if not isinstance(model, str) or not _HUB_ID.fullmatch(model):
         raise ModelError(f"no model folder {model}; check the path, or give a hub id (owner/name).")
     return _checked(_download(model, tqdm_class))
+
+
+def folder_of(model: nn.Module) -> Path | None:
+    """Where a model was loaded from here; None if it was not."""
+    found: Path | None = getattr(model, _FOLDER, None)
+    return found
 
 
 def fingerprint(model: Path) -> str:

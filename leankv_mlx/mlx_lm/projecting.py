@@ -7,7 +7,7 @@ from mlx import nn
 from leankv_mlx.config import Products
 from leankv_mlx.errors import BackendUnavailableError
 from leankv_mlx.mlx_lm.fused import fuse
-from leankv_mlx.projections import Projections, why_not_native
+from leankv_mlx.projections import Inputs, Projections, why_not_native
 
 
 def is_native(setting: Products) -> bool:
@@ -24,10 +24,15 @@ def is_native(setting: Products) -> bool:
     return not reason
 
 
-def projections_of(model: nn.Module, setting: Products, lazy: bool = False) -> Projections:
+def projections_of(
+    model: nn.Module, setting: Products, lazy: bool = False, inputs: Inputs | None = None
+) -> Projections:
     """A use of the model's layers as the setting says, not started.
+
+    Args:
+        inputs: what is done with the inputs of native products.
 
     Raises:
         BackendUnavailableError: native products are asked for and do not run here.
     """
-    return Projections(model, is_native(setting), fuse=fuse, lazy=lazy)
+    return Projections(model, is_native(setting), inputs, fuse, lazy)

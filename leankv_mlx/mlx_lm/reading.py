@@ -16,6 +16,7 @@ from mlx import nn
 
 from leankv_mlx.cache import Sequences
 from leankv_mlx.kernels import MAX_DECODE_TOKENS
+from leankv_mlx.mlx_lm.sparse import whole
 
 PREFILL_CHUNK = 512
 """Prompt tokens that are compressed together. It is the same everywhere, because what a cache holds
@@ -94,11 +95,11 @@ def read(
     """
     size, sequences = _part(pace, caches, len(tokens)), Sequences.of(caches)
     if size == len(tokens):
-        with sequences.reading():
+        with sequences.reading(), whole(model):
             _read(model, tokens, caches, pace)
         look(size)
         return
-    with sequences.reading(), sequences.one_update():
+    with sequences.reading(), sequences.one_update(), whole(model):
         done = 0
         while done < len(tokens):
             size = _part(pace, caches, len(tokens) - done)

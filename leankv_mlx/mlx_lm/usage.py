@@ -41,12 +41,14 @@ class Usage:
         )
 
 
-def summary_line(usage: Usage, backend: str) -> str:
-    """`leankv: N tokens, KV X MB (fp16 Y MB), R.RRx, backend B`."""
-    return (
+def summary_line(usage: Usage, backend: str, weights_read: float = 1.0) -> str:
+    """`leankv: N tokens, KV X MB (fp16 Y MB), R.RRx, backend B`, and `weights read P%` where a step
+    did not read all."""
+    line = (
         f"leankv: {usage.tokens} tokens, KV {usage.used / 1e6:.2f} MB "
         f"(fp16 {usage.fp16 / 1e6:.2f} MB), {usage.ratio:.2f}x, backend {backend}"
     )
+    return line if weights_read == 1 else f"{line}, weights read {weights_read:.0%}"
 
 
 def measure(caches: Iterable[Any]) -> Usage:

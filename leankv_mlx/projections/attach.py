@@ -140,6 +140,12 @@ def is_attached(model: nn.Module) -> bool:
     return home is not None and home.native
 
 
+def inputs_of(model: nn.Module) -> Inputs | None:
+    """What is done with the inputs of the model's products now."""
+    home: _Home | None = getattr(model, _HOME, None)
+    return None if home is None else home.inputs
+
+
 def why_not_native() -> str:
     """Why the products do not run natively here; "" if they do."""
     try:

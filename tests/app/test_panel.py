@@ -131,6 +131,17 @@ def test_an_empty_history_is_no_full_block(tmp_path: Path) -> None:
     drive(script, tmp_path, (130, 36))
 
 
+def test_what_a_step_read_is_shown_where_it_is_not_all(tmp_path: Path) -> None:
+    async def script(d: Driver) -> None:
+        for snapshot, shown in ((SNAPSHOT, []), (replace(SNAPSHOT, weights_read=0.62), ["62%"])):
+            await d.emit(LOADED, snapshot)
+            await d.pilot.pause()
+            lines = [line for line in panel_lines(d) if line.startswith("weights read ")]
+            assert [line.split()[-1] for line in lines] == shown
+
+    drive(script, tmp_path, (130, 36))
+
+
 def test_numbers_of_another_model_are_gone(tmp_path: Path) -> None:
     async def script(d: Driver) -> None:
         await d.emit(replace(LOADED, model="a/b"))

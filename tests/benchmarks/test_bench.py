@@ -121,6 +121,17 @@ def test_choices(capsys: pytest.CaptureFixture[str]) -> None:
         assert "bound_share" not in row
 
 
+def test_steps_that_leave_out_channels(capsys: pytest.CaptureFixture[str]) -> None:
+    """On random weights of 4 bits, whatever is attached after them."""
+    document = measured(
+        capsys, "--only", "steps", "--only", "encode", "--kv", "k4v4,sparse=0.5", "--kv", "k4v4"
+    )
+    rows = {(row["format"], row["dtype"]): row for row in document["steps"]}
+    assert rows["k4v4", "fp32"]["weights_read"] == 1
+    assert 0.2 < rows["k4v4,sparse=0.5", "fp32"]["weights_read"] < 0.8
+    assert document["encode"]
+
+
 @pytest.mark.skipif(available_backends()["cpu"] is not None, reason="no native extension")
 def test_the_native_backend_is_held_against_the_processor(
     capsys: pytest.CaptureFixture[str],

@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_lm.models import cache as stock
 
 from leankv_mlx.cache import CompressedKVCache
-from leankv_mlx.cache.container import _DIGEST_AT
+from leankv_mlx.cache.container import PROMPT_CACHE
 
 HEADS, DIM = 2, 32
 
@@ -95,4 +95,5 @@ def signed(header: dict[str, Any], data: bytes) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     whole = len(text).to_bytes(8, "little") + text + data
     digest = hashlib.blake2b(whole, digest_size=32).hexdigest().encode()
-    return whole[:_DIGEST_AT] + digest + whole[_DIGEST_AT + 64 :]
+    at = PROMPT_CACHE.digest_at
+    return whole[:at] + digest + whole[at + 64 :]

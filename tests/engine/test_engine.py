@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,12 @@ from leankv_mlx.engine.events import (
     Text,
 )
 from leankv_mlx.engine.requests import Forget, Load, Read, Recode, Reply, Turn
+from leankv_mlx.evaluation.fidelity import corpus
+from leankv_mlx.evaluation.sparsifying import thresholds
+from leankv_mlx.mlx_lm import load
+from leankv_mlx.mlx_lm.loading import fingerprint
+from leankv_mlx.projections.sparsity import save
+from tests.quantized_model import quantized_demo
 
 E = TypeVar("E", bound=Event)
 FACT = "The access code of the Oslo archive is 48213."
@@ -112,6 +119,26 @@ def test_a_reply_comes_in_pieces_with_progress_and_snapshots(driver: Driver) -> 
     for layer in last.layers:
         assert layer.used - 2 <= sum(layer.heads) <= layer.used
     assert last.context_left == 8192 - last.tokens
+
+
+def test_snapshots_tell_what_a_step_read_of_the_weights(driver: Driver, tmp_path: Path) -> None:
+    small = load(quantized_demo(tmp_path / "small"))
+    chunks = corpus(small, None, 256, 1).chunks
+    found = thresholds(small.model, "teal", "uniform", [0.4], chunks, lambda what, tokens: None)
+    save(replace(found, model=fingerprint(small.path), name="small"), "of-the-engine")
+    driver.engine.submit(Load(str(small.path), "leankv:sparse=0.4@of-the-engine"))
+    driver.wait(Loaded)
+    driver.reply(1, turns())
+    driver.wait(Snapshot)
+    assert 0.4 < driver.snapshot().weights_read < 0.8
+    driver.engine.submit(Recode("leankv"))
+    driver.wait(Recoded)
+    driver.reply(2, turns())
+    driver.wait(Snapshot)
+    assert driver.snapshot().weights_read == 1
+    driver.engine.submit(Recode("leankv:sparse=0.3"))
+    with pytest.raises(AssertionError, match=r"run leankv calibrate NAME --sparse 0\.3"):
+        driver.wait(Recoded)
 
 
 def test_the_next_turn_reads_only_what_is_new(driver: Driver) -> None:

@@ -181,7 +181,7 @@ def test_layers_with_a_sliding_window_stay_as_they_are() -> None:
     model = TINY["gemma3"]()
     ids = mx.random.randint(0, 128, (401,), key=mx.random.key(2))
     plain = LoadedModel(model, SimpleNamespace(), {}, Path("tiny"))
-    texts = Corpus((Chunk(ids[:-1], ids[1:]),), 1)
+    texts = Corpus((Chunk(ids[:-1], ids[1:]),), (1,))
     sizes: dict[str, Size] = {}
     found = run_fidelity(plain, parse_arms(["k8v8", "k2v2"]), texts, ignore, sizes=sizes)
     nll = -log_probabilities(model(ids[None, :-1])[0])[200:][mx.arange(200), ids[201:]]

@@ -133,7 +133,12 @@ class Generate(Session):
         assert self.config is not None
         for config in loaded.configs:
             ours = self.config
-            config = replace(config, backend=ours.backend, projections=ours.projections)
+            config = replace(
+                config,
+                backend=ours.backend,
+                projections=ours.projections,
+                sparse=ours.sparse,
+            )
             if self.args.kv == BARE:
                 self.config = config
             elif config != self.config:

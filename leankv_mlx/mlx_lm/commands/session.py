@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from leankv_mlx.mlx_lm.patches import printing, replaced
 from leankv_mlx.mlx_lm.precision import compute_in_float32
 from leankv_mlx.mlx_lm.projecting import is_native
 from leankv_mlx.mlx_lm.usage import Usage, measure, summary_line
+from leankv_mlx.settings import Sparse
 
 BARE = "leankv"
 """`--kv` without a setting."""
@@ -100,7 +102,8 @@ class Session:
         path = resolve_model(name)
         projections = self.config.projections if self.config else "auto"
         loaded = load_from(lambda p, **o: original(p, *args, **o), path, projections, **options)
-        self._attach(loaded.model)
+        draft = self.main_model is not None and name == getattr(self.args, "draft_model", None)
+        self._attach(loaded.model, draft)
         if self.main_model is None:  # the draft model comes second
             self.main_model = LoadedModel(*loaded, path)
             self.fingerprint = fingerprint(path)
@@ -114,9 +117,11 @@ class Session:
         self._attach(loaded[0])
         return loaded
 
-    def _attach(self, model: Any) -> None:
+    def _attach(self, model: Any, draft: bool = False) -> None:
         if self.config is not None:
-            self.keep(attach(model, self.config).start())
+            # Thresholds are of one model, and a draft is checked by the other one anyway.
+            config = replace(self.config, sparse=Sparse()) if draft else self.config
+            self.keep(attach(model, config).start())
 
     def keep(self, attachment: Attachment) -> None:
         """A model was attached; it stays so until the run ends."""
@@ -149,7 +154,8 @@ class Session:
         if not any(caches):
             return None
         backend = backend_text(self.attachments[0]) if self.attachments else UNCOMPRESSED
-        return summary_line(sum(map(measure, caches), Usage()), backend)
+        read = self.attachments[0].weights_read if self.attachments else 1.0
+        return summary_line(sum(map(measure, caches), Usage()), backend, read)
 
 
 def backend_text(attachment: Attachment) -> str:
