@@ -84,6 +84,15 @@ class CompressedKVCache:
             ShapeError: the arrays do not fit each other or earlier ones.
             ConfigError: policy=budget with bytes that cannot be kept to.
         """
+        return self._handed_out(self.update(keys, values))
+
+    def update(self, keys: mx.array, values: mx.array) -> Fetch:
+        """Append tokens as `update_and_fetch` does, for a model whose attention asks the fetch
+        itself: what it attends to is all tokens, and no arrays stand for them.
+
+        Raises:
+            UnsupportedError, DroppedTokensError, ShapeError, ConfigError: see there.
+        """
         layer = self._checked(keys, values)
         self._fetched = self._held = None  # nothing may hold the pool while it is written
         moves = prefill = keys.shape[2] > MAX_DECODE_TOKENS
@@ -96,17 +105,17 @@ class CompressedKVCache:
         layer.append(mx.squeeze(keys, 0), mx.squeeze(values, 0))  # an index would be a gather
         self._unread = self._calls.fused if layer.ragged else -1
         if not prefill:
-            return self._handed_out(layer, None)
+            return self._fetch(layer, None)
         # One layer at a time: a lazy graph of all layers would hold all their working copies.
         rows = layer.rows()
         mx.eval(rows)
-        fetched = self._handed_out(layer, rows)
+        fetch = self._fetch(layer, rows)
         if self._parts is not None:
             self._parts += 1
         elif moves:
             layer.compress()
         mx.eval(layer.state)
-        return fetched
+        return fetch
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """The arrays of the last `update_and_fetch` while they live, else equal ones.
@@ -121,7 +130,7 @@ class CompressedKVCache:
         self.view()  # an empty cache has nothing
         assert self._layer is not None
         self._unread = self._calls.fused if self._layer.ragged else -1
-        return self._handed_out(self._layer, None)
+        return self._handed_out(self._fetch(self._layer, None))
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """The mask of the next N tokens, as mlx-lm's own caches make it.
@@ -322,9 +331,12 @@ class CompressedKVCache:
             raise DroppedTokensError("reads keys and values itself")
         return self._layer
 
-    def _handed_out(self, layer: Layer, rows: Rows | None) -> Arrays:
-        """Arrays of all tokens; `rows` is their working copy if this is a prefill."""
-        keys, values = Fetch(layer, rows, self._calls, self._sequence).arrays()
+    def _fetch(self, layer: Layer, rows: Rows | None) -> Fetch:
+        """All tokens now; `rows` is their working copy if this is a prefill."""
+        return Fetch(layer, rows, self._calls, self._sequence)
+
+    def _handed_out(self, fetch: Fetch) -> Arrays:
+        keys, values = fetch.arrays()
         self._fetched = weakref.ref(keys), weakref.ref(values)
         if self.keep_fetched:
             self._held = keys, values

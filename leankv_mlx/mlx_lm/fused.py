@@ -24,7 +24,9 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from leankv_mlx.cache import CompressedKVCache
 from leankv_mlx.mlx_lm.patches import NAME as ATTENTION
+from leankv_mlx.mlx_lm.patches import dispatches
 from leankv_mlx.projections import Gate, Norm, Relaid, Weight, products
 from leankv_mlx.projections.heads import NO_NORMS, Turn, heads
 
@@ -133,10 +135,15 @@ class _Plan:
 
     def __init__(self, row: Row, module: Any) -> None:
         self.row = row
+        self._module = module
         self.names = vars(module)  # attention is looked up at each call: it may be patched
         self.norm_type = self.names.get("RMSNorm", nn.RMSNorm)
         self._norms: dict[str, tuple[mx.array, Norm]] = {}
         self._turn: tuple[Any, Turn | None] = None, None
+
+    def __deepcopy__(self, memo: object) -> _Plan:
+        """Of a copy of the layer: nothing that was made of this one."""
+        return _Plan(self.row, self._module)
 
     def norm(self, owner: Any, name: str) -> Norm | None:
         """A norm by its name; None if it is of another kind."""
@@ -209,10 +216,14 @@ def _attend(block: Any, plan: _Plan, x: mx.array, mask: Any, cache: Any) -> mx.a
     queries, keys, values = _queries_keys_values(block, plan, x)
     queries, keys = _turned(plan, attention, queries, keys, 0 if cache is None else cache.offset)
     values = _split(values, attention.n_kv_heads)
-    if cache is not None:
-        keys, values = cache.update_and_fetch(keys, values)
     attend = plan.names[ATTENTION]
-    out = attend(queries, keys, values, cache=cache, scale=attention.scale, mask=mask)
+    if type(cache) is CompressedKVCache and dispatches(attend):
+        # It would ask the cache anyway; making arrays that nobody reads takes as long as that.
+        out = cache.update(keys, values).attend(queries, scale=attention.scale, mask=mask)
+    else:
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        out = attend(queries, keys, values, cache=cache, scale=attention.scale, mask=mask)
     batch, _, length, _ = out.shape
     if length > 1:
         out = out.transpose(0, 2, 1, 3)

@@ -21,6 +21,7 @@ from leankv_mlx.mlx_lm.loops import LOOPS, loop_namespaces
 from leankv_mlx.terminal import printable
 
 NAME = "scaled_dot_product_attention"
+_OURS = "_leankv"
 
 Namespace = dict[str, Any]
 _LOCK = threading.Lock()
@@ -76,7 +77,13 @@ def _dispatching(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
             return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks)
         return fetched.attend(queries, scale=scale, mask=mask, sink_logits=sinks)
 
+    vars(scaled_dot_product_attention)[_OURS] = True
     return scaled_dot_product_attention
+
+
+def dispatches(attention: Callable[..., mx.array]) -> bool:
+    """Whether a model's attention function is ours, which asks the cache that K/V came from."""
+    return _OURS in vars(attention)
 
 
 @contextmanager

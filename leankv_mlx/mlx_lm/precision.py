@@ -78,14 +78,14 @@ def compute_in_float32(
         if not lazy and name not in kept:
             mx.eval([array for array in module.values() if isinstance(array, mx.array)])
     # A plain attribute: no parameter, and gone with the model.
-    object.__setattr__(model, _NOTE, half)
+    object.__setattr__(model, _NOTE, str(half).rpartition(".")[2])  # a Dtype cannot be copied
 
 
 def weights_dtype(model: nn.Module) -> mx.Dtype | None:
     """The 16-bit dtype that the weights had before `compute_in_float32`; None if they are as they
     were."""
-    found: mx.Dtype | None = getattr(model, _NOTE, None)
-    return found
+    name = getattr(model, _NOTE, None)
+    return None if name is None else getattr(mx, name)
 
 
 def float32_bytes(model: nn.Module, kept: Container[str] = ()) -> int:

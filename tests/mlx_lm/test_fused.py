@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from contextlib import nullcontext
+from copy import deepcopy
 from importlib import import_module
 from typing import Any
 
@@ -250,6 +251,37 @@ def test_heads_are_normed_and_turned(length: int, turned: int, normed: bool) -> 
             split, turned, traditional=False, base=None, scale=0.5, offset=offset, freqs=freqs
         )
         assert close(heads(*given).queries, rope, 1e-4)
+
+
+def test_a_copy_of_a_fused_model_computes_the_same() -> None:
+    """Kind: what a layer keeps of its module cannot be copied."""
+    model = quantized()
+    wanted = run(model)
+    with projections_of(model, "native"):
+        assert close(run(model), wanted)
+        copied = deepcopy(model)
+        assert close(run(copied), wanted)
+    assert close(run(copied), wanted)
+
+
+def test_attention_that_somebody_else_put_in_place_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Kind: a fused layer asks the cache itself, past whoever watches attention."""
+    model, seen = quantized(), []
+    with attach(model, "leankv:k8v8"):
+        module = import_module("mlx_lm.models.llama")
+        ours = module.scaled_dot_product_attention
+
+        def watched(queries: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+            seen.append(queries.shape)
+            return ours(queries, *args, **kwargs)
+
+        monkeypatch.setattr(module, "scaled_dot_product_attention", watched)
+        out = run(model)
+        assert len(seen) == 6 * len(model.layers)
+        monkeypatch.undo()
+        assert mx.array_equal(run(model), out)
 
 
 def test_a_model_that_is_dropped_is_gone_at_once() -> None:

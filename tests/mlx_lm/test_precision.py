@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,7 @@ def test_the_note_is_no_parameter() -> None:
     compute_in_float32(model)
     assert weights_dtype(model) == mx.bfloat16
     assert set(model.keys()) == before
+    assert weights_dtype(deepcopy(model)) == mx.bfloat16
     assert weights_dtype(quantized()) is None
 
 
