@@ -20,7 +20,7 @@ from leankv_mlx.errors import BackendUnavailableError
 from leankv_mlx.kernels.gpu import Launcher, devices
 from leankv_mlx.kernels.gpu.project import Project
 from leankv_mlx.projections.reference import finished, project_ops, taken
-from leankv_mlx.projections.types import Backend, Inputs, Keep, Projected
+from leankv_mlx.projections.types import Arguments, Backend, Keep, Projected
 from leankv_mlx.projections.weight import relay
 
 _TOLERANCE = 1e-3
@@ -51,7 +51,7 @@ class GpuProject:
 
     launch: Launcher
 
-    def __call__(self, inputs: Inputs) -> Projected:
+    def __call__(self, inputs: Arguments) -> Projected:
         """See `projections.project.project`."""
         kernel = Project(self.launch)
         x = inputs.x.reshape(-1, inputs.x.shape[-1])
@@ -72,7 +72,7 @@ class GpuProject:
         )
         return Projected([out.reshape(*inputs.x.shape[:-1], -1) for out in outs], read)
 
-    def _each(self, x: mx.array, inputs: Inputs) -> Projected:
+    def _each(self, x: mx.array, inputs: Arguments) -> Projected:
         """A launch for each weight, what follows in MLX ops: weights of several kinds, and the
         exact GELU, as a GPU has no error function."""
         each = [
@@ -84,7 +84,7 @@ class GpuProject:
         outs = [out.reshape(*inputs.x.shape[:-1], -1) for (out,), _ in each]
         return finished(outs, each[0][1], inputs)
 
-    def _many(self, inputs: Inputs) -> Projected:
+    def _many(self, inputs: Arguments) -> Projected:
         """Products in the dtype of the inputs, as MLX's own are; their sums are in float32."""
         x, read = taken(inputs)
         dtype, unpack = inputs.x.dtype, Project(self.launch).unpack
@@ -114,6 +114,6 @@ def _difference(backend: Backend, rows: int) -> float:
     keys = mx.random.split(mx.random.key(0), 2)
     weight = relay(*mx.quantize(mx.random.normal((72, 128), key=keys[0]), 64, 4), 64, 4)
     x = mx.random.normal((rows, 128), key=keys[1])
-    inputs = Inputs(x, [weight], [None], None, Keep(0.5), None, None)
+    inputs = Arguments(x, [weight], [None], None, Keep(0.5), None, None)
     ours, reference = (project(inputs).outs[0] for project in (backend.project, project_ops))
     return float(mx.abs(ours - reference).max() / mx.abs(reference).max())

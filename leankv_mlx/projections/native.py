@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from leankv_mlx.errors import BackendUnavailableError
 from leankv_mlx.kernels import cpu
-from leankv_mlx.projections.types import Backend, Inputs, Projected
+from leankv_mlx.projections.types import Arguments, Backend, Projected
 
 
 def make() -> Backend:
@@ -22,7 +22,7 @@ def make() -> Backend:
     return Backend("cpu", project_native)
 
 
-def project_native(inputs: Inputs) -> Projected:
+def project_native(inputs: Arguments) -> Projected:
     """Native implementation of `project`."""
     keep = inputs.keep
     norms = None if keep is None or keep.norms is None else keep.norms.astype(mx.float32)

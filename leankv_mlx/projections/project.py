@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from leankv_mlx.errors import ShapeError
 from leankv_mlx.projections.backends import resolve_backend
-from leankv_mlx.projections.types import Backend, Gate, Inputs, Keep, Norm, Projected
+from leankv_mlx.projections.types import Arguments, Backend, Gate, Keep, Norm, Projected
 from leankv_mlx.projections.weight import FLOATS, Weight
 
 __all__ = ["Gate", "Keep", "Norm", "Projected", "project"]
@@ -40,14 +40,14 @@ def project(
     Raises:
         ShapeError: something does not fit the weights.
     """
-    inputs = Inputs(
+    inputs = Arguments(
         x, weights, [None] * len(weights) if biases is None else biases, norm, keep, residual, gate
     )
     _check(inputs)
     return (backend or resolve_backend()).project(inputs)
 
 
-def _check(inputs: Inputs) -> None:
+def _check(inputs: Arguments) -> None:
     x, weights, gate = inputs.x, inputs.weights, inputs.gate
     channels = x.shape[-1] if x.ndim else 0
     if not weights or any([w.inputs != channels for w in weights]) or x.dtype not in FLOATS:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 from mlx import nn
 
-from leankv_mlx.projections.types import Backend, Inputs, Projected
+from leankv_mlx.projections.types import Arguments, Backend, Projected
 from leankv_mlx.projections.weight import restore
 
 _GATES = {"silu": nn.silu, "gelu": nn.gelu, "gelu_approx": nn.gelu_approx}
@@ -18,7 +18,7 @@ def make() -> Backend:
     return Backend("reference", project_ops)
 
 
-def project_ops(inputs: Inputs) -> Projected:
+def project_ops(inputs: Arguments) -> Projected:
     """Ops-based reference implementation of `project`."""
     x, read = taken(inputs)
     outs = []
@@ -31,7 +31,7 @@ def project_ops(inputs: Inputs) -> Projected:
     return finished(outs, read, inputs)
 
 
-def taken(inputs: Inputs) -> tuple[mx.array, mx.array | None]:
+def taken(inputs: Arguments) -> tuple[mx.array, mx.array | None]:
     """The inputs that are multiplied, float32 [..., K], and `Projected.read`."""
     x = inputs.x.astype(mx.float32)
     if inputs.norm is not None:
@@ -43,7 +43,7 @@ def taken(inputs: Inputs) -> tuple[mx.array, mx.array | None]:
     return mx.where(chosen, x, 0), chosen.sum().astype(mx.int32)
 
 
-def finished(products: Sequence[mx.array], read: mx.array | None, inputs: Inputs) -> Projected:
+def finished(products: Sequence[mx.array], read: mx.array | None, inputs: Arguments) -> Projected:
     """What follows the products [..., N] of the weights: biases, gate, residual, in float32."""
     outs = [
         out.astype(mx.float32) if bias is None else out + bias.astype(mx.float32)

@@ -46,7 +46,7 @@ class Projected(NamedTuple):
     read: mx.array | None = None
 
 
-class Inputs(NamedTuple):
+class Arguments(NamedTuple):
     """The arguments of `projections.project.project`, checked there. There are as many biases as
     weights."""
 
@@ -64,4 +64,4 @@ class Backend:
     """One implementation of the operation."""
 
     name: str
-    project: Callable[[Inputs], Projected]
+    project: Callable[[Arguments], Projected]
