@@ -155,9 +155,9 @@ class Sequence:
 
     def before_update(self, layer: Layer, tokens: int) -> bool:
         """To be called for every layer before it takes `tokens` more, where the policy drops
-        tokens. For a step of generated
-        tokens a full window makes room first; it is returned whether this is one, and otherwise
-        the layer is to be compressed once they were attended to.
+        tokens. For a step of generated tokens a full window makes room first; it is returned
+        whether this is one, and otherwise the layer is to be compressed once they were attended
+        to.
 
         Raises:
             ConfigError: policy=budget with bytes that cannot be kept to.

@@ -20,7 +20,6 @@ from leankv_mlx.codec.format import Format
 from leankv_mlx.codec.rotation import hadamard
 from leankv_mlx.codec.rotation import rotation as make_rotation
 from leankv_mlx.config import RotationName
-from leankv_mlx.errors import BackendUnavailableError
 from leankv_mlx.kernels import (
     Attention,
     Backend,
@@ -34,6 +33,7 @@ from leankv_mlx.kernels import (
     available_backends,
     resolve_backend,
 )
+from tests.isas import isas, selected
 
 MIXED = -1
 """Bits that differ by channel group, one group not stored."""
@@ -281,26 +281,10 @@ def used(body: Tier) -> NDArray[Any]:
 # here, else none; a context in which the backend is that variant).
 
 
-def _isas() -> list[str]:
-    from leankv_mlx.kernels import cpu
-
-    try:
-        names: list[str] = cpu.load().isas()
-    except BackendUnavailableError:
-        return []
-    return names
-
-
 @contextmanager
 def _isa(name: str) -> Iterator[Backend]:
-    from leankv_mlx.kernels import cpu
-
-    previous = cpu.load().isa()
-    cpu.load().select_isa(name)
-    try:
+    with selected(name):
         yield resolve_backend("cpu")
-    finally:
-        cpu.load().select_isa(previous)
 
 
 def _gpu(name: str) -> tuple[Callable[[], list[str]], Callable[[str], Any]]:
@@ -327,7 +311,7 @@ def _msl_check(_: str) -> Any:
 IMPLEMENTATIONS: dict[str, tuple[Callable[[], list[str]], Callable[[str], Any]]] = {
     "metal": _gpu("metal"),
     "cuda": _gpu("cuda"),
-    "cpu": (_isas, _isa),
+    "cpu": (isas, _isa),
     "msl-check": (_msl, _msl_check),
 }
 

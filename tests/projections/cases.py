@@ -8,9 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from leankv_mlx.errors import BackendUnavailableError
-from leankv_mlx.kernels import cpu
 from leankv_mlx.projections import Backend, Keep, Norm, Weight, relay, resolve_backend
+from tests.isas import isas, selected
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -79,26 +78,14 @@ def case(
     return asked
 
 
-def _isas() -> list[str]:
-    try:
-        names: list[str] = cpu.load().isas()
-    except BackendUnavailableError:
-        return []
-    return names
-
-
 @contextmanager
 def _isa(name: str) -> Iterator[Backend]:
-    previous = cpu.load().isa()
-    cpu.load().select_isa(name)
-    try:
+    with selected(name):
         yield resolve_backend("cpu")
-    finally:
-        cpu.load().select_isa(previous)
 
 
 IMPLEMENTATIONS: dict[str, tuple[Callable[[], list[str]], Callable[[str], Any]]] = {
-    "cpu": (_isas, _isa),
+    "cpu": (isas, _isa),
 }
 """One row for every implementation beside the reference: name -> (names of its variants if it runs
 here, else none; a context in which the backend is that variant)."""
