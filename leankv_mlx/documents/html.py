@@ -39,7 +39,7 @@ _CHARSET = re.compile(
     re.IGNORECASE,
 )
 _MARKUP = re.compile(
-    r"\s*(?:<\?xml[^>]*>\s*|<!--(?:[^-]|-(?!->))*+-->\s*)*+(?:<!doctype\s+html|<html[\s>])",
+    r"\s*(?:<\?xml[^>]*>\s*|<!--(?:[^-]|-(?!->))*-->\s*)*(?:<!doctype\s+html|<html[\s>])",
     re.IGNORECASE,
 )
 
