@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -40,6 +40,9 @@ class CompressedKVCache:
         BackendUnavailableError: the configured backend cannot run here.
         ConfigError: the sequence has another policy or scorer.
     """
+
+    merge: ClassVar[Callable[[Iterable[CompressedKVCache]], Any]]
+    """Makes a batch of caches; given by `cache.batch`, which stands above."""
 
     def __init__(
         self,
@@ -86,12 +89,38 @@ class CompressedKVCache:
         """
         return self._handed_out(self.update(keys, values))
 
-    def update(self, keys: mx.array, values: mx.array) -> Fetch:
+    def update(self, keys: mx.array, values: mx.array, ahead: bool = True) -> Fetch:
         """Append tokens as `update_and_fetch` does, for a model whose attention asks the fetch
         itself: what it attends to is all tokens, and no arrays stand for them.
 
+        Args:
+            ahead: make the working copy of a prefill at once. Later, it is made when attention
+                needs it, and until then the codes of before are held beside the new ones.
+
         Raises:
             UnsupportedError, DroppedTokensError, ShapeError, ConfigError: see there.
+        """
+        layer, moves = self.begin_update(keys, values)
+        layer.append(mx.squeeze(keys, 0), mx.squeeze(values, 0))  # an index would be a gather
+        if keys.shape[2] <= MAX_DECODE_TOKENS:
+            return self.appended(layer, keys.shape[2])
+        # One layer at a time: a lazy graph of all layers would hold all their working copies.
+        rows = layer.rows() if ahead else None
+        mx.eval(rows or layer.exact)
+        fetch = self.appended(layer, keys.shape[2], rows)
+        if self._parts is not None:
+            self._parts += 1
+        elif moves:
+            layer.compress()
+        mx.eval(layer.state)
+        return fetch
+
+    def begin_update(self, keys: mx.array, values: mx.array) -> tuple[Layer, bool]:
+        """What comes before tokens are appended to the layer, which is returned; and whether it is
+        to be compressed once they were attended to.
+
+        Raises:
+            UnsupportedError, DroppedTokensError, ShapeError, ConfigError: see `update`.
         """
         layer = self._checked(keys, values)
         self._fetched = self._held = None  # nothing may hold the pool while it is written
@@ -102,20 +131,13 @@ class CompressedKVCache:
             moves = not self._sequence.before_update(layer, keys.shape[2])
         elif not prefill:
             layer.compress()
-        layer.append(mx.squeeze(keys, 0), mx.squeeze(values, 0))  # an index would be a gather
+        return layer, moves
+
+    def appended(self, layer: Layer, tokens: int, rows: Rows | None = None) -> Fetch:
+        """What is to be attended to once so many tokens have been appended to the layer; `rows` is
+        its working copy, if there is one."""
         self._unread = self._calls.fused if layer.ragged else -1
-        if not prefill:
-            return self._fetch(layer, None)
-        # One layer at a time: a lazy graph of all layers would hold all their working copies.
-        rows = layer.rows()
-        mx.eval(rows)
-        fetch = self._fetch(layer, rows)
-        if self._parts is not None:
-            self._parts += 1
-        elif moves:
-            layer.compress()
-        mx.eval(layer.state)
-        return fetch
+        return Fetch(layer, rows, tokens, self._calls, self._sequence)
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """The arrays of the last `update_and_fetch` while they live, else equal ones.
@@ -129,8 +151,7 @@ class CompressedKVCache:
                 return keys, values
         self.view()  # an empty cache has nothing
         assert self._layer is not None
-        self._unread = self._calls.fused if self._layer.ragged else -1
-        return self._handed_out(self._fetch(self._layer, None))
+        return self._handed_out(self.appended(self._layer, 0))
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """The mask of the next N tokens, as mlx-lm's own caches make it.
@@ -217,11 +238,18 @@ class CompressedKVCache:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedKVCache:
         """An independent copy that shares the blocks until one of the two changes them."""
-        sequence = deepcopy(self._sequence, memo)  # one for all copies of a list
+        copy = self._copy(deepcopy(self._sequence, memo))  # one for all copies of a list
+        memo[id(self)] = copy
+        return copy
+
+    def fork(self) -> CompressedKVCache:
+        """Such a copy, of one cache of a list at a time, see `Sequence.fork`."""
+        return self._copy(self._sequence.fork(self))
+
+    def _copy(self, sequence: Sequence) -> CompressedKVCache:
         copy = CompressedKVCache(self.config, self.keep_fetched, self._exact_dtype, sequence)
         if self._layer:
             copy._begin(self._layer.copy())
-        memo[id(self)] = copy
         return copy
 
     # What the rest of the project asks for.
@@ -315,8 +343,8 @@ class CompressedKVCache:
         batch, heads, tokens, _ = keys.shape
         if batch != 1:
             raise UnsupportedError(
-                f"the compressed cache holds one sequence, got a batch of {batch}; "
-                "run the prompts one at a time, or without --kv."
+                f"this compressed cache holds one sequence, got a batch of {batch}; "
+                "batch_generate and the server make a cache for several."
             )
         if tokens == 0:
             raise ShapeError("[update_and_fetch] expected at least one token, got 0.")
@@ -330,10 +358,6 @@ class CompressedKVCache:
         if self._unread == self._calls.fused:
             raise DroppedTokensError("reads keys and values itself")
         return self._layer
-
-    def _fetch(self, layer: Layer, rows: Rows | None) -> Fetch:
-        """All tokens now; `rows` is their working copy if this is a prefill."""
-        return Fetch(layer, rows, self._calls, self._sequence)
 
     def _handed_out(self, fetch: Fetch) -> Arrays:
         keys, values = fetch.arrays()

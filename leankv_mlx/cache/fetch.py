@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn, Protocol, cast
 
 import mlx.core as mx
 
@@ -47,13 +47,15 @@ class Fetch:
 
     Attributes:
         layer: that it is of.
-        rows: the working copy, if this is a prefill.
+        rows: the working copy, if this is a prefill; None if it is to be made when it is needed.
+        tokens: that came with this update; 0 if it is asked for between two.
         calls: counts that it adds to.
         sequence: that the layer is of; it is told of prefill calls.
     """
 
     layer: Layer
     rows: Rows | None
+    tokens: int
     calls: Calls
     sequence: Sequence
     view: View = field(init=False)
@@ -61,21 +63,14 @@ class Fetch:
     def __post_init__(self) -> None:
         layer = self.layer
         self.view = layer.view()
-        self._space: Space = layer.space  # of the view: the layer's own may be fitted anew
-        self._end = layer.offset
+        self.space: Space = layer.space  # of the view: the layer's own may be fitted anew
+        self.end = layer.offset
         self._observations, self._collector = layer.observations, layer.collector
 
     def arrays(self) -> Arrays:
         """Keys and values of all tokens, [1, H, N, head_dim], remembered until the keys die;
         `Withheld` once a policy has dropped tokens."""
-        keys, values = self._withheld() if self.layer.ragged else self._decoded()
-        name = id(keys)
-
-        def forget(_: weakref.ref[mx.array]) -> None:
-            _FETCHES.pop(name, None)
-
-        _FETCHES[name] = weakref.ref(keys, forget), weakref.ref(values), self
-        return keys, values
+        return hand_out(self._withheld() if self.layer.ragged else self.decoded(), self)
 
     def attend(
         self,
@@ -90,32 +85,47 @@ class Fetch:
         Raises:
             DroppedTokensError: an array as mask although a policy has dropped tokens.
         """
-        self.calls.fused += 1
-        layer, lse = self.layer, None
-        q = mx.squeeze(self._space.queries(queries), 0)  # an index would be a gather
-        if self._collector is not None and self.rows is not None:
-            stored = slice(self.view.sinks, self.view.sinks + self.view.slots)
-            rotated, present = self._space.rotations[0].apply(q), self.view.present()
-            self._collector.add(rotated, self.rows.k, stored, scale, sink_logits, present)
-        if self.rows is None and q.shape[1] <= MAX_DECODE_TOKENS:
-            out, lse, self.calls.reads = decode_attention(
+        layer, lse, reads = self.layer, None, None
+        q = mx.squeeze(self.space.queries(queries), 0)  # an index would be a gather
+        if max(self.tokens, q.shape[1]) <= MAX_DECODE_TOKENS:
+            out, lse, reads = decode_attention(
                 q, self.view, scale=scale, mask=mask, sink_logits=sink_logits,
                 backend=layer.backend,
             )  # fmt: skip
         else:
             out = self._prefill(q, scale, mask, sink_logits)
-        if self._observations is not None:
-            self._observations.add(queries[0], lse, self._end, scale, sink_logits)
-        if self.view.centers is None and layer.offset == self._end:
-            layer.see(queries, self.view.exact)
-        if self.rows is not None:
-            self.sequence.after_prefill(layer)
+        self.attended(queries, lse, reads, scale, sink_logits)
         return out[None]
+
+    def attended(
+        self,
+        queries: mx.array,
+        lse: mx.array | None,
+        reads: mx.array | None,
+        scale: float,
+        sink_logits: mx.array | None,
+    ) -> None:
+        """To be told to the layer once the queries have attended, [1, Hq, L, head_dim]; see
+        `kernels.types.Attention` for what attention found."""
+        layer = self.layer
+        self.calls.fused += 1
+        if self.tokens <= MAX_DECODE_TOKENS:
+            self.calls.reads = reads
+        if self._observations is not None:
+            self._observations.add(queries[0], lse, self.end, scale, sink_logits)
+        if self.view.centers is None and layer.offset == self.end:
+            layer.see(queries, self.view.exact)
+        if self.tokens > MAX_DECODE_TOKENS:
+            self.sequence.after_prefill(layer)
 
     def _prefill(
         self, q: mx.array, scale: float, mask: Mask, sink_logits: mx.array | None
     ) -> mx.array:
         rows = self.rows or working_copy(self.view, self.layer.dtype, self.layer.backend)
+        if self._collector is not None and self.tokens > MAX_DECODE_TOKENS:
+            stored = slice(self.view.sinks, self.view.sinks + self.view.slots)
+            rotated, present = self.space.rotations[0].apply(q), self.view.present()
+            self._collector.add(rotated, rows.k, stored, scale, sink_logits, present)
         # Two tiers are out of order, and heads that all lost the same leave no gaps.
         whole = rows.k.shape[1] if len(self.view.tiers) <= 1 else -1
         if isinstance(mask, mx.array) and mask.shape[-1] != whole:
@@ -127,16 +137,17 @@ class Fetch:
             mask=mask,
             present=self.view.present(),
             sink_logits=sink_logits,
-            rotations=self._space.rotations,
+            rotations=self.space.rotations,
             backend=self.layer.backend,
         )
 
-    def _decoded(self) -> Arrays:
+    def decoded(self) -> Arrays:
+        """Lazy keys and values of all tokens."""
         if self.rows is not None:
-            keys, values = self._space.undone(*self.rows)
+            keys, values = self.space.undone(*self.rows)
         else:
             keys, values = gather(self.view, self.layer.dtype, self.layer.backend)
-            keys = self._space.unscaled(keys)
+            keys = self.space.unscaled(keys)
         return keys[None], values[None]
 
     def _withheld(self) -> Arrays:
@@ -148,10 +159,36 @@ class Fetch:
         return cast(mx.array, keys), cast(mx.array, values)
 
 
-_FETCHES: dict[int, tuple[weakref.ref[mx.array], weakref.ref[mx.array], Fetch]] = {}
+class Attends(Protocol):
+    """What arrays can stand for."""
+
+    def attend(
+        self,
+        queries: mx.array,
+        *,
+        scale: float,
+        mask: Mask,
+        sink_logits: mx.array | None = None,
+    ) -> mx.array:
+        """See `Fetch.attend`."""
 
 
-def owner_of(keys: mx.array, values: mx.array) -> Fetch | None:
+_FETCHES: dict[int, tuple[weakref.ref[mx.array], weakref.ref[mx.array], Attends]] = {}
+
+
+def hand_out(arrays: Arrays, fetch: Attends) -> Arrays:
+    """The arrays, remembered to stand for a fetch until the keys die."""
+    keys, values = arrays
+    name = id(keys)
+
+    def forget(_: weakref.ref[mx.array]) -> None:
+        _FETCHES.pop(name, None)
+
+    _FETCHES[name] = weakref.ref(keys, forget), weakref.ref(values), fetch
+    return keys, values
+
+
+def owner_of(keys: mx.array, values: mx.array) -> Attends | None:
     """The fetch that both arrays came from, by identity; None for any other array."""
     found = _FETCHES.get(id(keys))
     if found is None or found[0]() is not keys or found[1]() is not values:

@@ -40,6 +40,7 @@ class Layer:
 
     Attributes:
         shape: of every token.
+        config: its settings.
         offset: tokens so far, dropped ones included.
         exact: uncompressed rows [H, E, D]: sink tokens, then the window. Their dtype is given; it
             need not be that of the rows that come.
@@ -77,7 +78,7 @@ class Layer:
         empty = (mx.zeros((shape.heads, 0, d), t) for d, t in zip(dims, dtypes, strict=True))
         self.exact = Rows(*empty)
         self.dtype = dtypes[0]
-        self._config = config
+        self.config = config
         self._formats = [Format.of(k, v, shape.k_dim, shape.v_dim) for k, v in config.tiers]
         supported = all(map(backend.supports, self._formats))
         self.backend = backend if supported else resolve_backend("reference")
@@ -85,7 +86,7 @@ class Layer:
     @property
     def sinks(self) -> int:
         """How many of the exact rows are sink tokens."""
-        return min(self._config.sink_tokens, int(self.exact.k.shape[1]))
+        return min(self.config.sink_tokens, int(self.exact.k.shape[1]))
 
     @property
     def ragged(self) -> bool:
@@ -101,7 +102,7 @@ class Layer:
     def leaving(self) -> tuple[int, int]:
         """Exact rows start..stop that are the next to leave the window; none where they agree."""
         sinks = self.sinks
-        blocks = (self.recent - self._config.window) // TILE
+        blocks = (self.recent - self.config.window) // TILE
         return sinks, sinks + max(0, blocks) * TILE
 
     @property
@@ -113,9 +114,14 @@ class Layer:
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Add tokens to the window: keys [H, L, k_head_dim] and values [H, L, v_head_dim]."""
         rows = Rows(self.space.scaled(keys), values)
-        self.exact = append(self.exact, rows, self.space.rotations, self.backend)
-        self.offset += keys.shape[1]
-        self.dtype = keys.dtype
+        exact = append(self.exact, rows, self.space.rotations, self.backend)
+        self.appended(exact, keys.shape[1], keys.dtype)
+
+    def appended(self, exact: Rows, tokens: int, dtype: mx.Dtype) -> None:
+        """Take exact rows with so many new ones, made of keys of this dtype, behind the old."""
+        self.exact = exact
+        self.offset += tokens
+        self.dtype = dtype
 
     def see(self, queries: mx.array, exact: Rows) -> None:
         """Be told of queries while the equalizer may still be fitted to them.
@@ -125,7 +131,7 @@ class Layer:
             exact: all tokens, as they were before any of them was compressed. A body that this
                 update began, before its queries came, is made anew from them.
         """
-        if not self._config.equalize or self._fitted:
+        if not self.config.equalize or self._fitted:
             return
         rows = queries.reshape(self.shape.heads, -1, self.shape.k_dim).astype(mx.float32)
         self._seen.append((rows.square().sum(axis=1), rows.shape[1]))
@@ -144,13 +150,13 @@ class Layer:
         start, stop = self.leaving
         if start == stop:
             return
-        if self.body is None and self._config.equalize:
+        if self.body is None and self.config.equalize:
             self._equalize(start, stop)
         moved = Rows(*(x[:, start:stop] for x in self.exact))
         if self.body is None:
             means = (x[:, :CENTER_TOKENS].astype(mx.float32).mean(axis=1) for x in moved)
             self.body = self._new_body(
-                Centers(*(x if self._config.center else mx.zeros_like(x) for x in means))
+                Centers(*(x if self.config.center else mx.zeros_like(x) for x in means))
             )
         position = self.offset - (self.exact.k.shape[1] - start)
         self.body.append(moved, position, scores)
@@ -199,7 +205,7 @@ class Layer:
             self.body.centers if self.body else None,
             self.sinks,
             self.space.rotations,
-            self._config.skip,
+            self.config.skip,
         )
 
     def rows(self) -> Rows:
@@ -209,7 +215,7 @@ class Layer:
     def copy(self) -> Layer:
         """An independent copy that shares the blocks until one of the two changes them."""
         dtypes = self.exact.k.dtype, self.exact.v.dtype
-        other = Layer(self.shape, self._config, self.backend, dtypes)
+        other = Layer(self.shape, self.config, self.backend, dtypes)
         other.offset, other.exact = self.offset, self.exact  # arrays are replaced, never changed
         other.placed = self.placed
         other.dtype, other.space = self.dtype, self.space
@@ -302,7 +308,7 @@ class Layer:
 
     @property
     def _most_exact_nbytes(self) -> int:
-        rows = self._config.sink_tokens + self._config.window + TILE
+        rows = self.config.sink_tokens + self.config.window + TILE
         return self.row_nbytes * rows
 
     @property
@@ -336,7 +342,7 @@ class Layer:
 
     def _new_body(self, centers: Centers) -> CompressedBody:
         return CompressedBody(
-            self.shape.heads, self._formats, centers, self.sinks, self._config.rounding,
+            self.shape.heads, self._formats, centers, self.sinks, self.config.rounding,
             self.backend,
         )  # fmt: skip
 

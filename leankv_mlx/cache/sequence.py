@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 
 import mlx.core as mx
@@ -40,6 +41,8 @@ class Sequence:
         self.layers: list[Layer] = []
         self.phase = phase or Phase()
         self._placement = Placement(policy, scorer, self.layers, self.phase)
+        self._fork: weakref.ref[Sequence] | None = None
+        self._forked: weakref.WeakSet[Any] = weakref.WeakSet()  # whose copies are layers of it
 
     @property
     def offset(self) -> int:
@@ -75,6 +78,17 @@ class Sequence:
         memo[id(self)] = other
         return other
 
+    def fork(self, cache: Any) -> Sequence:
+        """Where a copy of one of its caches belongs, if they are copied one by one, as mlx-lm does
+        in and out of batches: with those that were copied since this one last was."""
+        fork = self._fork() if self._fork else None
+        if fork is None or cache in self._forked:
+            fork = deepcopy(self)
+            self._fork = weakref.ref(fork)
+            self._forked.clear()
+        self._forked.add(cache)
+        return fork
+
     # What callers know.
 
     @contextmanager
@@ -93,6 +107,10 @@ class Sequence:
             yield
         finally:
             self.phase.leave_prompt()
+
+    def last_of_prompt(self) -> None:
+        """The next update is the last token of a prompt; generated ones come one by one then."""
+        self.phase.begin_prompt(1, 1)
 
     def end_prompt(self) -> None:
         """The whole prompt is in: judge all stored tokens by its last queries, and place them.

@@ -1,5 +1,6 @@
 """Attention of a few new tokens over the compressed tokens of a layer."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from math import log
 
@@ -166,6 +167,61 @@ def decode_attention(
         DroppedTokensError: an array mask over a view that lost tokens.
         ConfigError: `skip` is not a weight below 1.
     """
+    return backend.decode_attention(
+        queries, _checked(queries, view, mask), scale=scale, mask=mask, sink_logits=sink_logits
+    )
+
+
+def decode_attention_batch(
+    queries: mx.array,
+    views: Sequence[View],
+    *,
+    scale: float,
+    mask: str | None,
+    sink_logits: mx.array | None,
+    backend: Backend,
+) -> Attention:
+    """`decode_attention` of several sequences of a model: a row is a KV head of one of them.
+
+    Sequences are ragged: each has its own lengths, exact rows, centers and pool. Their formats,
+    rotations and `skip` are the same. The result of a sequence is bit for bit what it gets alone.
+
+    Args:
+        queries: [B, Hq, L, head_dim], or [B, Hq, L, Dk] and rotated.
+        views: of the B sequences.
+        mask: None or "causal".
+
+    Returns:
+        The output, [B, Hq, L, v_head_dim] or [B, Hq, L, Dv], and the log-sum-exp [B, Hq, L].
+
+    Raises:
+        ShapeError: a shape does not fit.
+        ConfigError: `skip` is not a weight below 1.
+    """
+    if queries.ndim != 4 or queries.shape[0] != len(views) or not views:
+        raise ShapeError(
+            f"[decode_attention_batch] expected queries [{len(views)}, Hq, L, D], "
+            f"got {queries.shape}."
+        )
+    views = [_checked(q, view, mask) for q, view in zip(queries, views, strict=True)]
+    if backend.decode_attention_batch is not None:
+        return backend.decode_attention_batch(
+            queries, views, scale=scale, mask=mask, sink_logits=sink_logits
+        )
+    each = [
+        backend.decode_attention(q, view, scale=scale, mask=mask, sink_logits=sink_logits)
+        for q, view in zip(queries, views, strict=True)
+    ]
+    reads = [attention.reads for attention in each if attention.reads is not None]
+    return Attention(
+        mx.stack([attention.out for attention in each]),
+        mx.stack([attention.lse for attention in each]),
+        mx.concatenate(reads) if reads else None,
+    )
+
+
+def _checked(queries: mx.array, view: View, mask: Mask) -> View:
+    """The view, with `skip` only where there is something to skip, or to compare with."""
     query_heads, length, dim = queries.shape
     heads, exact = view.exact.k.shape[:2]
     expected = view.rotations[0].head_dim if view.rotations else view.exact.k.shape[2]
@@ -188,6 +244,6 @@ def decode_attention(
                 f"[decode_attention] expected mask [.., {length}, {exact + view.slots}], "
                 f"got {mask.shape}."
             )
-    if view.skip and not (view.tiers and exact):  # nothing to skip, or to compare with
+    if view.skip and not (view.tiers and exact):
         view = replace(view, skip=0.0)
-    return backend.decode_attention(queries, view, scale=scale, mask=mask, sink_logits=sink_logits)
+    return view

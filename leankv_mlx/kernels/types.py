@@ -105,7 +105,7 @@ class View:
 
 class Attention(NamedTuple):
     """Output [Hq, L, Dv], and the log-sum-exp of the scores, float32 [Hq, L], natural
-    logarithm, learned sink logits included.
+    logarithm, learned sink logits included. Of a batch [B, Hq, L, Dv] and [B, Hq, L].
 
     Attributes:
         reads: int32 [n, 2], to be summed over n: blocks whose values were read, and all blocks. A
@@ -159,10 +159,29 @@ class DecodeOp(Protocol):
     ) -> Attention: ...
 
 
+AppendBatchOp = Callable[[Sequence[Rows], Rows, Rotations], list[Rows]]
+"""See `kernels.append.append_batch`."""
+
+
+class DecodeBatchOp(Protocol):
+    """See `kernels.decode_attention.decode_attention_batch`."""
+
+    def __call__(
+        self,
+        queries: mx.array,
+        views: Sequence[View],
+        *,
+        scale: float,
+        mask: Mask,
+        sink_logits: mx.array | None,
+    ) -> Attention: ...
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of every operation. `widest`: stored channels that its kernels have room
-    for, 0 for any. `codecs`: those that they know, none for any."""
+    for, 0 for any. `codecs`: those that they know, none for any. Operations on a batch are None
+    where it takes one sequence after another."""
 
     name: str
     encode: EncodeOp
@@ -172,6 +191,8 @@ class Backend:
     gather: Callable[[View, mx.Dtype], Rows]
     append: Callable[[Rows, Rows, Rotations], Rows]
     repack: Callable[[Tier, mx.array], mx.array]
+    decode_attention_batch: DecodeBatchOp | None = None
+    append_batch: AppendBatchOp | None = None
     widest: int = 0
     codecs: tuple[str, ...] = (CUBIC,)
 

@@ -24,12 +24,13 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from leankv_mlx.cache import CompressedKVCache
+from leankv_mlx.cache import BatchedKVCache, CompressedKVCache
 from leankv_mlx.mlx_lm.patches import NAME as ATTENTION
 from leankv_mlx.mlx_lm.patches import dispatches
 from leankv_mlx.projections import Gate, Norm, Relaid, Weight, products
 from leankv_mlx.projections.heads import NO_NORMS, Turn, heads
 
+_OURS = (CompressedKVCache, BatchedKVCache)
 _MODELS = "mlx_lm.models"
 _PLAN = "_leankv_fused"
 
@@ -217,7 +218,7 @@ def _attend(block: Any, plan: _Plan, x: mx.array, mask: Any, cache: Any) -> mx.a
     queries, keys = _turned(plan, attention, queries, keys, 0 if cache is None else cache.offset)
     values = _split(values, attention.n_kv_heads)
     attend = plan.names[ATTENTION]
-    if type(cache) is CompressedKVCache and dispatches(attend):
+    if type(cache) in _OURS and dispatches(attend):
         # It would ask the cache anyway; making arrays that nobody reads takes as long as that.
         out = cache.update(keys, values).attend(queries, scale=attention.scale, mask=mask)
     else:

@@ -79,9 +79,36 @@ def rewind(caches: Sequence[Any], tokens: int) -> int:
     return Sequences.of(caches).rewind(tokens)
 
 
+def telling_prompts(original: Any) -> Any:
+    """mlx-lm's `PromptProcessingBatch`, which tells its caches that what it reads are prompts."""
+
+    class PromptProcessingBatch(original):  # type: ignore[misc]
+        def prompt(self, tokens: Any) -> None:
+            with Sequences.of(self.prompt_cache).reading():
+                super().prompt(tokens)
+
+    return PromptProcessingBatch
+
+
+def telling_replies(original: Any) -> Any:
+    """mlx-lm's `GenerationBatch`, which begins with the last tokens of the prompts."""
+
+    class GenerationBatch(original):  # type: ignore[misc]
+        def __init__(
+            self, model: Any, uids: Any, inputs: Any, prompt_cache: Any, *args: Any, **options: Any
+        ) -> None:
+            for sequence in Sequences.of(prompt_cache):
+                sequence.last_of_prompt()
+            super().__init__(model, uids, inputs, prompt_cache, *args, **options)
+
+    return GenerationBatch
+
+
 LOOPS: dict[str, Callable[[Any], Any]] = {
     "generate_step": telling,
     "speculative_generate_step": telling_drafts,
+    "PromptProcessingBatch": telling_prompts,
+    "GenerationBatch": telling_replies,
     "can_trim_prompt_cache": lambda original: can_rewind,
     "trim_prompt_cache": lambda original: rewind,
 }

@@ -1,0 +1,244 @@
+"""`BatchedKVCache`: one layer of several sequences behind the protocol of mlx-lm's batches.
+
+A row is a sequence's own cache, so its blocks, policy, phase, trims and files are what they are
+alone, and the batch verbs pick and join rows without touching a code. What is done for all rows at
+once is what costs: the append and the attention of a decode step are one operation each.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import mlx.core as mx
+
+from leankv_mlx.cache.batch_fetch import BatchFetch, remember_causal
+from leankv_mlx.cache.compressed import CompressedKVCache
+from leankv_mlx.cache.fetch import Arrays, Fetch
+from leankv_mlx.cache.together import append_all
+from leankv_mlx.errors import ShapeError, UnsupportedError
+from leankv_mlx.kernels import MAX_DECODE_TOKENS, Mask
+
+
+class BatchedKVCache:
+    """One layer of several sequences.
+
+    Padding is never stored: `prepare` says how much of what comes next is none of a row's tokens.
+
+    Args:
+        rows: the same layer of each sequence.
+    """
+
+    def __init__(self, rows: Iterable[CompressedKVCache]) -> None:
+        self.rows = list(rows)
+        self._left: list[int] | None = None  # padding in front of what comes, by row
+        self._real: list[int] | None = None  # tokens that come before padding on the right
+        self._fetched: tuple[weakref.ref[Any], weakref.ref[Any]] | None = None
+        self._held: Arrays | None = None
+
+    # The cache protocol of mlx-lm.
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Arrays:
+        """Append tokens and return all of them as lazy arrays, see `CompressedKVCache`.
+
+        Args:
+            keys: [B, H, L, k_head_dim], after RoPE.
+            values: [B, H, L, v_head_dim].
+
+        Returns:
+            Keys and values [B, H, N, head_dim], shorter sequences padded on the left.
+
+        Raises:
+            DroppedTokensError, ShapeError, ConfigError: see `CompressedKVCache`.
+        """
+        return self._handed_out(self.update(keys, values))
+
+    def update(self, keys: mx.array, values: mx.array) -> BatchFetch:
+        """Append tokens, for a model whose attention asks the fetch itself.
+
+        Raises:
+            DroppedTokensError, ShapeError, ConfigError: see `CompressedKVCache`.
+        """
+        if keys.ndim != 4 or keys.shape[0] != len(self.rows):
+            raise ShapeError(
+                f"[update_and_fetch] expected keys [{len(self.rows)}, H, L, D], got {keys.shape}."
+            )
+        self._fetched = self._held = None
+        spans = self._take(keys.shape[2])
+        begin = max(self.offsets, default=0)
+        if keys.shape[2] <= MAX_DECODE_TOKENS and all(span == spans[0] for span in spans):
+            fetches: list[Fetch | None] = [*append_all(self.rows, keys, values)]
+        else:
+            fetches = [
+                row.update(keys[i : i + 1, :, a:b], values[i : i + 1, :, a:b], ahead=False)
+                if b > a
+                else None
+                for i, (row, (a, b)) in enumerate(zip(self.rows, spans, strict=True))
+            ]
+        return BatchFetch(fetches, spans, begin, keys.shape[2])
+
+    def keys_and_values(self) -> Arrays:
+        """The arrays of the last `update_and_fetch` while they live, else equal ones.
+
+        Raises:
+            UnsupportedError: a sequence is empty.
+        """
+        if self._fetched is not None:
+            keys, values = (fetched() for fetched in self._fetched)
+            if keys is not None and values is not None:
+                return keys, values
+        if any(row.layer is None for row in self.rows):
+            raise UnsupportedError("an empty cache has no tokens to attend to.")
+        fetches: list[Fetch | None] = [
+            row.appended(row.layer, 0) for row in self.rows if row.layer is not None
+        ]
+        spans = [(0, 0)] * len(fetches)
+        return self._handed_out(BatchFetch(fetches, spans, max(self.offsets), 0))
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
+        """The mask of the next N tokens over arrays of `update_and_fetch`.
+
+        Sequences of one length need none but the causal rule; with others it is an array
+        [B, 1, N, offset + N], which attention that reads the caches never computes.
+        """
+        offsets = self.offsets
+        begin = max(offsets, default=0)
+        uneven = min(offsets, default=0) != begin or self._left or self._real
+        if not uneven and window_size is None and not return_array:
+            return None if N == 1 else "causal"
+        columns, queries = mx.arange(begin + N), mx.arange(begin, begin + N)[:, None]
+        mask = queries >= columns
+        if window_size is not None:
+            mask = mask & (queries < columns + window_size)
+        padding = [begin - offset for offset in offsets]
+        if self._left:
+            padding = [x + left for x, left in zip(padding, self._left, strict=True)]
+        mask = mask & (mx.array(padding)[:, None, None, None] <= columns)
+        if window_size is None:
+            remember_causal(mask)
+        return mask
+
+    @property
+    def offset(self) -> mx.array:
+        """Tokens of each sequence so far, int32 [B]: the position of the first column that comes,
+        which is padding where it is below 0."""
+        left = self._left or [0] * len(self.rows)
+        return mx.array([x - y for x, y in zip(self.offsets, left, strict=True)], mx.int32)
+
+    @property
+    def offsets(self) -> list[int]:
+        """Tokens of each sequence so far."""
+        return [row.offset for row in self.rows]
+
+    def is_trimmable(self) -> bool:
+        """Whether any number of tokens can be removed from the end of each."""
+        return all(row.is_trimmable() for row in self.rows)
+
+    def trim(self, n: int) -> int:
+        """Remove the last n tokens of each; returns how many of the longest."""
+        self._fetched = self._held = None
+        return max((row.trim(n) for row in self.rows), default=0)
+
+    def size(self) -> int:
+        """Tokens of the longest."""
+        return max(self.offsets, default=0)
+
+    def empty(self) -> bool:
+        """True before the first token of any."""
+        return all(row.empty() for row in self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use."""
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def state(self) -> list[Any]:
+        """The arrays, to be evaluated; a batch is no file: `extract` what is to be stored."""
+        return [row.layer.state for row in self.rows if row.layer is not None]
+
+    # Batches.
+
+    @classmethod
+    def merge(cls, caches: Iterable[CompressedKVCache]) -> BatchedKVCache:
+        """A batch of copies of the caches, one of each sequence; they share blocks."""
+        return cls([cache.fork() for cache in caches])
+
+    def extend(self, other: BatchedKVCache) -> None:
+        """Copies of another batch's rows come behind these."""
+        self._fetched = self._held = None
+        self.rows.extend(row.fork() for row in other.rows)
+
+    def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
+        """Keep these rows, in this order."""
+        self._fetched = self._held = None
+        if isinstance(batch_indices, mx.array):
+            batch_indices = batch_indices.tolist()  # type: ignore[assignment]
+        kept = [self.rows[i] for i in batch_indices]
+        # One that is kept twice goes on as two.
+        self.rows = [row if row not in kept[:i] else row.fork() for i, row in enumerate(kept)]
+
+    def extract(self, idx: int) -> CompressedKVCache:
+        """A copy of a row, which shares its blocks."""
+        return self.rows[idx].fork()
+
+    def prepare(
+        self,
+        *,
+        left_padding: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+    ) -> None:
+        """What comes next is padded: on the left by so many columns, or on the right behind
+        `lengths` of them, until `finalize`.
+
+        Raises:
+            UnsupportedError: padding on the left in front of a sequence that has begun.
+        """
+        if left_padding is not None and any(left_padding):
+            if not self.empty():
+                raise UnsupportedError("left padding can only be added to an empty cache.")
+            before = self._left or [0] * len(self.rows)
+            self._left = [x + int(y) for x, y in zip(before, left_padding, strict=True)]
+        if right_padding is not None and max(right_padding, default=0) > 0 and lengths is not None:
+            self._real = [int(x) for x in lengths]
+
+    def finalize(self) -> None:
+        """Nothing of what comes is padding any more."""
+        self._left = self._real = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchedKVCache:
+        """An independent copy that shares the blocks."""
+        other = BatchedKVCache(deepcopy(self.rows, memo))
+        other._left, other._real = self._left, self._real
+        memo[id(self)] = other
+        return other
+
+    @property
+    def caches(self) -> list[CompressedKVCache]:
+        """Its rows, for whoever walks a cache list."""
+        return self.rows
+
+    def _take(self, tokens: int) -> list[tuple[int, int]]:
+        """Which of the next columns are tokens of each row: start and stop."""
+        spans = [(0, tokens)] * len(self.rows)
+        if self._left:
+            spans = [(min(x, tokens), tokens) for x in self._left]
+            self._left = [max(0, x - tokens) for x in self._left]
+            self._left = self._left if any(self._left) else None
+        if self._real:
+            spans = [(a, max(a, min(b, n))) for (a, b), n in zip(spans, self._real, strict=True)]
+            self._real = [max(0, n - tokens) for n in self._real]
+        return spans
+
+    def _handed_out(self, fetch: BatchFetch) -> Arrays:
+        keys, values = fetch.arrays()
+        self._fetched = weakref.ref(keys), weakref.ref(values)
+        if any(row.keep_fetched for row in self.rows):
+            self._held = keys, values
+        return keys, values
+
+
+CompressedKVCache.merge = BatchedKVCache.merge
