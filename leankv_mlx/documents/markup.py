@@ -18,8 +18,9 @@ Token = tuple[Literal["text", "title", "start", "end"], str]
 """What it is, and its text or the name of its tag in lower case."""
 
 _NAME = re.compile(r"</?([a-zA-Z][^\s/>]*)")
-_INSIDE = re.compile(r"""(?:[^>=]++|=\s*+(?:"[^"]*+"|'[^']*+'|(?!["'])))*+""")
-"""Of a tag what is between its name and its end, or a quotation mark that is never closed."""
+_PART = re.compile(r"""[^>=]+|=\s*(?:"[^"]*"|'[^']*'|(?![\s"']))""")
+"""Of a tag what may come between its name and its end: no quotation mark that is never closed. A
+pattern for all of it would need possessive quantifiers, which Python 3.11.2 gets wrong."""
 _QUOTE = re.compile(r"=\s*[\"']")
 _COMMENT_END = re.compile("--!?>")
 _RAW = ("script", "style", "textarea", "title", "xmp")
@@ -133,13 +134,12 @@ class _Scan:
 
 def _inside(source: str, start: int) -> int:
     """Where a tag ends: at its `>`, or at the end of the page. A quotation mark that is never
-    closed is one more character; it is the last of its kind, so this takes three rounds at most."""
-    while True:
-        found = _INSIDE.match(source, start)
-        stop = found.end() if found else start
-        if (quote := _QUOTE.match(source, stop)) is None:
-            return stop
-        start = quote.end()
+    closed is one more character; it is the last of its kind, so looking for its end happens once
+    for each kind."""
+    stop = start
+    while found := _PART.match(source, stop) or _QUOTE.match(source, stop):
+        stop = found.end()
+    return stop
 
 
 def _unescaped(text: str) -> str:
