@@ -107,7 +107,9 @@ def attended(layer: Layer, queries: mx.array, mask: str | None) -> mx.array:
     layer = layer.copy()  # which then has seen these queries
     rows = None if queries.shape[2] <= 8 else layer.rows()
     nobody = CompressedKVCache(KV).sequence  # it is no layer of that, which then drops nothing
-    return Fetch(layer, rows, queries.shape[2] if rows else 0, Calls(), nobody).attend(queries, scale=1.0, mask=mask)
+    return Fetch(layer, rows, queries.shape[2] if rows else 0, Calls(), nobody).attend(
+        queries, scale=1.0, mask=mask
+    )
 
 
 class RaggedLayers(RuleBasedStateMachine):
