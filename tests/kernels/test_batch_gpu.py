@@ -139,6 +139,14 @@ def test_a_rotation_that_no_kernel_knows(backend: Backend) -> None:
     check(queries[..., :57], views, replace(case, rotations=identities), backend)
 
 
+def test_sequences_of_one_block_have_tables_in_constant_memory(backend: Backend) -> None:
+    """As MLX declares arrays of fewer than 8 elements."""
+    row = plain(tiers=1, lengths="partial")
+    each = [cases.case(**row, exact=n, heads=1, blocks=1) for n in (1, 40)]
+    queries = mx.stack([case.queries for case in each])
+    check(queries, shared([case.view for case in each]), each[0], backend)
+
+
 @pytest.mark.parametrize("old", [(68, 3), (0, 5, 96), (1, 2, 3, 4, 5, 6), (0, 0)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 8])
 def test_rows_are_appended_to_each_sequence(
