@@ -325,27 +325,8 @@ DEVFN void lkv_store_part(THR lkv_state<VC, R>& state, int rows_left, int splits
   }
 }
 
-// Where the arrays of several sequences end to end have the row `head`, a KV head of one of them:
-// the first of its block ids and of its exact rows, how many exact rows, and which pool.
-struct lkv_place {
-  int ids, first, exact, pool;
-};
-
-// places [sequences, 5], of each: where its block ids begin and how many a head has, where its
-// exact rows begin and how many a head has, and its pool. `heads` are those of a sequence.
-template <class P>
-DEVFN lkv_place lkv_place_of(P places, int head, int heads) {
-  P mine = places + head / heads * 5;
-  lkv_place place;
-  place.ids = mine[0] + head % heads * mine[1];
-  place.first = mine[2] + head % heads * mine[3];
-  place.exact = mine[3];
-  place.pool = mine[4];
-  return place;
-}
-
 // One threadgroup. BODY, EXACT: whether this launch has a body, and exact rows. SKIP: with exact
-// rows at hand, whether or not they are attended to here; log_skip is the weight's logarithm (base 2).
+// rows at hand, whether or not they are attended to here; log_skip is log2 of the weight.
 //   q [H * query_rows, head_dim], pool [blocks, words], mu_k [H, Dk], mu_v [H, Dv], signs [Dk]
 //   of the head: ids of its blocks, length, k [exact, Dk], v [exact, Dv]
 template <int KF, int VF, int KC, int VC, int BLOCK, int S, int R, int T, int NSG, bool BODY,
@@ -383,8 +364,8 @@ DEVFN lkv_reads lkv_decode_attention(QP q, int query_rows, int tokens, int head_
   int item = (int)split * NSG + (int)simd_group;
   if (BODY) {
     for (; item < items; item += workers) {
-      lkv_attend_blocks<KF, VF, KC, VC, S, R, T, SKIP>(
-          pool, ids, item * T, length, lane, shared, probabilities, levels, state, reads);
+      lkv_attend_blocks<KF, VF, KC, VC, S, R, T, SKIP>(pool, ids, item * T, length, lane, shared,
+                                                       probabilities, levels, state, reads);
     }
     UNROLL for (int r = 0; r < R; r++) {
       const float mass = simd_sum(state.sum[r]);

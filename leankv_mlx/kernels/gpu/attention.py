@@ -83,6 +83,7 @@ def attention_kernel(pools: int = 0, skip: bool = False) -> Kernel:
             `Attention.reads`.
     """
     name, inputs, outputs = "leankv_decode_attention", [*_INPUTS], ["part"]
+    files = ["layout.metal", "values.metal", "rotate.metal", "decode_attention.metal"]
     where = {"place": "", "ids": "head * table_shape[1]", "first": "head * keys_shape[1]",
              "exact": "keys_shape[1]"}  # fmt: skip
     if pools:
@@ -91,6 +92,7 @@ def attention_kernel(pools: int = 0, skip: bool = False) -> Kernel:
         at = inputs.index("pool")
         inputs[at : at + 1] = names
         inputs.append("places")
+        files.append("places.metal")
         where = {"place": _place(names), "ids": "place.ids", "first": "place.first",
                  "exact": "place.exact"}  # fmt: skip
     if skip:
@@ -102,7 +104,7 @@ def attention_kernel(pools: int = 0, skip: bool = False) -> Kernel:
     )
     return Kernel(
         name,
-        ("layout.metal", "values.metal", "rotate.metal", "decode_attention.metal"),
+        tuple(files),
         tuple(inputs),
         tuple(outputs),
         _TEMPLATE,

@@ -87,8 +87,8 @@ class Stored:
         return pools, others
 
     def _together(self, column: Column) -> tuple[list[mx.array], list[mx.array]]:
-        """Pools; table int32 [n], lengths int32 [B * H], places int32 [B, 5], see `lkv_place_of` in
-        metal/decode_attention.metal."""
+        """Pools; table int32 [n], lengths int32 [B * H], places int32 [B, 5], see
+        metal/places.metal."""
         heads = self.views[0].exact.k.shape[0]
         tiers = [tier for tier in column if tier]
         pools = list({id(tier.pool): tier.pool for tier in tiers}.values())
