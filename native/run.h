@@ -2,6 +2,8 @@
 // a test program can run them under sanitizers.
 #pragma once
 
+#include <vector>
+
 #include "kernels/args.h"
 
 namespace leankv {
@@ -24,7 +26,9 @@ struct AttentionJob {
   float* lse = nullptr;      // [Hq, L]
   int32_t* reads = nullptr;  // [H, 2] or null: blocks whose values were read, and all blocks
 };
-void run_attention(const AttentionJob& job);
+// Of sequences of a model, which have the same shapes but for their tokens. All threads share all
+// of them, and each gets the bits that it gets alone.
+void run_attention(const std::vector<AttentionJob>& jobs);
 
 struct PrefillJob {
   PrefillArgs args;
@@ -48,8 +52,13 @@ struct DecodeJob {
 void run_decode(const DecodeJob& job);
 
 // Exact rows [H, E, dim], then new rows [H, T, head_dim], which are rotated.
-void run_append(const Vectors& exact, int n_exact, const Vectors& rows, int n_rows,
-                const Rotation& rotation, int heads, const Output& out);
+struct AppendJob {
+  Vectors exact, rows;
+  int n_exact = 0, n_rows = 0, heads = 0;
+  Rotation rotation;
+  Output out;  // [H, E + T, dim]
+};
+void run_append(const std::vector<AppendJob>& jobs);
 
 // One of the weights that the inputs are multiplied with.
 struct Product {

@@ -34,7 +34,7 @@ def append(exact: Rows, new: Rows, rotations: Rotations, backend: Backend) -> Ro
     Raises:
         ShapeError: the new rows do not fit.
     """
-    _check(exact, new, rotations)
+    _check(exact, new, 3, rotations)
     return backend.append(exact, new, rotations)
 
 
@@ -55,23 +55,29 @@ def append_batch(
     Raises:
         ShapeError: the new rows do not fit.
     """
-    if any(x.ndim != 4 or x.shape[0] != len(exact) for x in new):
+    if not exact or any(x.ndim != 4 or x.shape[0] != len(exact) for x in new):
         shapes = " and ".join(str(x.shape) for x in new)
         raise ShapeError(f"[append_batch] expected rows [{len(exact)}, H, T, D], got {shapes}.")
+    for old in exact:
+        _check(old, new, 4, rotations)
     if backend.append_batch is not None:
-        for old in exact:
-            _check(old, Rows(*(x[0] for x in new)), rotations)
         return backend.append_batch(exact, new, rotations)
     return [
-        append(old, Rows(*(x[i] for x in new)), rotations, backend) for i, old in enumerate(exact)
+        backend.append(old, Rows(*(x[i] for x in new)), rotations) for i, old in enumerate(exact)
     ]
 
 
-def _check(exact: Rows, new: Rows, rotations: Rotations) -> None:
+def _check(exact: Rows, new: Rows, ndim: int, rotations: Rotations) -> None:
+    """Whether new rows [.., H, T, head_dim] fit behind the exact ones of a sequence."""
     for old, rows, rotation in zip(exact, new, rotations, strict=True):
-        fits = rows.ndim == 3 and rows.shape[0] == old.shape[0] and old.shape[2] == rotation.dim
-        if not fits or rows.shape[2] != rotation.head_dim:
+        heads, _, dim = old.shape
+        if (
+            rows.ndim != ndim
+            or rows.shape[-3] != heads
+            or rows.shape[-1] != rotation.head_dim
+            or dim != rotation.dim
+        ):
             raise ShapeError(
-                f"[append] expected rows [{old.shape[0]}, T, {rotation.head_dim}] behind "
+                f"[append] expected rows [{heads}, T, {rotation.head_dim}] behind "
                 f"[.., .., {rotation.dim}], got {rows.shape} behind {old.shape}."
             )

@@ -5,6 +5,7 @@ Hadamard.
 """
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from importlib import import_module
 from importlib.metadata import version
@@ -17,7 +18,11 @@ from leankv_mlx.codec.rotation import Hadamard
 from leankv_mlx.config import Rounding
 from leankv_mlx.errors import BackendUnavailableError
 from leankv_mlx.kernels.append import append_ops
-from leankv_mlx.kernels.decode_attention import between_rotations, decode_attention_ops
+from leankv_mlx.kernels.decode_attention import (
+    between_rotations,
+    decode_attention_ops,
+    one_by_one,
+)
 from leankv_mlx.kernels.encode import encode_ops
 from leankv_mlx.kernels.gather import gather_ops
 from leankv_mlx.kernels.prefill_attention import prefill_attention_ops
@@ -56,6 +61,8 @@ def make() -> Backend:
         gather=_gather,
         append=_append,
         repack=_repack,
+        decode_attention_batch=_decode_attention_batch,
+        append_batch=_append_batch,
         widest=_MAX_DIM,
     )
 
@@ -141,10 +148,18 @@ def _gather(view: View, dtype: mx.Dtype) -> Rows:
 
 
 def _append(exact: Rows, new: Rows, rotations: Rotations) -> Rows:
+    return _append_batch([exact], new, rotations)[0]
+
+
+def _append_batch(exact: Sequence[Rows], new: Rows, rotations: Rotations) -> list[Rows]:
+    """Of one sequence the new rows may be without an axis for it."""
     native = _rotations(rotations)
     if native is None:
-        return append_ops(exact, new, rotations)
-    return Rows(*load().append(*exact, *new, native))
+        news = [new] if new.k.ndim == 3 else map(Rows, *new)
+        return [append_ops(old, rows, rotations) for old, rows in zip(exact, news, strict=True)]
+    n = len(exact)
+    out = load().append([old.k for old in exact], [old.v for old in exact], *new, native)
+    return list(map(Rows, out[:n], out[n:]))
 
 
 def _repack(body: Tier, index: mx.array) -> mx.array:
@@ -165,18 +180,42 @@ def _decode_attention(
     if plain or (view.rotations and native is None):
         attend = decode_attention_ops if plain else partial(between_rotations, _decode_attention)
         return attend(queries, view, scale=scale, mask=mask, sink_logits=sink_logits)
+    return _attend(queries, [view], scale, mask == "causal", sink_logits, native)
+
+
+def _decode_attention_batch(
+    queries: mx.array,
+    views: Sequence[View],
+    *,
+    scale: float,
+    mask: str | None,
+    sink_logits: mx.array | None,
+) -> Attention:
+    rotations = views[0].rotations
+    native = _rotations(rotations) if rotations else None
+    if rotations and native is None:
+        asked: dict[str, Any] = {"scale": scale, "mask": mask, "sink_logits": sink_logits}
+        return one_by_one(_decode_attention, queries, views, **asked)
+    return _attend(queries, views, scale, mask == "causal", sink_logits, native)
+
+
+def _attend(
+    queries: mx.array,
+    views: Sequence[View],
+    scale: float,
+    causal: bool,
+    sink_logits: mx.array | None,
+    rotations: tuple[Any, Any] | None,
+) -> Attention:
+    """queries: of one view [Hq, L, D], or of several [B, Hq, L, D]."""
+    native = load()
+    sequences = [
+        native.Sequence([_tier(x) for x in view.tiers], *view.exact, _centers(view.centers))
+        for view in views
+    ]
+    skip = max([view.skip for view in views])  # 0 of those that have nothing to skip
     return Attention(
-        *load().decode_attention(
-            queries,
-            list(map(_tier, view.tiers)),
-            *view.exact,
-            _centers(view.centers),
-            scale,
-            mask == "causal",
-            sink_logits,
-            native,
-            view.skip,
-        )
+        *native.decode_attention(queries, sequences, scale, causal, sink_logits, rotations, skip)
     )
 
 

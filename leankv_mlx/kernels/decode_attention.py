@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from math import log
+from typing import Any
 
 import mlx.core as mx
 
@@ -168,7 +169,11 @@ def decode_attention(
         ConfigError: `skip` is not a weight below 1.
     """
     return backend.decode_attention(
-        queries, _checked(queries, view, mask), scale=scale, mask=mask, sink_logits=sink_logits
+        queries,
+        _checked(queries.shape, view, mask),
+        scale=scale,
+        mask=mask,
+        sink_logits=sink_logits,
     )
 
 
@@ -203,15 +208,19 @@ def decode_attention_batch(
             f"[decode_attention_batch] expected queries [{len(views)}, Hq, L, D], "
             f"got {queries.shape}."
         )
-    views = [_checked(q, view, mask) for q, view in zip(queries, views, strict=True)]
+    shape = queries.shape[1:]
+    views = [_checked(shape, view, mask) for view in views]
+    asked: dict[str, Any] = {"scale": scale, "mask": mask, "sink_logits": sink_logits}
     if backend.decode_attention_batch is not None:
-        return backend.decode_attention_batch(
-            queries, views, scale=scale, mask=mask, sink_logits=sink_logits
-        )
-    each = [
-        backend.decode_attention(q, view, scale=scale, mask=mask, sink_logits=sink_logits)
-        for q, view in zip(queries, views, strict=True)
-    ]
+        return backend.decode_attention_batch(queries, views, **asked)
+    return one_by_one(backend.decode_attention, queries, views, **asked)
+
+
+def one_by_one(
+    attend: DecodeOp, queries: mx.array, views: Sequence[View], **asked: Any
+) -> Attention:
+    """`decode_attention_batch` by an operation on one sequence."""
+    each = [attend(q, view, **asked) for q, view in zip(queries, views, strict=True)]
     reads = [attention.reads for attention in each if attention.reads is not None]
     return Attention(
         mx.stack([attention.out for attention in each]),
@@ -220,17 +229,19 @@ def decode_attention_batch(
     )
 
 
-def _checked(queries: mx.array, view: View, mask: Mask) -> View:
-    """The view, with `skip` only where there is something to skip, or to compare with."""
-    query_heads, length, dim = queries.shape
+def _checked(queries: tuple[int, ...], view: View, mask: Mask) -> View:
+    """The view, with `skip` only where there is something to skip, or to compare with.
+
+    queries: their shape, [Hq, L, D].
+    """
+    query_heads, length, dim = queries
     heads, exact = view.exact.k.shape[:2]
     expected = view.rotations[0].head_dim if view.rotations else view.exact.k.shape[2]
     if not 1 <= length <= MAX_DECODE_TOKENS:
         raise ShapeError(f"[decode_attention] expected 1 to {MAX_DECODE_TOKENS} tokens: {length}.")
     if query_heads % heads or dim != expected:
         raise ShapeError(
-            f"[decode_attention] expected queries [n * {heads}, L, {expected}], "
-            f"got {queries.shape}."
+            f"[decode_attention] expected queries [n * {heads}, L, {expected}], got {queries}."
         )
     if not 0 <= view.skip < 1:
         raise ConfigError(

@@ -172,7 +172,7 @@ class DecodeBatchOp(Protocol):
         views: Sequence[View],
         *,
         scale: float,
-        mask: Mask,
+        mask: str | None,
         sink_logits: mx.array | None,
     ) -> Attention: ...
 

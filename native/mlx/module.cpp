@@ -77,9 +77,12 @@ NB_MODULE(_native, m) {
   nb::class_<RotationArrays>(m, "Rotation")
       .def(nb::init<mx::array, int, int>(), "signs"_a, "block"_a, "head_dim"_a);
 
-  m.def("decode_attention", &decode_attention, "queries"_a, "bodies"_a, "exact_k"_a, "exact_v"_a,
-        "centers"_a.none(), "scale"_a, "causal"_a, "sink_logits"_a.none(), "rotations"_a.none(),
-        "skip"_a);
+  nb::class_<SequenceArrays>(m, "Sequence")
+      .def(nb::init<std::vector<BodyArrays>, mx::array, mx::array, std::optional<CenterArrays>>(),
+           "bodies"_a, "exact_k"_a, "exact_v"_a, "centers"_a.none());
+
+  m.def("decode_attention", &decode_attention, "queries"_a, "sequences"_a, "scale"_a, "causal"_a,
+        "sink_logits"_a.none(), "rotations"_a.none(), "skip"_a);
   m.def("prefill_attention", &prefill_attention, "queries"_a, "k"_a, "v"_a, "scale"_a, "causal"_a,
         "present"_a.none(), "sink_logits"_a.none(), "rotations"_a.none());
   m.def(
