@@ -122,10 +122,15 @@ class BatchedKVCache:
 
     @property
     def offset(self) -> mx.array:
-        """Tokens of each sequence so far, int32 [B]: the position of the first column that comes,
-        which is padding where it is below 0."""
+        """`positions` as int32 [B], which is how mlx-lm's batches tell them."""
+        return mx.array(self.positions, mx.int32)
+
+    @property
+    def positions(self) -> list[int]:
+        """Of the first column that comes, in each sequence: its tokens so far. It is padding where
+        that is below 0."""
         left = self._left or [0] * len(self.rows)
-        return mx.array([x - y for x, y in zip(self.offsets, left, strict=True)], mx.int32)
+        return [x - y for x, y in zip(self.offsets, left, strict=True)]
 
     @property
     def offsets(self) -> list[int]:
