@@ -21,7 +21,8 @@ struct Ends {
 struct AttentionJob {
   AttentionArgs args;  // queries and bias are made here
   Ends ends;
-  const float* mu_k = nullptr;  // [H, Dk], null without centers
+  const float* scales = nullptr;  // [H, head_dim] or null: queries are multiplied by them first
+  const float* mu_k = nullptr;    // [H, Dk], null without centers
   const float* mu_v = nullptr;
   float* lse = nullptr;      // [Hq, L]
   int32_t* reads = nullptr;  // [H, 2] or null: blocks whose values were read, and all blocks
@@ -51,10 +52,12 @@ struct DecodeJob {
 };
 void run_decode(const DecodeJob& job);
 
-// Exact rows [H, E, dim], then new rows [H, T, head_dim], which are rotated.
+// Exact rows [H, E, dim], then new rows [H, T, head_dim], which are divided by `scales`, [H,
+// head_dim] or null, and rotated.
 struct AppendJob {
   Vectors exact, rows;
   int n_exact = 0, n_rows = 0, heads = 0;
+  const float* scales = nullptr;
   Rotation rotation;
   Output out;  // [H, E + T, dim]
 };

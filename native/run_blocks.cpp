@@ -101,6 +101,7 @@ void run_append(const std::vector<AppendJob>& jobs) {
     const auto& [job, head, first, last] = pieces[i];
     const Vectors& exact = job->exact;
     const int dim = job->rotation.dim, given = job->rotation.head_dim;
+    const float* scales = job->scales ? job->scales + int64_t{head} * given : nullptr;
     const int old = std::clamp(job->n_exact, first, last);
     const size_t bytes_of_row = size_t(dim) * size_of(exact.type);
     const int together = exact.row_stride == dim ? old - first : 1;  // rows without gaps
@@ -110,6 +111,7 @@ void run_append(const std::vector<AppendJob>& jobs) {
     for (int t = old; t < last; ++t) {
       std::fill(row + given, row + dim, 0.0f);
       kernels().read(job->rows, head, t - job->n_exact, 1, given, row);
+      for (int i = 0; scales && i < given; ++i) row[i] /= scales[i];
       kernels().rotate(job->rotation, row);
       kernels().write(job->out, head, t, 1, dim, row);
     }

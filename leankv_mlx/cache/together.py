@@ -68,7 +68,7 @@ def _alike(layer: Layer, other: Layer) -> bool:
     return layer is other or (
         layer.shape == other.shape
         and layer.config == other.config
-        and layer.backend is other.backend
+        and layer.backend.name == other.backend.name
         and layer.exact.k.dtype == other.exact.k.dtype
         and layer.exact.v.dtype == other.exact.v.dtype
     )

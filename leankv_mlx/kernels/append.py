@@ -1,11 +1,12 @@
 """New rows, rotated and put behind the exact rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
+from leankv_mlx.codec.equalize import Equalizer
 from leankv_mlx.errors import ShapeError
-from leankv_mlx.kernels.types import Backend, Rotations, Rows
+from leankv_mlx.kernels.types import Backend, Rotations, Rows, Scales
 
 
 def append_ops(exact: Rows, new: Rows, rotations: Rotations) -> Rows:
@@ -39,7 +40,11 @@ def append(exact: Rows, new: Rows, rotations: Rotations, backend: Backend) -> Ro
 
 
 def append_batch(
-    exact: Sequence[Rows], new: Rows, rotations: Rotations, backend: Backend
+    exact: Sequence[Rows],
+    new: Rows,
+    rotations: Rotations,
+    backend: Backend,
+    scales: Scales | None = None,
 ) -> list[Rows]:
     """`append` for several sequences, each with as many exact rows as it has.
 
@@ -48,6 +53,7 @@ def append_batch(
         new: rows as the model made them, [B, H, T, head_dim].
         rotations: of the keys and of the values, the same for all.
         backend: who computes it.
+        scales: what the keys of each are divided by, see `kernels.types.Scales`; None for nothing.
 
     Returns:
         Rows [H, E + T, D] of each.
@@ -60,11 +66,51 @@ def append_batch(
         raise ShapeError(f"[append_batch] expected rows [{len(exact)}, H, T, D], got {shapes}.")
     for old in exact:
         _check(old, new, 4, rotations)
-    if backend.append_batch is not None:
-        return backend.append_batch(exact, new, rotations)
+    scales = check_scales(scales, len(exact), new.k.shape[1], new.k.shape[3])
+    if backend.append_batch is None:
+        return each_append(backend.append, exact, new, rotations, scales)
+    if not backend.scales and any(x is not None for x in scales):
+        keys = mx.stack([k.astype(mx.float32) for k in _scaled(new.k, scales)])
+        new, scales = Rows(keys, new.v), [None] * len(exact)
+    return backend.append_batch(exact, new, rotations, scales)
+
+
+def each_append(
+    append: Callable[[Rows, Rows, Rotations], Rows],
+    exact: Sequence[Rows],
+    new: Rows,
+    rotations: Rotations,
+    scales: Scales,
+) -> list[Rows]:
+    """`append_batch` by an operation on one sequence."""
+    rows = map(Rows, _scaled(new.k, scales), new.v)
+    return [append(old, own, rotations) for old, own in zip(exact, rows, strict=True)]
+
+
+def _scaled(keys: mx.array, scales: Scales) -> list[mx.array]:
+    """The keys of each sequence, [H, T, head_dim]; in float32 if that changes them."""
     return [
-        backend.append(old, Rows(*(x[i] for x in new)), rotations) for i, old in enumerate(exact)
+        k if x is None else Equalizer(x).apply(k.astype(mx.float32))
+        for k, x in zip(keys, scales, strict=True)
     ]
+
+
+def check_scales(scales: Scales | None, sequences: int, heads: int, head_dim: int) -> Scales:
+    """The scales, one entry for each sequence.
+
+    Raises:
+        ShapeError: they do not fit.
+    """
+    if scales is None:
+        return [None] * sequences
+    if len(scales) != sequences or any(
+        [x is not None and (x.shape != (heads, head_dim) or x.dtype != mx.float32) for x in scales]
+    ):
+        raise ShapeError(
+            f"[scales] expected float32 [{heads}, {head_dim}] or None for each of {sequences} "
+            f"sequences, got {[x if x is None else (x.dtype, x.shape) for x in scales]}."
+        )
+    return scales
 
 
 def _check(exact: Rows, new: Rows, ndim: int, rotations: Rotations) -> None:

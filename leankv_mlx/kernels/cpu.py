@@ -17,11 +17,11 @@ from leankv_mlx.codec.format import Format
 from leankv_mlx.codec.rotation import Hadamard
 from leankv_mlx.config import Rounding
 from leankv_mlx.errors import BackendUnavailableError
-from leankv_mlx.kernels.append import append_ops
+from leankv_mlx.kernels.append import append_ops, each_append
 from leankv_mlx.kernels.decode_attention import (
     between_rotations,
     decode_attention_ops,
-    one_by_one,
+    each_attend,
 )
 from leankv_mlx.kernels.encode import encode_ops
 from leankv_mlx.kernels.gather import gather_ops
@@ -34,6 +34,7 @@ from leankv_mlx.kernels.types import (
     PrefillInputs,
     Rotations,
     Rows,
+    Scales,
     Tier,
     View,
 )
@@ -63,6 +64,7 @@ def make() -> Backend:
         repack=_repack,
         decode_attention_batch=_decode_attention_batch,
         append_batch=_append_batch,
+        scales=True,
         widest=_MAX_DIM,
     )
 
@@ -148,18 +150,21 @@ def _gather(view: View, dtype: mx.Dtype) -> Rows:
 
 
 def _append(exact: Rows, new: Rows, rotations: Rotations) -> Rows:
-    return _append_batch([exact], new, rotations)[0]
-
-
-def _append_batch(exact: Sequence[Rows], new: Rows, rotations: Rotations) -> list[Rows]:
-    """Of one sequence the new rows may be without an axis for it."""
     native = _rotations(rotations)
     if native is None:
-        news = [new] if new.k.ndim == 3 else map(Rows, *new)
-        return [append_ops(old, rows, rotations) for old, rows in zip(exact, news, strict=True)]
-    n = len(exact)
-    out = load().append([old.k for old in exact], [old.v for old in exact], *new, native)
-    return list(map(Rows, out[:n], out[n:]))
+        return append_ops(exact, new, rotations)
+    return Rows(*load().append([exact.k], [exact.v], *new, [None], native))
+
+
+def _append_batch(
+    exact: Sequence[Rows], new: Rows, rotations: Rotations, scales: Scales
+) -> list[Rows]:
+    native = _rotations(rotations)
+    if native is None:
+        return each_append(append_ops, exact, new, rotations, scales)
+    keys, values = zip(*exact, strict=True)
+    out = load().append(keys, values, *new, scales, native)
+    return list(map(Rows, out[: len(exact)], out[len(exact) :]))
 
 
 def _repack(body: Tier, index: mx.array) -> mx.array:
@@ -180,7 +185,7 @@ def _decode_attention(
     if plain or (view.rotations and native is None):
         attend = decode_attention_ops if plain else partial(between_rotations, _decode_attention)
         return attend(queries, view, scale=scale, mask=mask, sink_logits=sink_logits)
-    return _attend(queries, [view], scale, mask == "causal", sink_logits, native)
+    return _attend(queries, [view], scale, mask == "causal", sink_logits, [None], native)
 
 
 def _decode_attention_batch(
@@ -190,13 +195,16 @@ def _decode_attention_batch(
     scale: float,
     mask: str | None,
     sink_logits: mx.array | None,
+    scales: Scales,
 ) -> Attention:
     rotations = views[0].rotations
     native = _rotations(rotations) if rotations else None
     if rotations and native is None:
-        asked: dict[str, Any] = {"scale": scale, "mask": mask, "sink_logits": sink_logits}
-        return one_by_one(_decode_attention, queries, views, **asked)
-    return _attend(queries, views, scale, mask == "causal", sink_logits, native)
+        return each_attend(
+            _decode_attention, queries, views, scales=scales, scale=scale, mask=mask,
+            sink_logits=sink_logits,
+        )  # fmt: skip
+    return _attend(queries, views, scale, mask == "causal", sink_logits, scales, native)
 
 
 def _attend(
@@ -205,13 +213,14 @@ def _attend(
     scale: float,
     causal: bool,
     sink_logits: mx.array | None,
+    scales: Scales,
     rotations: tuple[Any, Any] | None,
 ) -> Attention:
     """queries: of one view [Hq, L, D], or of several [B, Hq, L, D]."""
     native = load()
     sequences = [
-        native.Sequence([_tier(x) for x in view.tiers], *view.exact, _centers(view.centers))
-        for view in views
+        native.Sequence([_tier(x) for x in view.tiers], *view.exact, _centers(view.centers), own)
+        for view, own in zip(views, scales, strict=True)
     ]
     skip = max([view.skip for view in views])  # 0 of those that have nothing to skip
     return Attention(

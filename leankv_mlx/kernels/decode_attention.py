@@ -7,8 +7,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from leankv_mlx.codec.equalize import Equalizer
 from leankv_mlx.codec.format import TILE
 from leankv_mlx.errors import ConfigError, DroppedTokensError, ShapeError
+from leankv_mlx.kernels.append import check_scales
 from leankv_mlx.kernels.dequantize import dequantize_ops
 from leankv_mlx.kernels.types import (
     MAX_DECODE_TOKENS,
@@ -17,6 +19,7 @@ from leankv_mlx.kernels.types import (
     Centers,
     DecodeOp,
     Mask,
+    Scales,
     View,
 )
 
@@ -185,6 +188,7 @@ def decode_attention_batch(
     mask: str | None,
     sink_logits: mx.array | None,
     backend: Backend,
+    scales: Scales | None = None,
 ) -> Attention:
     """`decode_attention` of several sequences of a model: a row is a KV head of one of them.
 
@@ -195,6 +199,8 @@ def decode_attention_batch(
         queries: [B, Hq, L, head_dim], or [B, Hq, L, Dk] and rotated.
         views: of the B sequences.
         mask: None or "causal".
+        scales: what the queries of each are multiplied by, see `kernels.types.Scales`; None for
+            nothing.
 
     Returns:
         The output, [B, Hq, L, v_head_dim] or [B, Hq, L, Dv], and the log-sum-exp [B, Hq, L].
@@ -210,23 +216,33 @@ def decode_attention_batch(
         )
     shape = queries.shape[1:]
     views = [_checked(shape, view, mask) for view in views]
+    scales = check_scales(scales, len(views), views[0].exact.k.shape[0], shape[2])
     asked: dict[str, Any] = {"scale": scale, "mask": mask, "sink_logits": sink_logits}
-    if backend.decode_attention_batch is not None:
-        return backend.decode_attention_batch(queries, views, **asked)
-    return one_by_one(backend.decode_attention, queries, views, **asked)
+    if backend.decode_attention_batch is None:
+        return each_attend(backend.decode_attention, queries, views, scales=scales, **asked)
+    if not backend.scales and any(x is not None for x in scales):
+        queries, scales = mx.concatenate(_scaled(queries, scales)), [None] * len(views)
+    return backend.decode_attention_batch(queries, views, scales=scales, **asked)
 
 
-def one_by_one(
-    attend: DecodeOp, queries: mx.array, views: Sequence[View], **asked: Any
+def each_attend(
+    attend: DecodeOp, queries: mx.array, views: Sequence[View], *, scales: Scales, **asked: Any
 ) -> Attention:
     """`decode_attention_batch` by an operation on one sequence."""
-    each = [attend(q, view, **asked) for q, view in zip(queries, views, strict=True)]
+    scaled = _scaled(queries, scales)
+    each = [attend(q[0], view, **asked) for q, view in zip(scaled, views, strict=True)]
     reads = [attention.reads for attention in each if attention.reads is not None]
     return Attention(
         mx.stack([attention.out for attention in each]),
         mx.stack([attention.lse for attention in each]),
         mx.concatenate(reads) if reads else None,
     )
+
+
+def _scaled(queries: mx.array, scales: Scales) -> list[mx.array]:
+    """The queries of each sequence, [1, Hq, L, head_dim]."""
+    each = mx.split(queries, len(scales))
+    return [q if x is None else Equalizer(x).queries(q) for q, x in zip(each, scales, strict=True)]
 
 
 def _checked(queries: tuple[int, ...], view: View, mask: Mask) -> View:

@@ -13,7 +13,7 @@ using Rotations = std::pair<RotationArrays, RotationArrays>;
 // The parts of a sequence that several operations share.
 struct Parts {
   std::vector<Format> formats;
-  bool centered = false, rotated = false;
+  bool centered = false, rotated = false, scaled = false;
   Rotation k_rotation, v_rotation;  // without the signs, which are inputs
 
   void add_bodies(Arrays& in, const std::vector<BodyArrays>& bodies,
@@ -38,6 +38,11 @@ struct Parts {
     };
     k_rotation = plain(rotations->first);
     v_rotation = plain(rotations->second);
+  }
+
+  void add_scales(Arrays& in, const std::optional<mx::array>& scales) {
+    scaled = scales.has_value();
+    if (scales) in.push_back(*scales);
   }
 
   // Of keys and values; null without centers.
@@ -86,6 +91,7 @@ class DecodeAttention : public Operation {
       const Vectors exact_v = reader.rows();
       bodies.push_back(sequences_[i].bodies(reader));
       const auto [mu_k, mu_v] = sequences_[i].centers(reader);
+      const float* scales = reader.dense<float>(sequences_[i].scaled);
       jobs.push_back({
           .args = {.heads = heads,
                    .group = query_heads / heads,
@@ -98,6 +104,7 @@ class DecodeAttention : public Operation {
                    .causal = causal_,
                    .skip = bodies.back().empty() || exact == 0 ? 0 : skip_},
           .ends = {.queries = queries[i], .scale = scale_, .out = output_of(out[0], b)},
+          .scales = scales,
           .mu_k = mu_k,
           .mu_v = mu_v,
           .lse = out[1].data<float>() + int64_t{b} * query_heads * length,
@@ -255,7 +262,8 @@ class Decode : public Operation {
 
 class Append : public Operation {
  public:
-  Append(mx::Stream s, Parts parts) : Operation(s), parts_(std::move(parts)) {}
+  Append(mx::Stream s, std::vector<bool> scaled, Parts parts)
+      : Operation(s), scaled_(std::move(scaled)), parts_(std::move(parts)) {}
   const char* name() const override { return "LeanKVAppend"; }
 
  protected:
@@ -271,6 +279,7 @@ class Append : public Operation {
                       .out = output_of(out[i])});
     }
     const std::array rows{reader.batch(), reader.batch()};
+    for (size_t i = 0; i < n; ++i) jobs[i].scales = reader.dense<float>(scaled_[i]);
     const auto rotations = parts_.rotations(reader);
     for (size_t i = 0; i < out.size(); ++i) {
       jobs[i].rows = rows[i / n][i % n];
@@ -280,6 +289,7 @@ class Append : public Operation {
   }
 
  private:
+  std::vector<bool> scaled_;
   Parts parts_;
 };
 
@@ -297,6 +307,7 @@ std::vector<mx::array> decode_attention(const mx::array& queries,
     in.push_back(sequence.exact_k);
     in.push_back(sequence.exact_v);
     parts.emplace_back().add_bodies(in, sequence.bodies, sequence.centers);
+    parts.back().add_scales(in, sequence.scales);
   }
   Parts ends;
   ends.add_rotations(in, rotations);
@@ -365,7 +376,9 @@ std::vector<mx::array> decode(const std::vector<BodyArrays>& bodies, const mx::a
 
 std::vector<mx::array> append(const std::vector<mx::array>& exact_k,
                               const std::vector<mx::array>& exact_v, const mx::array& k,
-                              const mx::array& v, const Rotations& rotations) {
+                              const mx::array& v,
+                              const std::vector<std::optional<mx::array>>& scales,
+                              const Rotations& rotations) {
   Arrays in(exact_k);
   in.insert(in.end(), exact_v.begin(), exact_v.end());
   std::vector<mx::Shape> shapes;
@@ -376,10 +389,16 @@ std::vector<mx::array> append(const std::vector<mx::array>& exact_k,
   }
   in.push_back(k);
   in.push_back(v);
+  std::vector<bool> scaled;
+  for (const auto& of_sequence : scales) {
+    scaled.push_back(of_sequence.has_value());
+    if (of_sequence) in.push_back(*of_sequence);
+  }
   Parts parts;
   parts.add_rotations(in, rotations);
-  return mx::array::make_arrays(std::move(shapes), types,
-                                std::make_shared<Append>(cpu_stream(), std::move(parts)), in);
+  return mx::array::make_arrays(
+      std::move(shapes), types,
+      std::make_shared<Append>(cpu_stream(), std::move(scaled), std::move(parts)), in);
 }
 
 }  // namespace leankv

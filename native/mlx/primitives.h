@@ -33,6 +33,7 @@ struct SequenceArrays {
   std::vector<BodyArrays> bodies;
   mx::array exact_k, exact_v;
   std::optional<CenterArrays> centers;
+  std::optional<mx::array> scales;  // float32 [H, head_dim]: queries are multiplied by them first
 };
 
 // Queries [Hq, L, D] of a sequence or [B, Hq, L, D] of several -> output [.., Hq, L, Dv] and
@@ -68,10 +69,11 @@ std::vector<mx::array> decode(
 
 // Rows [H, T, head_dim] of a sequence or [B, H, T, head_dim] of several -> exact rows
 // [H, E + T, dim] of each: the keys of all, then the values. New rows are rotated and put behind
-// the exact ones.
+// the exact ones; keys are divided by the `scales` of their sequence first.
 std::vector<mx::array> append(const std::vector<mx::array>& exact_k,
                               const std::vector<mx::array>& exact_v, const mx::array& k,
                               const mx::array& v,
+                              const std::vector<std::optional<mx::array>>& scales,
                               const std::pair<RotationArrays, RotationArrays>& rotations);
 
 }  // namespace leankv

@@ -273,7 +273,7 @@ void heads_of(int batch, int length, int dim, int turned, bool normed) {
                .dim = dim,
                .freqs = freqs.data(),
                .turned = turned,
-               .offset = 7};
+               .offsets = std::vector<int>(batch, 7)};
   std::vector<float> from[2], to[2];
   for (int i = 0; i < 2; ++i) {
     from[i] = normal(size_t(batch) * length * counts[i] * dim);

@@ -10,7 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from leankv_mlx.codec.equalize import Equalizer
 from leankv_mlx.codec.rotation import hadamard, rotation
+from leankv_mlx.codec.space import Space
 from leankv_mlx.errors import ConfigError, ShapeError
 from leankv_mlx.kernels import Attention, Backend, Rows, Tier, View, resolve_backend
 from leankv_mlx.kernels.append import append, append_batch
@@ -150,6 +152,32 @@ def test_queries_as_a_model_makes_them(backend: Backend) -> None:
     assert mx.array_equal(one.out, two.out)
 
 
+def scales_of(draw: np.random.Generator, n: int, dim: int) -> list[mx.array | None]:
+    """Of each sequence, the second has none."""
+    every = [mx.array(draw.uniform(0.01, 30, (3, dim)).astype(np.float32)) for _ in range(n)]
+    return [None if i == 1 else x for i, x in enumerate(every)]
+
+
+@pytest.mark.parametrize("name", ["hadamard", "none"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_scaled_queries_are_those_of_an_equalizer(
+    dtype: mx.Dtype, name: Any, backend: Backend
+) -> None:
+    row = cases.pairwise(FACTORS)[0] | {"sequences": 3, "new": 2, "group": 3, "tiers": 1}
+    row |= {"dtype": dtype, "rotated": True, "sink_logits": False, "mask": None, "skip": 0.0}
+    found = drawn(**row | {"dims": (64, 64)})
+    rotations = rotation(name, 57), rotation(name, 64)
+    found = [replace(case, rotations=rotations) for case in found]
+    scales = scales_of(np.random.default_rng(1), 3, 57)
+    asked = {"scale": 0.1, "mask": None, "sink_logits": None, "backend": backend}
+    queries = mx.stack([case.queries for case in found])
+    both = decode_attention_batch(queries, [case.view for case in found], scales=scales, **asked)
+    for i, (case, own) in enumerate(zip(found, scales, strict=True)):
+        scaled = case.queries if own is None else Equalizer(own).queries(case.queries[None])[0]
+        alone = decode_attention(scaled, case.view, **asked)
+        assert mx.array_equal(both.out[i], alone.out) and mx.array_equal(both.lse[i], alone.lse)
+
+
 @pytest.mark.parametrize("name", ["hadamard", "none"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("new", [1, 3, 8])
@@ -164,9 +192,11 @@ def test_rows_are_appended_as_they_are_alone(
             for n in lengths
         ]
         rows = Rows(*(cases.normal(draw, (len(lengths), 3, new, d)).astype(dtype) for d in dims))
-        found = append_batch(exact, rows, rotations, backend)
-        for i, (old, both) in enumerate(zip(exact, found, strict=True)):
-            alone = append(old, Rows(*(x[i] for x in rows)), rotations, backend)
+        scales = scales_of(draw, len(lengths), dims[0])
+        found = append_batch(exact, rows, rotations, backend, scales)
+        for i, (old, both, own) in enumerate(zip(exact, found, scales, strict=True)):
+            space = Space(rotations, None if own is None else Equalizer(own))
+            alone = append(old, Rows(space.scaled(rows.k[i]), rows.v[i]), rotations, backend)
             assert all(map(mx.array_equal, both, alone))
             assert [x.dtype for x in both] == [dtype] * 2
 
@@ -195,5 +225,13 @@ def test_what_does_not_fit(backend: Backend) -> None:
     for rows in (fits[0], fits[:1], fits[..., :32], mx.zeros((2, 2, 1, 64))):
         with pytest.raises(ShapeError):
             append_batch(exact, Rows(rows, rows), turned, backend)
+    for scales in ([None], [None, mx.ones((2, 64))], [mx.ones((3, 64), mx.float16), None]):
+        with pytest.raises(ShapeError):
+            append_batch(exact, Rows(fits, fits), turned, backend, scales)
+        with pytest.raises(ShapeError):
+            decode_attention_batch(
+                queries, views, scale=1.0, mask=None, sink_logits=None, backend=backend,
+                scales=scales,
+            )  # fmt: skip
     with pytest.raises(ShapeError):
         append_batch([], Rows(fits[:0], fits[:0]), turned, backend)
