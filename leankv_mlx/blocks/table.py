@@ -21,6 +21,7 @@ class BlockTable:
         self._ids = np.zeros((heads, 0), np.int32)
         self._lengths = np.zeros(heads, np.int32)
         self._arrays: tuple[int, mx.array, mx.array] | None = None  # and the moves they are of
+        self._full: bool | None = None  # None if it was not asked for
         self._owned = [np.zeros(0, np.int32)]  # a list, which the finalizer holds
         self._finalizer = self._finalize()
 
@@ -45,6 +46,13 @@ class BlockTable:
     def ids(self) -> np.ndarray:
         """Block ids, int32 [H, M]."""
         return self._ids
+
+    @property
+    def full(self) -> bool:
+        """Whether every head has as many slots as the longest, and ends with a full block."""
+        if self._full is None:
+            self._full = bool((self._lengths == TILE * self._ids.shape[1]).all())
+        return self._full
 
     @property
     def owned(self) -> np.ndarray:
@@ -154,7 +162,7 @@ class BlockTable:
         return finalizer
 
     def _set(self, ids: np.ndarray, lengths: np.ndarray) -> None:
-        self._ids, self._lengths, self._arrays = ids, lengths, None
+        self._ids, self._lengths, self._arrays, self._full = ids, lengths, None, None
         self._owned[0] = ids[_owned_mask(ids.shape[1], lengths)]
 
 

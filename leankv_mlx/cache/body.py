@@ -96,9 +96,8 @@ class _Tier:
         return pool.array[mx.array(pool.places(ids))]
 
     def view(self) -> Tier:
-        ids, lengths = self.table.arrays()
-        full = bool((self.table.lengths == self.slots).all())
-        return Tier(self.table.pool.array, ids, lengths, self.format, full)
+        table = self.table
+        return Tier(table.pool.array, *table.arrays(), self.format, table.full)
 
 
 class CompressedBody:
