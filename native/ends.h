@@ -8,11 +8,20 @@
 
 namespace leankv {
 
-// One query -> row [dim], rotated and in units of log2.
-inline void read_query(const Ends& ends, int query_head, int token, int dim, float* row) {
+// One query -> row [dim], scaled, rotated and in units of log2. `scales`: [head_dim] or null.
+inline void read_query(const Ends& ends, int query_head, int token, int dim, const float* scales,
+                       float* row) {
   const int given = ends.k_rotation.signs ? ends.k_rotation.head_dim : dim;
   std::fill(row + given, row + dim, 0.0f);
   kernels().read(ends.queries, query_head, token, 1, given, row);
+  if (scales) {
+    for (int i = 0; i < given; ++i) row[i] *= scales[i];
+    // As an array of the queries' type would hold them.
+    float rounded[kMaxDim];
+    const Type type = ends.queries.type;
+    kernels().write({.data = rounded, .type = type}, 0, 0, 1, given, row);
+    kernels().read({.data = rounded, .type = type}, 0, 0, 1, given, row);
+  }
   if (ends.k_rotation.signs) kernels().rotate(ends.k_rotation, row);
   for (int i = 0; i < dim; ++i) row[i] *= ends.scale * kLog2E;
 }

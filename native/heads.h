@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <vector>
 
 namespace leankv {
 
@@ -20,7 +21,7 @@ struct HeadsJob {
   const float* freqs = nullptr;  // [turned / 2]: radians a position
   int turned = 0;                // first channels of a head; i and i + turned / 2 are a pair
   float scale = 1;               // of positions
-  int offset = 0;                // position of the first token
+  std::vector<int> offsets;      // position of the first token of each of the batch
 };
 void run_heads(const HeadsJob& job);
 

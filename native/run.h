@@ -2,6 +2,8 @@
 // a test program can run them under sanitizers.
 #pragma once
 
+#include <vector>
+
 #include "kernels/args.h"
 
 namespace leankv {
@@ -19,12 +21,15 @@ struct Ends {
 struct AttentionJob {
   AttentionArgs args;  // queries and bias are made here
   Ends ends;
-  const float* mu_k = nullptr;  // [H, Dk], null without centers
+  const float* scales = nullptr;  // [H, head_dim] or null: queries are multiplied by them first
+  const float* mu_k = nullptr;    // [H, Dk], null without centers
   const float* mu_v = nullptr;
   float* lse = nullptr;      // [Hq, L]
   int32_t* reads = nullptr;  // [H, 2] or null: blocks whose values were read, and all blocks
 };
-void run_attention(const AttentionJob& job);
+// Of sequences of a model, which have the same shapes but for their tokens. All threads share all
+// of them, and each gets the bits that it gets alone.
+void run_attention(const std::vector<AttentionJob>& jobs);
 
 struct PrefillJob {
   PrefillArgs args;
@@ -47,9 +52,16 @@ struct DecodeJob {
 };
 void run_decode(const DecodeJob& job);
 
-// Exact rows [H, E, dim], then new rows [H, T, head_dim], which are rotated.
-void run_append(const Vectors& exact, int n_exact, const Vectors& rows, int n_rows,
-                const Rotation& rotation, int heads, const Output& out);
+// Exact rows [H, E, dim], then new rows [H, T, head_dim], which are divided by `scales`, [H,
+// head_dim] or null, and rotated.
+struct AppendJob {
+  Vectors exact, rows;
+  int n_exact = 0, n_rows = 0, heads = 0;
+  const float* scales = nullptr;
+  Rotation rotation;
+  Output out;  // [H, E + T, dim]
+};
+void run_append(const std::vector<AppendJob>& jobs);
 
 // One of the weights that the inputs are multiplied with.
 struct Product {

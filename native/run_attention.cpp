@@ -1,4 +1,5 @@
-// Decode attention: prepare the queries, split every head's tokens over the threads, merge.
+// Decode attention: prepare the queries, split the tokens of every head of every sequence over the
+// threads, merge.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -19,24 +20,33 @@ constexpr int kCut = 4;                   // a task is this part of what is left
 constexpr int64_t kSerialWork = 1 << 20;  // products below which waking a thread costs more
 
 struct Task {
-  int head, first, last;
+  int sequence, head, first, last;
 };
 
 // At least one, so that a head without tokens has a task, and with it an output.
 int units_of(const AttentionArgs& a, int head) { return std::max(1, a.units(head)); }
 
-// Which task is whose does not change the result, only how the tasks are cut does.
-struct Plan {
-  std::vector<Task> tasks;  // in the order of heads and their units
-  std::vector<int> ends;    // of each thread's share of the tasks
-};
+// Whether other threads would cost more than they do.
+bool for_one_thread(const AttentionArgs& a, int units) {
+  return thread_count() == 1 ||
+         int64_t{units} * kTile * a.rows() * (a.k_dim + a.v_dim) < kSerialWork;
+}
 
-// The same number of units for each thread. The tasks of a share become smaller, so that there are
-// small ones left for whoever is done first, and all end at about the same time.
-Plan plan(const AttentionArgs& a, int units, int threads) {
-  const int fewest = threads == 1 ? units : a.skip > 0 ? kMinSkipping : kMinUnits;
-  threads = std::clamp(units / fewest, 1, threads);
-  Plan plan;
+// How many threads have something to do.
+int threads_for(const AttentionArgs& a, int units) {
+  if (for_one_thread(a, units)) return 1;
+  return std::clamp(units / (a.skip > 0 ? kMinSkipping : kMinUnits), 1, thread_count());
+}
+
+// Appends the tasks of a sequence, in the order of heads and their units; returns how many units it
+// has. It is cut as if it were alone, into shares of the same number of units whose tasks become
+// smaller, so that there are small ones left for whoever is done first, and all end at about the
+// same time. Where it is cut is what its result depends on, and who takes a task is not.
+int cut(const AttentionArgs& a, int sequence, std::vector<Task>& tasks) {
+  int units = 0;
+  for (int h = 0; h < a.heads; ++h) units += units_of(a, h);
+  const int threads = threads_for(a, units);
+  const int fewest = for_one_thread(a, units) ? units : a.skip > 0 ? kMinSkipping : kMinUnits;
   int head = 0, first = 0;  // the next unit
   for (int i = 1, done = 0; i <= threads; ++i) {
     for (const int end = static_cast<int>(int64_t{units} * i / threads); done < end;) {
@@ -44,7 +54,7 @@ Plan plan(const AttentionArgs& a, int units, int threads) {
       // Of the share and the head.
       const int left = std::min(end - done, units_of(a, head) - first);
       const int taken = left < size + fewest ? left : size;
-      plan.tasks.push_back({.head = head, .first = first, .last = first + taken});
+      tasks.push_back({.sequence = sequence, .head = head, .first = first, .last = first + taken});
       done += taken;
       first += taken;
       if (first == units_of(a, head)) {
@@ -52,61 +62,75 @@ Plan plan(const AttentionArgs& a, int units, int threads) {
         ++head;
       }
     }
-    plan.ends.push_back(static_cast<int>(plan.tasks.size()));
   }
-  return plan;
+  return units;
 }
 
-// The queries of all heads as AttentionArgs describes them, and the bias of centering.
+// The ends of each thread's share of the tasks, which have so many units.
+std::vector<int> shares_of(const std::vector<Task>& tasks, int units, int threads) {
+  std::vector<int> ends;
+  size_t next = 0;
+  for (int i = 1, done = 0; i <= threads; ++i) {
+    const int end = static_cast<int>(int64_t{units} * i / threads);
+    for (; done < end; ++next) done += tasks[next].last - tasks[next].first;
+    ends.push_back(static_cast<int>(next));
+  }
+  return ends;
+}
+
+// The queries of all sequences as AttentionArgs describes them, and the bias of centering.
 class Queries {
  public:
-  Queries(const AttentionJob& job, bool alone)
-      : fixed_(kernels().pairs && job.ends.queries.type != Type::f32),
-        rows_(job.args.rows()),
-        dim_(job.args.k_dim),
-        floats_(job.args.heads * rows_ * (dim_ + 2)),
-        pairs_(fixed_ ? job.args.heads * rows_ * dim_ / 2 : 0) {
-    bias_ = floats_.data.get() + job.args.heads * rows_ * dim_;
-    steps_ = bias_ + job.args.heads * rows_;
-    const auto one = [&](int head) { prepare(job, head); };
-    if (alone) {
-      for (int h = 0; h < job.args.heads; ++h) one(h);
-    } else {
-      parallel_for(job.args.heads, one);
+  explicit Queries(const std::vector<AttentionJob>& jobs)
+      : jobs_(jobs),
+        fixed_(kernels().pairs && jobs[0].ends.queries.type != Type::f32),
+        rows_(jobs[0].args.rows()),
+        heads_(jobs[0].args.heads),
+        dim_(jobs[0].args.k_dim),
+        floats_(jobs.size() * heads_ * rows_ * (dim_ + 2)),
+        pairs_(fixed_ ? jobs.size() * heads_ * rows_ * dim_ / 2 : 0) {
+    bias_ = floats_.data.get() + jobs.size() * heads_ * rows_ * dim_;
+    steps_ = bias_ + jobs.size() * heads_ * rows_;
+  }
+
+  void prepare(int sequence, int head) {
+    const AttentionJob& job = jobs_[sequence];
+    const AttentionArgs& a = job.args;
+    const int64_t first = first_row(sequence) + head * rows_;
+    const float* scales = job.scales ? job.scales + head * job.ends.k_rotation.head_dim : nullptr;
+    float row[kMaxDim];
+    for (int64_t r = 0; r < rows_; ++r) {
+      read_query(job.ends, static_cast<int>(head * a.group + r / a.length), r % a.length, dim_,
+                 scales, row);
+      const int64_t chunk = r / kRowChunk * kRowChunk;
+      const int64_t in_chunk = std::min(kRowChunk + chunk, rows_) - chunk;
+      const int64_t at = (first + chunk) * dim_ + (r - chunk) * kTile;
+      const QueryPlace place{.queries = floats_.data.get() + at,
+                             .stride = in_chunk * kTile,
+                             .pairs = fixed_ ? pairs_.data.get() + at / 2 : nullptr,
+                             .step = steps_ + first + r};
+      const float* mu = job.mu_k ? job.mu_k + head * dim_ : nullptr;
+      bias_[first + r] = kernels().place(row, mu, dim_, place);
     }
   }
 
-  void give_to(AttentionArgs& a) const {
-    a.queries = floats_.data.get();
-    a.bias = bias_;
+  void give_to(AttentionArgs& a, int sequence) const {
+    const int64_t row = first_row(sequence);
+    a.queries = floats_.data.get() + row * dim_;
+    a.bias = bias_ + row;
     if (fixed_) {
-      a.pairs = pairs_.data.get();
-      a.steps = steps_;
+      a.pairs = pairs_.data.get() + row * dim_ / 2;
+      a.steps = steps_ + row;
     }
   }
 
  private:
-  void prepare(const AttentionJob& job, int head) {
-    const AttentionArgs& a = job.args;
-    float row[kMaxDim];
-    for (int64_t r = 0; r < rows_; ++r) {
-      read_query(job.ends, static_cast<int>(head * a.group + r / a.length), r % a.length, dim_,
-                 row);
-      const int64_t chunk = r / kRowChunk * kRowChunk;
-      const int64_t in_chunk = std::min(kRowChunk + chunk, rows_) - chunk;
-      const int64_t at = (head * rows_ + chunk) * dim_ + (r - chunk) * kTile;
-      const QueryPlace place{.queries = floats_.data.get() + at,
-                             .stride = in_chunk * kTile,
-                             .pairs = fixed_ ? pairs_.data.get() + at / 2 : nullptr,
-                             .step = steps_ + head * rows_ + r};
-      const float* mu = job.mu_k ? job.mu_k + head * dim_ : nullptr;
-      bias_[head * rows_ + r] = kernels().place(row, mu, dim_, place);
-    }
-  }
+  int64_t first_row(int sequence) const { return int64_t{sequence} * heads_ * rows_; }
 
+  const std::vector<AttentionJob>& jobs_;
   const bool fixed_;  // point: products are of int16
   const int64_t rows_;
-  const int dim_;
+  const int heads_, dim_;
   const Scratch<float> floats_;
   const Scratch<int32_t> pairs_;
   float* bias_;
@@ -165,43 +189,50 @@ void merge(const AttentionJob& job, int head, const Partial* parts, int n) {
 
 }  // namespace
 
-void run_attention(const AttentionJob& job) {
-  AttentionArgs a = job.args;
-  const int64_t rows = a.rows();
+void run_attention(const std::vector<AttentionJob>& jobs) {
+  const AttentionArgs& shape = jobs.front().args;  // of all, but for the tokens
+  const int n = static_cast<int>(jobs.size()), heads = shape.heads;
+  std::vector<Task> tasks;
   int units = 0;
-  for (int h = 0; h < a.heads; ++h) units += units_of(a, h);
-  const bool alone =
-      thread_count() == 1 || units * kTile * rows * (a.k_dim + a.v_dim) < kSerialWork;
-  const auto [tasks, ends] = plan(a, units, alone ? 1 : thread_count());
-  Partials memory(tasks.size(), a.rows(), a.v_dim);
-  const Queries queries(job, alone);
-  queries.give_to(a);
+  for (int i = 0; i < n; ++i) units += cut(jobs[i].args, i, tasks);
+  Shares shares(shares_of(tasks, units, threads_for(shape, units)));
+  // f(i), i < count, by all threads that there are shares for.
+  const auto each = [&](int count, const auto& f) {
+    if (shares.count() > 1) return parallel_for(count, f);
+    for (int i = 0; i < count; ++i) f(i);
+  };
 
-  if (job.reads) std::fill(job.reads, job.reads + 2 * a.heads, 0);
-  std::vector<Partial> parts;
-  std::vector<int> first_task(a.heads + 1);
-  std::vector<std::atomic<int>> left(a.heads);  // tasks of each head that are not done
-  for (size_t i = 0; i < tasks.size(); ++i) {
-    parts.push_back(memory.of(i));
-    first_task[tasks[i].head + 1] = static_cast<int>(i) + 1;
-    ++left[tasks[i].head];
+  Partials memory(tasks.size(), shape.rows(), shape.v_dim);
+  Queries queries(jobs);
+  each(n * heads, [&](int i) { queries.prepare(i / heads, i % heads); });
+  std::vector<AttentionArgs> args;
+  for (int i = 0; i < n; ++i) {
+    args.push_back(jobs[i].args);
+    queries.give_to(args.back(), i);
+    if (jobs[i].reads) std::fill(jobs[i].reads, jobs[i].reads + 2 * heads, 0);
   }
-  Shares shares(ends);
-  const auto work = [&](int own) {
+
+  std::vector<Partial> parts;
+  // Of each head of each sequence: its first task, and tasks that are not done.
+  std::vector<int> first_task(n * heads + 1);
+  std::vector<std::atomic<int>> left(n * heads);
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    const int head = tasks[i].sequence * heads + tasks[i].head;
+    parts.push_back(memory.of(i));
+    first_task[head + 1] = static_cast<int>(i) + 1;
+    ++left[head];
+  }
+  each(shares.count(), [&](int own) {
     for (int i = shares.take(own); i >= 0; i = shares.take(own)) {
       const Task& task = tasks[i];
-      kernels().attend(a, task.head, task.first, task.last, parts[i]);
-      if (--left[task.head] == 0) {  // whoever finishes a head merges it
-        const int first = first_task[task.head];
-        merge(job, task.head, &parts[first], first_task[task.head + 1] - first);
+      kernels().attend(args[task.sequence], task.head, task.first, task.last, parts[i]);
+      const int head = task.sequence * heads + task.head;
+      if (--left[head] == 0) {  // whoever finishes a head merges it
+        const int first = first_task[head];
+        merge(jobs[task.sequence], task.head, &parts[first], first_task[head + 1] - first);
       }
     }
-  };
-  if (shares.count() == 1) {
-    work(0);
-  } else {
-    parallel_for(shares.count(), work);
-  }
+  });
 }
 
 }  // namespace leankv

@@ -78,27 +78,47 @@ void run_decode(const DecodeJob& job) {
   });
 }
 
-void run_append(const Vectors& exact, int n_exact, const Vectors& rows, int n_rows,
-                const Rotation& rotation, int heads, const Output& out) {
-  constexpr int kRows = 4 * kTile;  // of a task, which is one head alone in a decode step
-  const int dim = rotation.dim, pieces = std::max(1, (n_exact + n_rows + kRows - 1) / kRows);
+void run_append(const std::vector<AppendJob>& jobs) {
+  constexpr int kRows = 4 * kTile;       // of a task, which is one head in a decode step
+  constexpr size_t kSerial = 256 << 10;  // bytes below which waking a thread costs more
+  struct Piece {
+    const AppendJob* job;
+    int head, first, last;
+  };
+  std::vector<Piece> pieces;
+  size_t bytes = 0;
+  for (const AppendJob& job : jobs) {
+    const int rows = job.n_exact + job.n_rows;
+    bytes += size_t(job.heads) * rows * job.rotation.dim * size_of(job.out.type);
+    for (int head = 0; head < job.heads; ++head) {
+      for (int first = 0; first < rows; first += kRows) {
+        pieces.push_back({&job, head, first, std::min(first + kRows, rows)});
+      }
+    }
+  }
   const auto one = [&](int i) {
     alignas(64) float row[kMaxDim];
-    const int head = i / pieces, first = i % pieces * kRows;
-    const int last = std::min(first + kRows, n_exact + n_rows);
-    for (int t = first; t < last; ++t) {
-      if (t < n_exact) {
-        std::memcpy(out.row(head, t), exact.row(head, t), size_t(dim) * size_of(exact.type));
-        continue;
-      }
-      std::fill(row + rotation.head_dim, row + dim, 0.0f);
-      kernels().read(rows, head, t - n_exact, 1, rotation.head_dim, row);
-      kernels().rotate(rotation, row);
-      kernels().write(out, head, t, 1, dim, row);
+    const auto& [job, head, first, last] = pieces[i];
+    const Vectors& exact = job->exact;
+    const int dim = job->rotation.dim, given = job->rotation.head_dim;
+    const float* scales = job->scales ? job->scales + int64_t{head} * given : nullptr;
+    const int old = std::clamp(job->n_exact, first, last);
+    const size_t bytes_of_row = size_t(dim) * size_of(exact.type);
+    const int together = exact.row_stride == dim ? old - first : 1;  // rows without gaps
+    for (int t = first; t < old; t += together) {
+      std::memcpy(job->out.row(head, t), exact.row(head, t), together * bytes_of_row);
+    }
+    for (int t = old; t < last; ++t) {
+      std::fill(row + given, row + dim, 0.0f);
+      kernels().read(job->rows, head, t - job->n_exact, 1, given, row);
+      for (int i = 0; scales && i < given; ++i) row[i] /= scales[i];
+      kernels().rotate(job->rotation, row);
+      kernels().write(job->out, head, t, 1, dim, row);
     }
   };
-  if (pieces > 1) return parallel_for(heads * pieces, one);
-  for (int i = 0; i < heads; ++i) one(i);  // too little to wake a thread for
+  const int n = static_cast<int>(pieces.size());
+  if (bytes >= kSerial) return parallel_for(n, one);
+  for (int i = 0; i < n; ++i) one(i);
 }
 
 }  // namespace leankv

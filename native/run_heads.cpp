@@ -35,7 +35,7 @@ void turn(float* x, const float* cosines, const float* sines, int half) {
 
 void one_row(const HeadsJob& job, int b, int l, float* cosines, float* sines) {
   const int half = job.turned / 2;
-  const float position = static_cast<float>(job.offset + l) * job.scale;
+  const float position = static_cast<float>(job.offsets[b] + l) * job.scale;
   for (int i = 0; i < half; ++i) {
     const float angle = position * job.freqs[i];
     cosines[i] = std::cos(angle);

@@ -122,13 +122,35 @@ class CompressedKVCache:
         Raises:
             UnsupportedError, DroppedTokensError, ShapeError, ConfigError: see `update`.
         """
-        layer = self._checked(keys, values)
+        if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+            raise ShapeError(
+                f"[update_and_fetch] expected keys [1, H, L, D] and values [1, H, L, Dv], "
+                f"got {keys.shape} and {values.shape}."
+            )
+        batch, heads, tokens, dim = keys.shape
+        if batch != 1:
+            raise UnsupportedError(
+                f"this compressed cache holds one sequence, got a batch of {batch}; "
+                "batch_generate and the server make a cache for several."
+            )
+        return self.begin(Shape(heads, dim, values.shape[3]), tokens, (keys.dtype, values.dtype))
+
+    def begin(
+        self, shape: Shape, tokens: int, dtypes: tuple[mx.Dtype, mx.Dtype]
+    ) -> tuple[Layer, bool]:
+        """`begin_update` by what is to be known of keys and values: their heads and dims, how many
+        tokens, and their dtypes.
+
+        Raises:
+            DroppedTokensError, ShapeError, ConfigError: see `update`.
+        """
+        layer = self._checked(shape, tokens, dtypes)
         self._fetched = self._held = None  # nothing may hold the pool while it is written
-        moves = prefill = keys.shape[2] > MAX_DECODE_TOKENS
+        moves = prefill = tokens > MAX_DECODE_TOKENS
         if self._parts:
             pass  # the update has begun
         elif self._sequence.policy.drops:
-            moves = not self._sequence.before_update(layer, keys.shape[2])
+            moves = not self._sequence.before_update(layer, tokens)
         elif not prefill:
             layer.compress()
         return layer, moves
@@ -333,25 +355,13 @@ class CompressedKVCache:
         self._sequence.join(layer)
         self._layer = layer
 
-    def _checked(self, keys: mx.array, values: mx.array) -> Layer:
+    def _checked(self, shape: Shape, tokens: int, dtypes: tuple[mx.Dtype, mx.Dtype]) -> Layer:
         """The layer that takes them."""
-        if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
-            raise ShapeError(
-                f"[update_and_fetch] expected keys [1, H, L, D] and values [1, H, L, Dv], "
-                f"got {keys.shape} and {values.shape}."
-            )
-        batch, heads, tokens, _ = keys.shape
-        if batch != 1:
-            raise UnsupportedError(
-                f"this compressed cache holds one sequence, got a batch of {batch}; "
-                "batch_generate and the server make a cache for several."
-            )
         if tokens == 0:
             raise ShapeError("[update_and_fetch] expected at least one token, got 0.")
-        shape = Shape(heads, keys.shape[3], values.shape[3])
         if self._layer is None:
-            dtypes = self._exact_dtype or keys.dtype, self._exact_dtype or values.dtype
-            self._begin(Layer(shape, self.config, self._backend, dtypes))
+            k, v = (self._exact_dtype or dtype for dtype in dtypes)
+            self._begin(Layer(shape, self.config, self._backend, (k, v)))
         assert self._layer is not None
         if shape != self._layer.shape:
             raise ShapeError(f"[update_and_fetch] expected {self._layer.shape}, got {shape}.")

@@ -40,6 +40,11 @@ class Calls:
     fused: int = 0
     reads: mx.array | None = None
 
+    def count(self, reads: mx.array | None) -> None:
+        """A decode call."""
+        self.fused += 1
+        self.reads = reads
+
 
 @dataclass(eq=False)
 class Fetch:
@@ -96,6 +101,13 @@ class Fetch:
             out = self._prefill(q, scale, mask, sink_logits)
         self.attended(queries, lse, reads, scale, sink_logits)
         return out[None]
+
+    @property
+    def watches(self) -> bool:
+        """Whether the layer wants to know what attended; if not, a decode call is only counted."""
+        return self._observations is not None or (
+            self.view.centers is None and self.layer.offset == self.end
+        )
 
     def attended(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -49,6 +50,7 @@ class Layer:
         space: that everything here is stored in; keys are equalized once there is a body, if that
             is configured.
         backend: who computes; the reference where the configured one does not support the layer.
+        kind: equal for layers of sequences that one operation can take together.
         observations: the last queries, if a policy needs them.
         collector: if set, it is told of the attention of every prefill call.
         placed: tokens that had come when stored ones were last dropped or demoted; 0 if none ever
@@ -82,6 +84,7 @@ class Layer:
         self._formats = [Format.of(k, v, shape.k_dim, shape.v_dim) for k, v in config.tiers]
         supported = all(map(backend.supports, self._formats))
         self.backend = backend if supported else resolve_backend("reference")
+        self.kind = _kind(shape, config, self.backend.name, *dtypes)
 
     @property
     def sinks(self) -> int:
@@ -101,8 +104,9 @@ class Layer:
     @property
     def leaving(self) -> tuple[int, int]:
         """Exact rows start..stop that are the next to leave the window; none where they agree."""
-        sinks = self.sinks
-        blocks = (self.recent - self.config.window) // TILE
+        rows = int(self.exact.k.shape[1])
+        sinks = min(self.config.sink_tokens, rows)
+        blocks = (rows - sinks - self.config.window) // TILE
         return sinks, sinks + max(0, blocks) * TILE
 
     @property
@@ -366,6 +370,12 @@ class Layer:
             return None
         total = mx.stack([squares for squares, _ in self._seen]).sum(axis=0)
         return total / sum(count for _, count in self._seen)
+
+
+@lru_cache(maxsize=64)
+def _kind(*parts: object) -> tuple[object, ...]:
+    """The parts, the same object for equal ones: then they are soon compared."""
+    return parts
 
 
 def _owned(x: mx.array) -> mx.array:

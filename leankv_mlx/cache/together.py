@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from leankv_mlx.cache.compressed import CompressedKVCache
 from leankv_mlx.cache.fetch import Fetch
-from leankv_mlx.cache.layer import Layer
+from leankv_mlx.cache.layer import Layer, Shape
 from leankv_mlx.kernels import MAX_DECODE_TOKENS, Rows
 from leankv_mlx.kernels.append import append_batch
 from leankv_mlx.kernels.decode_attention import decode_attention_batch
@@ -20,13 +20,14 @@ def append_all(rows: Sequence[CompressedKVCache], keys: mx.array, values: mx.arr
     Raises:
         DroppedTokensError, ShapeError, ConfigError: see `CompressedKVCache.update`.
     """
-    layers = [row.begin_update(keys[i : i + 1], values[i : i + 1])[0] for i, row in enumerate(rows)]
-    first, tokens = layers[0], keys.shape[2]
-    if all(_alike(layer, first) for layer in layers):
-        scaled = mx.stack([layer.space.scaled(keys[i]) for i, layer in enumerate(layers)])
+    _, heads, tokens, dim = keys.shape
+    shape, dtypes = Shape(heads, dim, values.shape[3]), (keys.dtype, values.dtype)
+    layers = [row.begin(shape, tokens, dtypes)[0] for row in rows]
+    first = layers[0]
+    if _alike(layers):
         exact = append_batch(
-            [layer.exact for layer in layers], Rows(scaled, values), first.space.rotations,
-            first.backend,
+            [layer.exact for layer in layers], Rows(keys, values), first.space.rotations,
+            first.backend, [layer.space.scales for layer in layers],
         )  # fmt: skip
         for layer, appended in zip(layers, exact, strict=True):
             layer.appended(appended, tokens, keys.dtype)
@@ -45,30 +46,23 @@ def attend_all(
 ) -> mx.array | None:
     """queries: [B, Hq, L, head_dim] -> [B, Hq, L, v_head_dim]; None if one operation cannot take
     them together."""
-    first, length = fetches[0], queries.shape[2]
-    if length > MAX_DECODE_TOKENS or any(
-        fetch.tokens > MAX_DECODE_TOKENS or not _alike(fetch.layer, first.layer)
-        for fetch in fetches
-    ):
+    most = max(queries.shape[2], *[fetch.tokens for fetch in fetches])
+    if most > MAX_DECODE_TOKENS or not _alike([fetch.layer for fetch in fetches]):
         return None
-    scaled = mx.concatenate(
-        [fetch.space.queries(queries[i : i + 1]) for i, fetch in enumerate(fetches)]
-    )
     found = decode_attention_batch(
-        scaled, [fetch.view for fetch in fetches], scale=scale, mask=mask,
-        sink_logits=sink_logits, backend=first.layer.backend,
+        queries, [fetch.view for fetch in fetches], scale=scale, mask=mask,
+        sink_logits=sink_logits, backend=fetches[0].layer.backend,
+        scales=[fetch.space.scales for fetch in fetches],
     )  # fmt: skip
     for i, fetch in enumerate(fetches):
-        fetch.attended(queries[i : i + 1], found.lse[i], found.reads, scale, sink_logits)
+        if fetch.watches:
+            fetch.attended(queries[i : i + 1], found.lse[i], found.reads, scale, sink_logits)
+        else:
+            fetch.calls.count(found.reads)
     return found.out
 
 
-def _alike(layer: Layer, other: Layer) -> bool:
-    """Whether one operation can take both."""
-    return layer is other or (
-        layer.shape == other.shape
-        and layer.config == other.config
-        and layer.backend is other.backend
-        and layer.exact.k.dtype == other.exact.k.dtype
-        and layer.exact.v.dtype == other.exact.v.dtype
-    )
+def _alike(layers: Sequence[Layer]) -> bool:
+    """Whether one operation can take them."""
+    kind = layers[0].kind
+    return all([layer.kind == kind for layer in layers])

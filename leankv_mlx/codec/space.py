@@ -28,6 +28,11 @@ class Space:
     rotations: tuple[Rotation, Rotation]
     equalizer: Equalizer | None = None
 
+    @property
+    def scales(self) -> mx.array | None:
+        """What keys are divided by and queries multiplied, float32 [H, head_dim]; None for 1."""
+        return self.equalizer.scales if self.equalizer else None
+
     def scaled(self, keys: mx.array) -> mx.array:
         """keys: [H, T, head_dim] -> what is to be rotated; in float32 if that differs, so that rows
         of 16 bits are rounded once."""

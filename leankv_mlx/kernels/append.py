@@ -1,11 +1,12 @@
 """New rows, rotated and put behind the exact rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
+from leankv_mlx.codec.equalize import Equalizer
 from leankv_mlx.errors import ShapeError
-from leankv_mlx.kernels.types import Backend, Rotations, Rows
+from leankv_mlx.kernels.types import Backend, Rotations, Rows, Scales
 
 
 def append_ops(exact: Rows, new: Rows, rotations: Rotations) -> Rows:
@@ -34,12 +35,16 @@ def append(exact: Rows, new: Rows, rotations: Rotations, backend: Backend) -> Ro
     Raises:
         ShapeError: the new rows do not fit.
     """
-    _check(exact, new, rotations)
+    _check(exact, new, 3, rotations)
     return backend.append(exact, new, rotations)
 
 
 def append_batch(
-    exact: Sequence[Rows], new: Rows, rotations: Rotations, backend: Backend
+    exact: Sequence[Rows],
+    new: Rows,
+    rotations: Rotations,
+    backend: Backend,
+    scales: Scales | None = None,
 ) -> list[Rows]:
     """`append` for several sequences, each with as many exact rows as it has.
 
@@ -48,6 +53,7 @@ def append_batch(
         new: rows as the model made them, [B, H, T, head_dim].
         rotations: of the keys and of the values, the same for all.
         backend: who computes it.
+        scales: what the keys of each are divided by, see `kernels.types.Scales`; None for nothing.
 
     Returns:
         Rows [H, E + T, D] of each.
@@ -55,23 +61,69 @@ def append_batch(
     Raises:
         ShapeError: the new rows do not fit.
     """
-    if any(x.ndim != 4 or x.shape[0] != len(exact) for x in new):
+    if not exact or any(x.ndim != 4 or x.shape[0] != len(exact) for x in new):
         shapes = " and ".join(str(x.shape) for x in new)
         raise ShapeError(f"[append_batch] expected rows [{len(exact)}, H, T, D], got {shapes}.")
-    if backend.append_batch is not None:
-        for old in exact:
-            _check(old, Rows(*(x[0] for x in new)), rotations)
-        return backend.append_batch(exact, new, rotations)
+    for old in exact:
+        _check(old, new, 4, rotations)
+    scales = check_scales(scales, len(exact), new.k.shape[1], new.k.shape[3])
+    if backend.append_batch is None:
+        return each_append(backend.append, exact, new, rotations, scales)
+    if not backend.scales and any(x is not None for x in scales):
+        keys = mx.stack([k.astype(mx.float32) for k in _scaled(new.k, scales)])
+        new, scales = Rows(keys, new.v), [None] * len(exact)
+    return backend.append_batch(exact, new, rotations, scales)
+
+
+def each_append(
+    append: Callable[[Rows, Rows, Rotations], Rows],
+    exact: Sequence[Rows],
+    new: Rows,
+    rotations: Rotations,
+    scales: Scales,
+) -> list[Rows]:
+    """`append_batch` by an operation on one sequence."""
+    rows = map(Rows, _scaled(new.k, scales), new.v)
+    return [append(old, own, rotations) for old, own in zip(exact, rows, strict=True)]
+
+
+def _scaled(keys: mx.array, scales: Scales) -> list[mx.array]:
+    """The keys of each sequence, [H, T, head_dim]; in float32 if that changes them."""
     return [
-        append(old, Rows(*(x[i] for x in new)), rotations, backend) for i, old in enumerate(exact)
+        k if x is None else Equalizer(x).apply(k.astype(mx.float32))
+        for k, x in zip(keys, scales, strict=True)
     ]
 
 
-def _check(exact: Rows, new: Rows, rotations: Rotations) -> None:
+def check_scales(scales: Scales | None, sequences: int, heads: int, head_dim: int) -> Scales:
+    """The scales, one entry for each sequence.
+
+    Raises:
+        ShapeError: they do not fit.
+    """
+    if scales is None:
+        return [None] * sequences
+    if len(scales) != sequences or any(
+        [x is not None and (x.shape != (heads, head_dim) or x.dtype != mx.float32) for x in scales]
+    ):
+        raise ShapeError(
+            f"[scales] expected float32 [{heads}, {head_dim}] or None for each of {sequences} "
+            f"sequences, got {[x if x is None else (x.dtype, x.shape) for x in scales]}."
+        )
+    return scales
+
+
+def _check(exact: Rows, new: Rows, ndim: int, rotations: Rotations) -> None:
+    """Whether new rows [.., H, T, head_dim] fit behind the exact ones of a sequence."""
     for old, rows, rotation in zip(exact, new, rotations, strict=True):
-        fits = rows.ndim == 3 and rows.shape[0] == old.shape[0] and old.shape[2] == rotation.dim
-        if not fits or rows.shape[2] != rotation.head_dim:
+        heads, _, dim = old.shape
+        if (
+            rows.ndim != ndim
+            or rows.shape[-3] != heads
+            or rows.shape[-1] != rotation.head_dim
+            or dim != rotation.dim
+        ):
             raise ShapeError(
-                f"[append] expected rows [{old.shape[0]}, T, {rotation.head_dim}] behind "
+                f"[append] expected rows [{heads}, T, {rotation.head_dim}] behind "
                 f"[.., .., {rotation.dim}], got {rows.shape} behind {old.shape}."
             )

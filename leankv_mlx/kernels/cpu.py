@@ -5,6 +5,7 @@ Hadamard.
 """
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from importlib import import_module
 from importlib.metadata import version
@@ -16,8 +17,12 @@ from leankv_mlx.codec.format import Format
 from leankv_mlx.codec.rotation import Hadamard
 from leankv_mlx.config import Rounding
 from leankv_mlx.errors import BackendUnavailableError
-from leankv_mlx.kernels.append import append_ops
-from leankv_mlx.kernels.decode_attention import between_rotations, decode_attention_ops
+from leankv_mlx.kernels.append import append_ops, each_append
+from leankv_mlx.kernels.decode_attention import (
+    between_rotations,
+    decode_attention_ops,
+    each_attend,
+)
 from leankv_mlx.kernels.encode import encode_ops
 from leankv_mlx.kernels.gather import gather_ops
 from leankv_mlx.kernels.prefill_attention import prefill_attention_ops
@@ -29,6 +34,7 @@ from leankv_mlx.kernels.types import (
     PrefillInputs,
     Rotations,
     Rows,
+    Scales,
     Tier,
     View,
 )
@@ -56,6 +62,9 @@ def make() -> Backend:
         gather=_gather,
         append=_append,
         repack=_repack,
+        decode_attention_batch=_decode_attention_batch,
+        append_batch=_append_batch,
+        scales=True,
         widest=_MAX_DIM,
     )
 
@@ -144,7 +153,18 @@ def _append(exact: Rows, new: Rows, rotations: Rotations) -> Rows:
     native = _rotations(rotations)
     if native is None:
         return append_ops(exact, new, rotations)
-    return Rows(*load().append(*exact, *new, native))
+    return Rows(*load().append([exact.k], [exact.v], *new, [None], native))
+
+
+def _append_batch(
+    exact: Sequence[Rows], new: Rows, rotations: Rotations, scales: Scales
+) -> list[Rows]:
+    native = _rotations(rotations)
+    if native is None:
+        return each_append(append_ops, exact, new, rotations, scales)
+    keys, values = zip(*exact, strict=True)
+    out = load().append(keys, values, *new, scales, native)
+    return list(map(Rows, out[: len(exact)], out[len(exact) :]))
 
 
 def _repack(body: Tier, index: mx.array) -> mx.array:
@@ -165,18 +185,46 @@ def _decode_attention(
     if plain or (view.rotations and native is None):
         attend = decode_attention_ops if plain else partial(between_rotations, _decode_attention)
         return attend(queries, view, scale=scale, mask=mask, sink_logits=sink_logits)
+    return _attend(queries, [view], scale, mask == "causal", sink_logits, [None], native)
+
+
+def _decode_attention_batch(
+    queries: mx.array,
+    views: Sequence[View],
+    *,
+    scale: float,
+    mask: str | None,
+    sink_logits: mx.array | None,
+    scales: Scales,
+) -> Attention:
+    rotations = views[0].rotations
+    native = _rotations(rotations) if rotations else None
+    if rotations and native is None:
+        return each_attend(
+            _decode_attention, queries, views, scales=scales, scale=scale, mask=mask,
+            sink_logits=sink_logits,
+        )  # fmt: skip
+    return _attend(queries, views, scale, mask == "causal", sink_logits, scales, native)
+
+
+def _attend(
+    queries: mx.array,
+    views: Sequence[View],
+    scale: float,
+    causal: bool,
+    sink_logits: mx.array | None,
+    scales: Scales,
+    rotations: tuple[Any, Any] | None,
+) -> Attention:
+    """queries: of one view [Hq, L, D], or of several [B, Hq, L, D]."""
+    native = load()
+    sequences = [
+        native.Sequence([_tier(x) for x in view.tiers], *view.exact, _centers(view.centers), own)
+        for view, own in zip(views, scales, strict=True)
+    ]
+    skip = max([view.skip for view in views])  # 0 of those that have nothing to skip
     return Attention(
-        *load().decode_attention(
-            queries,
-            list(map(_tier, view.tiers)),
-            *view.exact,
-            _centers(view.centers),
-            scale,
-            mask == "causal",
-            sink_logits,
-            native,
-            view.skip,
-        )
+        *native.decode_attention(queries, sequences, scale, causal, sink_logits, rotations, skip)
     )
 
 

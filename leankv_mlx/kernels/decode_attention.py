@@ -3,11 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from math import log
+from typing import Any
 
 import mlx.core as mx
 
+from leankv_mlx.codec.equalize import Equalizer
 from leankv_mlx.codec.format import TILE
 from leankv_mlx.errors import ConfigError, DroppedTokensError, ShapeError
+from leankv_mlx.kernels.append import check_scales
 from leankv_mlx.kernels.dequantize import dequantize_ops
 from leankv_mlx.kernels.types import (
     MAX_DECODE_TOKENS,
@@ -16,6 +19,7 @@ from leankv_mlx.kernels.types import (
     Centers,
     DecodeOp,
     Mask,
+    Scales,
     View,
 )
 
@@ -168,7 +172,11 @@ def decode_attention(
         ConfigError: `skip` is not a weight below 1.
     """
     return backend.decode_attention(
-        queries, _checked(queries, view, mask), scale=scale, mask=mask, sink_logits=sink_logits
+        queries,
+        _checked(queries.shape, view, mask),
+        scale=scale,
+        mask=mask,
+        sink_logits=sink_logits,
     )
 
 
@@ -180,6 +188,7 @@ def decode_attention_batch(
     mask: str | None,
     sink_logits: mx.array | None,
     backend: Backend,
+    scales: Scales | None = None,
 ) -> Attention:
     """`decode_attention` of several sequences of a model: a row is a KV head of one of them.
 
@@ -190,6 +199,8 @@ def decode_attention_batch(
         queries: [B, Hq, L, head_dim], or [B, Hq, L, Dk] and rotated.
         views: of the B sequences.
         mask: None or "causal".
+        scales: what the queries of each are multiplied by, see `kernels.types.Scales`; None for
+            nothing.
 
     Returns:
         The output, [B, Hq, L, v_head_dim] or [B, Hq, L, Dv], and the log-sum-exp [B, Hq, L].
@@ -203,15 +214,23 @@ def decode_attention_batch(
             f"[decode_attention_batch] expected queries [{len(views)}, Hq, L, D], "
             f"got {queries.shape}."
         )
-    views = [_checked(q, view, mask) for q, view in zip(queries, views, strict=True)]
-    if backend.decode_attention_batch is not None:
-        return backend.decode_attention_batch(
-            queries, views, scale=scale, mask=mask, sink_logits=sink_logits
-        )
-    each = [
-        backend.decode_attention(q, view, scale=scale, mask=mask, sink_logits=sink_logits)
-        for q, view in zip(queries, views, strict=True)
-    ]
+    shape = queries.shape[1:]
+    views = [_checked(shape, view, mask) for view in views]
+    scales = check_scales(scales, len(views), views[0].exact.k.shape[0], shape[2])
+    asked: dict[str, Any] = {"scale": scale, "mask": mask, "sink_logits": sink_logits}
+    if backend.decode_attention_batch is None:
+        return each_attend(backend.decode_attention, queries, views, scales=scales, **asked)
+    if not backend.scales and any(x is not None for x in scales):
+        queries, scales = mx.concatenate(_scaled(queries, scales)), [None] * len(views)
+    return backend.decode_attention_batch(queries, views, scales=scales, **asked)
+
+
+def each_attend(
+    attend: DecodeOp, queries: mx.array, views: Sequence[View], *, scales: Scales, **asked: Any
+) -> Attention:
+    """`decode_attention_batch` by an operation on one sequence."""
+    scaled = _scaled(queries, scales)
+    each = [attend(q[0], view, **asked) for q, view in zip(scaled, views, strict=True)]
     reads = [attention.reads for attention in each if attention.reads is not None]
     return Attention(
         mx.stack([attention.out for attention in each]),
@@ -220,17 +239,25 @@ def decode_attention_batch(
     )
 
 
-def _checked(queries: mx.array, view: View, mask: Mask) -> View:
-    """The view, with `skip` only where there is something to skip, or to compare with."""
-    query_heads, length, dim = queries.shape
+def _scaled(queries: mx.array, scales: Scales) -> list[mx.array]:
+    """The queries of each sequence, [1, Hq, L, head_dim]."""
+    each = mx.split(queries, len(scales))
+    return [q if x is None else Equalizer(x).queries(q) for q, x in zip(each, scales, strict=True)]
+
+
+def _checked(queries: tuple[int, ...], view: View, mask: Mask) -> View:
+    """The view, with `skip` only where there is something to skip, or to compare with.
+
+    queries: their shape, [Hq, L, D].
+    """
+    query_heads, length, dim = queries
     heads, exact = view.exact.k.shape[:2]
     expected = view.rotations[0].head_dim if view.rotations else view.exact.k.shape[2]
     if not 1 <= length <= MAX_DECODE_TOKENS:
         raise ShapeError(f"[decode_attention] expected 1 to {MAX_DECODE_TOKENS} tokens: {length}.")
     if query_heads % heads or dim != expected:
         raise ShapeError(
-            f"[decode_attention] expected queries [n * {heads}, L, {expected}], "
-            f"got {queries.shape}."
+            f"[decode_attention] expected queries [n * {heads}, L, {expected}], got {queries}."
         )
     if not 0 <= view.skip < 1:
         raise ConfigError(

@@ -159,8 +159,17 @@ class DecodeOp(Protocol):
     ) -> Attention: ...
 
 
-AppendBatchOp = Callable[[Sequence[Rows], Rows, Rotations], list[Rows]]
-"""See `kernels.append.append_batch`."""
+Scales = Sequence[mx.array | None]
+"""Of each of several sequences, float32 [H, head_dim]: its new keys are divided by them and its
+queries multiplied before they are rotated, see `codec.equalize`. None for 1."""
+
+
+class AppendBatchOp(Protocol):
+    """See `kernels.append.append_batch`."""
+
+    def __call__(
+        self, exact: Sequence[Rows], new: Rows, rotations: Rotations, scales: Scales
+    ) -> list[Rows]: ...
 
 
 class DecodeBatchOp(Protocol):
@@ -172,8 +181,9 @@ class DecodeBatchOp(Protocol):
         views: Sequence[View],
         *,
         scale: float,
-        mask: Mask,
+        mask: str | None,
         sink_logits: mx.array | None,
+        scales: Scales,
     ) -> Attention: ...
 
 
@@ -181,7 +191,8 @@ class DecodeBatchOp(Protocol):
 class Backend:
     """One implementation of every operation. `widest`: stored channels that its kernels have room
     for, 0 for any. `codecs`: those that they know, none for any. Operations on a batch are None
-    where it takes one sequence after another."""
+    where it takes one sequence after another; `scales`: those that are there take other scales than
+    None."""
 
     name: str
     encode: EncodeOp
@@ -193,6 +204,7 @@ class Backend:
     repack: Callable[[Tier, mx.array], mx.array]
     decode_attention_batch: DecodeBatchOp | None = None
     append_batch: AppendBatchOp | None = None
+    scales: bool = False
     widest: int = 0
     codecs: tuple[str, ...] = (CUBIC,)
 

@@ -215,7 +215,7 @@ def _attend(block: Any, plan: _Plan, x: mx.array, mask: Any, cache: Any) -> mx.a
     """x plus its attention: [B, L, K]."""
     attention = block["self_attn"]
     queries, keys, values = _queries_keys_values(block, plan, x)
-    queries, keys = _turned(plan, attention, queries, keys, 0 if cache is None else cache.offset)
+    queries, keys = _turned(plan, attention, queries, keys, cache)
     values = _split(values, attention.n_kv_heads)
     attend = plan.names[ATTENTION]
     if type(cache) in _OURS and dispatches(attend):
@@ -245,11 +245,14 @@ def _queries_keys_values(block: Any, plan: _Plan, x: mx.array) -> list[mx.array]
 
 
 def _turned(
-    plan: _Plan, attention: Any, queries: mx.array, keys: mx.array, offset: Any
+    plan: _Plan, attention: Any, queries: mx.array, keys: mx.array, cache: Any
 ) -> tuple[mx.array, mx.array]:
     """Queries and keys by head, normed and at their positions: [B, heads, L, D]."""
     row, turn = plan.row, plan.turn(attention["rope"])
-    if turn is not None and type(offset) is int and queries.dtype == mx.float32:
+    offset: Any = 0
+    if cache is not None:
+        offset = cache.positions if type(cache) is BatchedKVCache else cache.offset
+    if turn is not None and type(offset) in (int, list) and queries.dtype == mx.float32:
         norms = plan.head_norms(attention) if row.head_norms else NO_NORMS
         if norms is not None:
             dim = queries.shape[-1] // attention.n_heads
@@ -259,6 +262,8 @@ def _turned(
     if row.head_norms:
         queries, keys = attention["q_norm"](queries), attention["k_norm"](keys)
     rope = attention["rope"]
+    if type(offset) is list:
+        offset = mx.array(offset)
     return rope(queries, offset=offset), rope(keys, offset=offset)
 
 

@@ -6,6 +6,7 @@ small model waits for them longer than it computes them. Here queries and keys a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -44,7 +45,7 @@ def heads(
     keys: mx.array,
     dim: int,
     turn: Turn,
-    offset: int,
+    offset: int | Sequence[int],
     norms: Norms = NO_NORMS,
 ) -> Heads:
     """Split products into heads, norm each, and turn it by the position of its token.
@@ -53,7 +54,7 @@ def heads(
         queries: [B, L, Hq * D], float32.
         keys: [B, L, H * D], float32.
         dim: D.
-        offset: position of the first token.
+        offset: position of the first token, of all sequences or of each of the B.
         norms: of queries and of keys, weights [D].
 
     Raises:
@@ -72,7 +73,10 @@ def heads(
             fits = fits and norm.weight.dtype == mx.float32 and norm.weight.shape == (dim,)
     if not fits:
         raise ShapeError(f"[heads] expected float32 arrays, and norms [{dim}].")
-    return Heads(*cpu.load().heads(queries, keys, dim, turn.freqs, turn.scale, offset, *norms))
+    offsets = [offset] if isinstance(offset, int) else list(offset)
+    if not offsets or len(offsets) not in (1, q[0]):
+        raise ShapeError(f"[heads] expected one offset, or one for each of {q[0]}: {len(offsets)}.")
+    return Heads(*cpu.load().heads(queries, keys, dim, turn.freqs, turn.scale, offsets, *norms))
 
 
 def heads_ops(
@@ -80,13 +84,14 @@ def heads_ops(
     keys: mx.array,
     dim: int,
     turn: Turn,
-    offset: int,
+    offset: int | Sequence[int],
     norms: Norms = NO_NORMS,
 ) -> Heads:
     """`heads` in MLX ops."""
     length = queries.shape[1]
-    positions = mx.arange(offset, offset + length).astype(mx.float32) * turn.scale
-    angles = positions[:, None] * turn.freqs
+    offsets = mx.array([offset] if isinstance(offset, int) else list(offset))
+    positions = offsets[:, None] + mx.arange(length)
+    angles = (positions.astype(mx.float32) * turn.scale)[:, None, :, None] * turn.freqs
     half = turn.freqs.size
     made = []
     for side, norm in zip((queries, keys), norms, strict=True):

@@ -8,9 +8,9 @@ namespace {
 
 class Heads : public Operation {
  public:
-  Heads(mx::Stream s, int dim, float scale, int offset, const NormOption& query_norm,
+  Heads(mx::Stream s, int dim, float scale, std::vector<int> offsets, const NormOption& query_norm,
         const NormOption& key_norm)
-      : Operation(s), dim_(dim), scale_(scale), offset_(offset) {
+      : Operation(s), dim_(dim), scale_(scale), offsets_(std::move(offsets)) {
     if (query_norm) eps_[0] = query_norm->second;
     if (key_norm) eps_[1] = key_norm->second;
   }
@@ -23,7 +23,7 @@ class Heads : public Operation {
                  .dim = dim_,
                  .turned = 2 * in[2].shape(0),
                  .scale = scale_,
-                 .offset = offset_};
+                 .offsets = offsets_};
     for (int i = 0; i < 2; ++i) {
       job.sides[i] = {.from = reader.dense<float>(),
                       .to = out[i].data<float>(),
@@ -40,25 +40,27 @@ class Heads : public Operation {
  private:
   int dim_;
   float scale_;
-  int offset_;
+  std::vector<int> offsets_;
   std::optional<float> eps_[2];
 };
 
 }  // namespace
 
 std::vector<mx::array> heads(const mx::array& queries, const mx::array& keys, int dim,
-                             const mx::array& freqs, float scale, int offset,
+                             const mx::array& freqs, float scale, const std::vector<int>& offsets,
                              const NormOption& query_norm, const NormOption& key_norm) {
   Arrays in{queries, keys, freqs};
   if (query_norm) in.push_back(query_norm->first);
   if (key_norm) in.push_back(key_norm->first);
+  std::vector<int> all(offsets);
+  all.resize(queries.shape(0), offsets.front());
   std::vector<mx::Shape> shapes;
   for (const auto& x : {queries, keys}) {
     shapes.push_back({x.shape(0), x.shape(2) / dim, x.shape(1), dim});
   }
   return mx::array::make_arrays(
       shapes, {mx::float32, mx::float32},
-      std::make_shared<Heads>(cpu_stream(), dim, scale, offset, query_norm, key_norm), in);
+      std::make_shared<Heads>(cpu_stream(), dim, scale, std::move(all), query_norm, key_norm), in);
 }
 
 }  // namespace leankv

@@ -20,13 +20,13 @@ inline Type type_of(const mx::array& a) {
   throw std::invalid_argument("expected float32, float16 or bfloat16.");
 }
 
-// Vectors [H, T, dim] of this memory, without gaps.
+// Vectors [.., H, T, dim] of this memory, without gaps.
 template <class V>
 V without_gaps(auto* data, const mx::array& a) {
   return {.data = data,
           .type = type_of(a),
-          .head_stride = int64_t{a.shape(1)} * a.shape(2),
-          .row_stride = a.shape(2)};
+          .head_stride = int64_t{a.shape(-2)} * a.shape(-1),
+          .row_stride = a.shape(-1)};
 }
 
 // Reads inputs in the order in which an operation lists them, when it is scheduled: they have
@@ -34,6 +34,9 @@ V without_gaps(auto* data, const mx::array& a) {
 class Reader {
  public:
   Reader(const std::vector<mx::array>& in, mx::Stream stream) : in_(in), stream_(stream) {}
+
+  // What comes next.
+  const mx::array& next() const { return in_[at_]; }
 
   // In row order: the array's own memory where it can be, else that of a copy. Null if it is no
   // input.
@@ -43,15 +46,25 @@ class Reader {
   }
 
   // Rows [H, T, dim]: any strides but between channels.
-  Vectors rows() {
+  Vectors rows() { return batch().front(); }
+
+  // Those of each of a batch, [B, H, T, dim]; one if there is no such axis.
+  std::vector<Vectors> batch() {
     const mx::array& a = in_[at_++];
-    if (a.shape(2) == 1 || a.strides(2) == 1) {
-      return {.data = a.data<char>(),
-              .type = type_of(a),
-              .head_stride = a.strides(0),
-              .row_stride = a.strides(1)};
+    const bool dense = a.shape(-1) == 1 || a.strides(-1) == 1;
+    const int n = a.ndim() == 4 ? a.shape(0) : 1;
+    Vectors first = without_gaps<Vectors>(dense ? a.data<char>() : in_row_order(a), a);
+    int64_t stride = int64_t{a.shape(-3)} * first.head_stride;
+    if (dense) {
+      first.head_stride = a.strides(-3);
+      first.row_stride = a.strides(-2);
+      stride = a.ndim() == 4 ? a.strides(0) : 0;
     }
-    return without_gaps<Vectors>(in_row_order(a), a);
+    std::vector<Vectors> all(n, first);
+    for (int b = 0; b < n; ++b) {
+      all[b].data = static_cast<const char*>(first.data) + b * stride * size_of(first.type);
+    }
+    return all;
   }
 
   Body body(const Format& format) {
@@ -89,5 +102,12 @@ class Reader {
 inline void allocate(mx::array& out) { out.set_data(mx::allocator::malloc(out.nbytes())); }
 
 inline Output output_of(mx::array& out) { return without_gaps<Output>(out.data<char>(), out); }
+
+// Of sequence b, if the output has an axis for them.
+inline Output output_of(mx::array& out, int b) {
+  Output all = output_of(out);
+  all.data = all.row(b * out.shape(-3), 0);
+  return all;
+}
 
 }  // namespace leankv

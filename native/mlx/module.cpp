@@ -77,9 +77,13 @@ NB_MODULE(_native, m) {
   nb::class_<RotationArrays>(m, "Rotation")
       .def(nb::init<mx::array, int, int>(), "signs"_a, "block"_a, "head_dim"_a);
 
-  m.def("decode_attention", &decode_attention, "queries"_a, "bodies"_a, "exact_k"_a, "exact_v"_a,
-        "centers"_a.none(), "scale"_a, "causal"_a, "sink_logits"_a.none(), "rotations"_a.none(),
-        "skip"_a);
+  nb::class_<SequenceArrays>(m, "Sequence")
+      .def(nb::init<std::vector<BodyArrays>, mx::array, mx::array, std::optional<CenterArrays>,
+                    std::optional<mx::array>>(),
+           "bodies"_a, "exact_k"_a, "exact_v"_a, "centers"_a.none(), "scales"_a.none());
+
+  m.def("decode_attention", &decode_attention, "queries"_a, "sequences"_a, "scale"_a, "causal"_a,
+        "sink_logits"_a.none(), "rotations"_a.none(), "skip"_a);
   m.def("prefill_attention", &prefill_attention, "queries"_a, "k"_a, "v"_a, "scale"_a, "causal"_a,
         "present"_a.none(), "sink_logits"_a.none(), "rotations"_a.none());
   m.def(
@@ -92,7 +96,7 @@ NB_MODULE(_native, m) {
   m.def("repack", &repack, "body"_a, "index"_a);
   m.def("decode", &decode, "bodies"_a, "exact_k"_a, "exact_v"_a, "centers"_a.none(), "sinks"_a,
         "dtype"_a, "rotations"_a.none());
-  m.def("append", &append, "exact_k"_a, "exact_v"_a, "k"_a, "v"_a, "rotations"_a);
+  m.def("append", &append, "exact_k"_a, "exact_v"_a, "k"_a, "v"_a, "scales"_a, "rotations"_a);
 
   nb::class_<WeightArrays>(m, "Weight")
       .def(nb::init<mx::array, mx::array, mx::array, int, int, int>(), "codes"_a, "scales"_a,
@@ -116,7 +120,7 @@ NB_MODULE(_native, m) {
       },
       "x"_a, "weights"_a, "biases"_a, "norm"_a.none(), "threshold"_a.none(), "norms"_a.none(),
       "residual"_a.none(), "gate"_a.none());
-  m.def("heads", &heads, "queries"_a, "keys"_a, "dim"_a, "freqs"_a, "scale"_a, "offset"_a,
+  m.def("heads", &heads, "queries"_a, "keys"_a, "dim"_a, "freqs"_a, "scale"_a, "offsets"_a,
         "query_norm"_a.none(), "key_norm"_a.none());
 }
 

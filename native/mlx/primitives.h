@@ -28,14 +28,22 @@ struct CenterArrays {
   mx::array k, v;
 };
 
-// -> output [Hq, L, Dv] and log-sum-exp [Hq, L]; if `skip` is not 0, also what was read of each
-// head, int32 [H, 2]: blocks whose values were read, and all blocks. With rotations the queries
-// come as the model made them and the output leaves so, in the dtype of the queries; without them
-// the output is float32.
+// The tokens of a sequence.
+struct SequenceArrays {
+  std::vector<BodyArrays> bodies;
+  mx::array exact_k, exact_v;
+  std::optional<CenterArrays> centers;
+  std::optional<mx::array> scales;  // float32 [H, head_dim]: queries are multiplied by them first
+};
+
+// Queries [Hq, L, D] of a sequence or [B, Hq, L, D] of several -> output [.., Hq, L, Dv] and
+// log-sum-exp [.., Hq, L]; if `skip` is not 0, also what was read of each KV head, int32
+// [B * H, 2]: blocks whose values were read, and all blocks. With rotations the queries come as the
+// model made them and the output leaves so, in the dtype of the queries; without them the output is
+// float32.
 std::vector<mx::array> decode_attention(
-    const mx::array& queries, const std::vector<BodyArrays>& bodies, const mx::array& exact_k,
-    const mx::array& exact_v, const std::optional<CenterArrays>& centers, float scale, bool causal,
-    const std::optional<mx::array>& sink_logits,
+    const mx::array& queries, const std::vector<SequenceArrays>& sequences, float scale,
+    bool causal, const std::optional<mx::array>& sink_logits,
     const std::optional<std::pair<RotationArrays, RotationArrays>>& rotations, float skip);
 
 // Rows [H, N, dim], `present` bool [H, N] -> output [Hq, L, Dv] in the dtype of the queries. With
@@ -59,10 +67,13 @@ std::vector<mx::array> decode(
     const std::optional<CenterArrays>& centers, int sinks, mx::Dtype dtype,
     const std::optional<std::pair<RotationArrays, RotationArrays>>& rotations);
 
-// Rows [H, T, head_dim] -> exact rows [H, E + T, dim]: `rows` rotated and put behind `exact`, for
-// keys and for values.
-std::vector<mx::array> append(const mx::array& exact_k, const mx::array& exact_v,
-                              const mx::array& k, const mx::array& v,
+// Rows [H, T, head_dim] of a sequence or [B, H, T, head_dim] of several -> exact rows
+// [H, E + T, dim] of each: the keys of all, then the values. New rows are rotated and put behind
+// the exact ones; keys are divided by the `scales` of their sequence first.
+std::vector<mx::array> append(const std::vector<mx::array>& exact_k,
+                              const std::vector<mx::array>& exact_v, const mx::array& k,
+                              const mx::array& v,
+                              const std::vector<std::optional<mx::array>>& scales,
                               const std::pair<RotationArrays, RotationArrays>& rotations);
 
 }  // namespace leankv

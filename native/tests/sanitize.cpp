@@ -161,7 +161,7 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
       .lse = lse.data(),
       .reads = reads.data(),
   };
-  run_attention(job);
+  run_attention({job});
   for (const float x : out) check(std::isfinite(x), "an output is not finite");
   for (int h = 0; h < heads; ++h) {
     const int turns = (group * length + kRowChunk - 1) / kRowChunk;
@@ -170,8 +170,13 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
 
   const int longer = exact + tokens;
   std::vector<float> appended(heads * longer * k_dim);
-  run_append(decode.exact_k, exact, encode.k, tokens, job.ends.k_rotation, heads,
-             output_of(appended, type, longer, k_dim));
+  run_append({{.exact = decode.exact_k,
+               .rows = encode.k,
+               .n_exact = exact,
+               .n_rows = tokens,
+               .heads = heads,
+               .rotation = job.ends.k_rotation,
+               .out = output_of(appended, type, longer, k_dim)}});
 }
 
 // Attends to rows of which the first head misses every third.
@@ -268,7 +273,7 @@ void heads_of(int batch, int length, int dim, int turned, bool normed) {
                .dim = dim,
                .freqs = freqs.data(),
                .turned = turned,
-               .offset = 7};
+               .offsets = std::vector<int>(batch, 7)};
   std::vector<float> from[2], to[2];
   for (int i = 0; i < 2; ++i) {
     from[i] = normal(size_t(batch) * length * counts[i] * dim);

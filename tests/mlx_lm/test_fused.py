@@ -17,7 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from leankv_mlx import attach
-from leankv_mlx.errors import BackendUnavailableError
+from leankv_mlx.errors import BackendUnavailableError, ShapeError
 from leankv_mlx.mlx_lm import fused, load, projecting
 from leankv_mlx.mlx_lm.projecting import projections_of
 from leankv_mlx.projections import Relaid, why_not_native
@@ -229,11 +229,14 @@ def test_kinds_without_a_row_are_not_fused() -> None:
             assert fused.count(model) == 0
 
 
+@pytest.mark.parametrize("offset", [5000, [70, -3]], ids=str)
 @pytest.mark.parametrize("length", [1, 3, 130])
 @pytest.mark.parametrize("turned", [64, 48, 2])
 @pytest.mark.parametrize("normed", [True, False])
-def test_heads_are_normed_and_turned(length: int, turned: int, normed: bool) -> None:
-    dim, offset = 64, 5000
+def test_heads_are_normed_and_turned(
+    length: int, turned: int, normed: bool, offset: int | list[int]
+) -> None:
+    dim = 64
     keys = mx.random.split(mx.random.key(length), 5)
     q, k = (
         mx.random.normal((2, length, n * dim), key=key)
@@ -248,9 +251,17 @@ def test_heads_are_normed_and_turned(length: int, turned: int, normed: bool) -> 
     if not normed:
         freqs = mx.reciprocal(turn.freqs)
         rope = mx.fast.rope(
-            split, turned, traditional=False, base=None, scale=0.5, offset=offset, freqs=freqs
-        )
+            split, turned, traditional=False, base=None, scale=0.5, offset=mx.array(offset),
+            freqs=freqs,
+        )  # fmt: skip
         assert close(heads(*given).queries, rope, 1e-4)
+
+
+@pytest.mark.parametrize("offsets", [[], [1, 2, 3]], ids=str)
+def test_as_many_offsets_as_sequences(offsets: list[int]) -> None:
+    q, k = mx.zeros((2, 1, 64)), mx.zeros((2, 1, 32))
+    with pytest.raises(ShapeError):
+        heads(q, k, 32, Turn(mx.ones(16)), offsets)
 
 
 def test_a_copy_of_a_fused_model_computes_the_same() -> None:
