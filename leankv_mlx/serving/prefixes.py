@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import copy, deepcopy
 from functools import cached_property
 from typing import Any
@@ -68,10 +69,12 @@ class Prefixes:
             return
         snapshot = [_snapshot(cache) for cache in caches]
         mx.eval([cache.state for cache in snapshot])
-        self._writer = threading.Thread(
+        writer = threading.Thread(
             target=self._write, args=(self._key(tokens), snapshot), name="leankv-prefix"
         )
-        self._writer.start()
+        with suppress(RuntimeError):  # no thread can be started: it may come again
+            writer.start()
+            self._writer = writer
 
     def close(self) -> None:
         """Wait for what is being written."""
