@@ -203,4 +203,4 @@ def _side(side: Any, counts: list[int], bits: int) -> int:
     batch, _, slots, _ = array.shape
     elements = int(array.size) * (32 // bits if bits else 1)
     in_use = sum(min(count, slots) for count in counts)  # a rotating cache has seen more
-    return 2 * elements * in_use // max(1, batch * slots)
+    return int(2 * elements * in_use // max(1, batch * slots))

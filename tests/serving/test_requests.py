@@ -67,7 +67,7 @@ def test_requests_on_one_document_hold_it_once(model: nn.Module) -> None:
         server.ask(DOCUMENT + QUESTIONS[0])
         alone = server.store.nbytes
         for i in range(15):
-            server.ask(DOCUMENT + [i, *QUESTIONS[1 + i % 3]])
+            server.ask([*DOCUMENT, i, *QUESTIONS[1 + i % 3]])
             assert server.reused == len(DOCUMENT)
         assert len(server.store) == 16
         assert server.store.nbytes == held(server.store.lists).used
@@ -81,7 +81,7 @@ def test_the_limit_means_real_bytes(model: nn.Module) -> None:
         server = Server(model, max_size=100)
         server.ask(DOCUMENT + QUESTIONS[0])
         for i in range(7):
-            server.ask(DOCUMENT + [i])
+            server.ask([*DOCUMENT, i])
         caches, _ = server.store.fetch_nearest_cache("key", [*DOCUMENT, 9, 9])
         before = server.store.nbytes
         counted_again = sum(held([entry]).used for entry in server.store.lists)
@@ -97,7 +97,7 @@ def test_the_limit_means_real_bytes(model: nn.Module) -> None:
         assert len(server.store) == 0 == server.store.nbytes
         limited = Server(model, max_size=100, max_bytes=before)
         for i in range(12):
-            limited.ask(DOCUMENT + [i, *QUESTIONS[0]])
+            limited.ask([*DOCUMENT, i, *QUESTIONS[0]])
             assert limited.store.nbytes <= before
         assert 1 < len(limited.store) < 12
 
