@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from leankv_mlx.mlx_lm.stored_prompts import StoredPrompts
 from leankv_mlx.serving import PromptStore
 from leankv_mlx.serving.keys import Reading
 from leankv_mlx.serving.prefixes import WORTH, Prefixes
-from tests.cache.prompt_files import content, filled, ragged
+from tests.cache.prompt_files import content, filled, ragged, rows
 
 ROOT = Path(__file__).parents[2]
 KV = "leankv:k4v4,window=32"
@@ -160,21 +161,28 @@ def test_caches_of_mlx_lm_beside_ours(tmp_path: Path) -> None:
 
 
 def test_it_is_written_while_its_caches_go_on(tmp_path: Path) -> None:
-    """The file holds the prefix, whatever comes to pool and arrays while it is written."""
-    server = Server(tmp_path)
-    expected = read(300)
-    mx.eval([cache.state for cache in expected])
+    """The file holds the prefix, whatever comes to its pools while it is written, evaluated or
+    not."""
+    server, gone_on = Server(tmp_path), threading.Event()
+    files = server.disk.entries._files
+
+    def save(*args: Any) -> None:
+        assert gone_on.wait(30)
+        files.save(*args)
+
+    server.disk.entries._files = files._replace(save=save)
+    expected = content(read(300))
     server.store.insert_cache("m", TOKENS[:300], read(300))
-    for round in range(20):
-        caches, rest = server.store.fetch_nearest_cache("m", [*TOKENS[:300], 1000 + round])
-        assert caches is not None and len(rest) == 1
-        for step in range(40):  # while the writer runs
-            read(1 + 11 * (step % 3), caches)
-        server.disk.close()
-        (file,) = tmp_path.glob("*.safetensors")
-        found = Server(tmp_path).fetch([*TOKENS[:300], 1])[0]
-        assert content(found) == content(expected)
-        file.unlink()
+    caches, rest = server.store.fetch_nearest_cache("m", [*TOKENS[:300], 1])
+    assert caches is not None and rest == [1]
+    read(100, caches)
+    for cache in caches:
+        cache.trim(150)
+        for _ in range(20):  # a step that is on its way
+            cache.update_and_fetch(rows(5, 1), rows(5, 2))
+    gone_on.set()
+    server.disk.close()
+    assert content(Server(tmp_path).fetch([*TOKENS[:300], 1])[0]) == expected
     assert server.notes == []
 
 
