@@ -52,9 +52,9 @@ def alone(
         prefill_step_size=step,
     )  # fmt: skip
     for token, logprobs in loop:
+        reply.add(int(token), logprobs)
         if len(reply.tokens) == tokens:
             break
-        reply.add(int(token), logprobs)
     return reply
 
 
