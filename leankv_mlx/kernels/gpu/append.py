@@ -7,7 +7,7 @@ from functools import lru_cache
 from leankv_mlx.codec.rotation import Hadamard
 from leankv_mlx.kernels.append import append_ops
 from leankv_mlx.kernels.gpu.launch import Kernel, Launcher, hadamards, nothing
-from leankv_mlx.kernels.types import Rotations, Rows
+from leankv_mlx.kernels.types import Rotations, Rows, Scales
 
 ROWS = 4
 """Rows of a threadgroup, one for each of its SIMD groups."""
@@ -64,9 +64,11 @@ class Append:
         known = _known([exact], new, rotations)
         return self._append([exact], new, known)[0] if known else append_ops(exact, new, rotations)
 
-    def batch(self, exact: Sequence[Rows], new: Rows, rotations: Rotations) -> list[Rows]:
+    def batch(
+        self, exact: Sequence[Rows], new: Rows, rotations: Rotations, scales: Scales
+    ) -> list[Rows]:
         """The operation on a batch, a launch for each few of its sequences; see
-        `kernels.append.append_batch`."""
+        `kernels.append.append_batch`. There are no scales (`Backend.scales`)."""
         known = _known(exact, new, rotations)
         if not known:
             each = (Rows(*(x[i] for x in new)) for i in range(len(exact)))

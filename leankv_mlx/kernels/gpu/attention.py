@@ -21,7 +21,7 @@ from leankv_mlx.kernels.gpu.launch import (
     nothing,
 )
 from leankv_mlx.kernels.gpu.stored import Column, Stored, groups
-from leankv_mlx.kernels.types import Attention, Mask, View
+from leankv_mlx.kernels.types import Attention, Mask, Scales, View
 
 MAX_ROWS = 8
 """Query rows of a KV head that one threadgroup takes: they live in registers."""
@@ -241,10 +241,12 @@ class DecodeAttention:
         views: Sequence[View],
         *,
         scale: float,
-        mask: Mask,
+        mask: str | None,
         sink_logits: mx.array | None,
+        scales: Scales,
     ) -> Attention:
-        """The operation on a batch; see `kernels.decode_attention.decode_attention_batch`.
+        """The operation on a batch; see `kernels.decode_attention.decode_attention_batch`. There
+        are no scales (`Backend.scales`).
 
         Neighbours whose tiers lie in few pools are one launch for each format, and one merge. How
         a row is split depends on the other rows, so what a sequence gets is what it gets alone up
@@ -256,7 +258,7 @@ class DecodeAttention:
             inside = [replace(view, rotations=None) for view in views]
             attention = self.batch(
                 k.apply(queries.astype(mx.float32)), inside,
-                scale=scale, mask=mask, sink_logits=sink_logits,
+                scale=scale, mask=mask, sink_logits=sink_logits, scales=scales,
             )  # fmt: skip
             return attention._replace(out=v.undo(attention.out).astype(queries.dtype))
         causal, heads = isinstance(mask, str), queries.shape[1]  # no array, see there
