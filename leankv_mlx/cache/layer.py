@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leankv_mlx.cache.body import CompressedBody
+from leankv_mlx.cache.exact import ExactRows, owned
 from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.state import BodyState, LayerState
 from leankv_mlx.codec.equalize import Equalizer
@@ -44,7 +45,7 @@ class Layer:
         config: its settings.
         offset: tokens so far, dropped ones included.
         exact: uncompressed rows [H, E, D]: sink tokens, then the window. Their dtype is given; it
-            need not be that of the rows that come.
+            need not be that of the rows that come. See `ExactRows`.
         dtype: of the keys that came last, and of what is fetched.
         body: the tokens between the two; None while there are none.
         space: that everything here is stored in; keys are equalized once there is a body, if that
@@ -78,7 +79,7 @@ class Layer:
         )
         dims = padded(shape.k_dim), padded(shape.v_dim)
         empty = (mx.zeros((shape.heads, 0, d), t) for d, t in zip(dims, dtypes, strict=True))
-        self.exact = Rows(*empty)
+        self._exact = ExactRows(Rows(*empty), config.sink_tokens)
         self.dtype = dtypes[0]
         self.config = config
         self._formats = [Format.of(k, v, shape.k_dim, shape.v_dim) for k, v in config.tiers]
@@ -87,9 +88,28 @@ class Layer:
         self.kind = _kind(shape, config, self.backend.name, *dtypes)
 
     @property
+    def exact(self) -> Rows:
+        """All exact rows."""
+        return self._exact.rows()
+
+    @exact.setter
+    def exact(self, rows: Rows) -> None:
+        self._exact.replace(rows)
+
+    @property
+    def exact_arrays(self) -> list[mx.array]:
+        """What holds them; copies have some in common."""
+        return self._exact.arrays
+
+    @property
+    def tail(self) -> Rows:
+        """The exact rows that new ones come behind, see `appended`."""
+        return self._exact.tail
+
+    @property
     def sinks(self) -> int:
         """How many of the exact rows are sink tokens."""
-        return min(self.config.sink_tokens, int(self.exact.k.shape[1]))
+        return min(self.config.sink_tokens, self._exact.count)
 
     @property
     def ragged(self) -> bool:
@@ -99,12 +119,12 @@ class Layer:
     @property
     def recent(self) -> int:
         """Tokens in the window: the last ones, exact."""
-        return int(self.exact.k.shape[1]) - self.sinks
+        return self._exact.count - self.sinks
 
     @property
     def leaving(self) -> tuple[int, int]:
         """Exact rows start..stop that are the next to leave the window; none where they agree."""
-        rows = int(self.exact.k.shape[1])
+        rows = self._exact.count
         sinks = min(self.config.sink_tokens, rows)
         blocks = (rows - sinks - self.config.window) // TILE
         return sinks, sinks + max(0, blocks) * TILE
@@ -118,12 +138,12 @@ class Layer:
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Add tokens to the window: keys [H, L, k_head_dim] and values [H, L, v_head_dim]."""
         rows = Rows(self.space.scaled(keys), values)
-        exact = append(self.exact, rows, self.space.rotations, self.backend)
-        self.appended(exact, keys.shape[1], keys.dtype)
+        tail = append(self.tail, rows, self.space.rotations, self.backend)
+        self.appended(tail, keys.shape[1], keys.dtype)
 
-    def appended(self, exact: Rows, tokens: int, dtype: mx.Dtype) -> None:
-        """Take exact rows with so many new ones, made of keys of this dtype, behind the old."""
-        self.exact = exact
+    def appended(self, tail: Rows, tokens: int, dtype: mx.Dtype) -> None:
+        """Take the tail with so many new rows behind it, made of keys of this dtype."""
+        self._exact.extend(tail)
         self.offset += tokens
         self.dtype = dtype
 
@@ -162,11 +182,9 @@ class Layer:
             self.body = self._new_body(
                 Centers(*(x if self.config.center else mx.zeros_like(x) for x in means))
             )
-        position = self.offset - (self.exact.k.shape[1] - start)
+        position = self.offset - (self._exact.count - start)
         self.body.append(moved, position, scores)
-        self.exact = Rows(
-            *(mx.concatenate([x[:, :start], x[:, stop:]], axis=1) for x in self.exact)
-        )
+        self._exact.leave(stop - start)
 
     def trim(self, n: int) -> None:
         """Remove the last n tokens; see `CompressedKVCache.trim`."""
@@ -174,10 +192,10 @@ class Layer:
         if self.observations:
             self.observations.trim(self.offset)
         if n <= self.recent:
-            self.exact = Rows(*(_owned(x[:, : x.shape[1] - n]) for x in self.exact))
+            self._exact.cut(n)
             return
         sinks = min(self.sinks, self.offset)
-        exact = Rows(*(_owned(x[:, :sinks]) for x in self.exact))
+        exact = Rows(*(owned(x[:, :sinks]) for x in self.exact))
         if self.body is None:
             self.exact = exact
             return
@@ -218,9 +236,9 @@ class Layer:
 
     def copy(self) -> Layer:
         """An independent copy that shares the blocks until one of the two changes them."""
-        dtypes = self.exact.k.dtype, self.exact.v.dtype
-        other = Layer(self.shape, self.config, self.backend, dtypes)
-        other.offset, other.exact = self.offset, self.exact  # arrays are replaced, never changed
+        k, v = self.tail
+        other = Layer(self.shape, self.config, self.backend, (k.dtype, v.dtype))
+        other.offset, other._exact = self.offset, self._exact.copy()
         other.placed = self.placed
         other.dtype, other.space = self.dtype, self.space
         other._fitted, other._seen = self._fitted, list(self._seen)
@@ -295,7 +313,7 @@ class Layer:
 
     def memory(self) -> CacheMemory:
         """Bytes, counted from the buffers."""
-        exact, queries = sum(x.nbytes for x in self.exact), self._queries_nbytes
+        exact, queries = sum(x.nbytes for x in self.exact_arrays), self._queries_nbytes
         if self.body is None:
             return CacheMemory(exact=exact, side=queries, allocated=exact + queries)
         centers = sum(x.nbytes for x in self.body.centers)
@@ -308,7 +326,7 @@ class Layer:
     @property
     def row_nbytes(self) -> int:
         """Bytes of an exact token."""
-        return sum(x.shape[0] * x.shape[2] * x.dtype.size for x in self.exact)
+        return sum(x.shape[0] * x.shape[2] * x.dtype.size for x in self.tail)
 
     @property
     def _most_exact_nbytes(self) -> int:
@@ -376,8 +394,3 @@ class Layer:
 def _kind(*parts: object) -> tuple[object, ...]:
     """The parts, the same object for equal ones: then they are soon compared."""
     return parts
-
-
-def _owned(x: mx.array) -> mx.array:
-    """A copy: a slice would keep the whole buffer behind it."""
-    return mx.concatenate([x[:, :1], x[:, 1:]], axis=1)

@@ -26,7 +26,7 @@ def append_all(rows: Sequence[CompressedKVCache], keys: mx.array, values: mx.arr
     first = layers[0]
     if _alike(layers):
         exact = append_batch(
-            [layer.exact for layer in layers], Rows(keys, values), first.space.rotations,
+            [layer.tail for layer in layers], Rows(keys, values), first.space.rotations,
             first.backend, [layer.space.scales for layer in layers],
         )  # fmt: skip
         for layer, appended in zip(layers, exact, strict=True):

@@ -180,7 +180,7 @@ def _share(caches: Sequence[Any]) -> Share:
 
 def _arrays(layer: Layer) -> list[mx.array]:
     """What copies share as long as none of them takes further tokens."""
-    arrays = [*layer.exact]
+    arrays = layer.exact_arrays
     if layer.body is not None:
         arrays += layer.body.centers
         if layer.space.equalizer is not None:

@@ -1,0 +1,134 @@
+"""The exact rows of a layer, sink tokens and window: what copies have in common is held once."""
+
+from __future__ import annotations
+
+import weakref
+
+import mlx.core as mx
+
+from leankv_mlx.codec.format import TILE
+from leankv_mlx.kernels import Rows
+
+
+class _Common:
+    """Rows that several layers begin with."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.users: weakref.WeakSet[ExactRows] = weakref.WeakSet()
+
+
+class ExactRows:
+    """Rows [H, E, D]: the sink tokens first, then the window.
+
+    A copy of a layer goes on from the same rows. A window of 64 tokens in 16 bits takes as much as
+    250 tokens of 4-bit codes, so among many short replies to one document it is what counts. What
+    was there when the copy was made stays in one array for all, of which each leaves out what has
+    left its window since, and what came then is each one's own.
+
+    Args:
+        rows: all of them.
+        sinks: how many of the first never leave.
+    """
+
+    def __init__(self, rows: Rows, sinks: int) -> None:
+        self._sinks = sinks
+        self._own = rows  # all, or those behind what is common
+        self._common: _Common | None = None
+        self._start = self._stop = 0  # of the common rows behind the sink tokens those in use
+        self._made: tuple[weakref.ref[mx.array], weakref.ref[mx.array]] | None = None
+
+    @property
+    def count(self) -> int:
+        """E."""
+        own = _count(self._own)
+        return own if self._common is None else self._sinks + self._stop - self._start + own
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What holds them; those that are common are the same objects for all copies."""
+        return [*self._own] if self._common is None else [*self._common.rows, *self._own]
+
+    def rows(self) -> Rows:
+        """All of them. Where some are common they are put together anew, and live as long as
+        somebody holds them."""
+        if self._common is None:
+            return self._own
+        if self._made is not None:
+            k, v = (array() for array in self._made)
+            if k is not None and v is not None:
+                return Rows(k, v)
+        parts = zip(self._common.rows, self._own, strict=True)
+        made = Rows(*(mx.concatenate([*self._used(x), own], axis=1) for x, own in parts))
+        self._made = weakref.ref(made.k), weakref.ref(made.v)
+        return made
+
+    def _used(self, common: mx.array) -> list[mx.array]:
+        if (self._start, self._stop) == (self._sinks, common.shape[1]):
+            return [common]
+        return [common[:, : self._sinks], common[:, self._start : self._stop]]
+
+    def replace(self, rows: Rows) -> None:
+        """Become these rows."""
+        self._own, self._made = rows, None
+        if self._common is not None:
+            self._common.users.discard(self)
+            self._common = None
+
+    @property
+    def tail(self) -> Rows:
+        """The rows that new ones come behind; what is made of them goes to `extend`."""
+        if self._common is not None and len(self._common.users) == 1:
+            self.replace(self.rows())  # the copies are gone
+        return self._own
+
+    def extend(self, tail: Rows) -> None:
+        """Take the tail with new rows behind it."""
+        self._own, self._made = tail, None
+
+    def leave(self, n: int) -> None:
+        """The oldest n rows of the window go."""
+        if self._common is not None and self._start + n < self._stop:
+            self._start, self._made = self._start + n, None
+            return
+        start, stop = self._sinks, self._sinks + n
+        whole = self.rows()
+        self.replace(Rows(*(mx.concatenate([x[:, :start], x[:, stop:]], axis=1) for x in whole)))
+
+    def cut(self, n: int) -> None:
+        """The last n rows of the window go."""
+        own = _count(self._own)
+        if self._common is not None and own <= n < own + self._stop - self._start:
+            self._stop -= n - own
+            self.extend(_none(self._own))
+        elif n <= own:
+            self.extend(Rows(*(owned(x[:, : own - n]) for x in self._own)))
+        else:
+            self.replace(Rows(*(owned(x[:, : x.shape[1] - n]) for x in self.rows())))
+
+    def copy(self) -> ExactRows:
+        """The same rows for another layer."""
+        if self._common is None and self.count >= self._sinks + TILE:
+            self._common = _Common(self._own)
+            self._common.users.add(self)
+            self._start, self._stop = self._sinks, _count(self._own)
+            self.extend(_none(self._own))
+        other = ExactRows(self._own, self._sinks)
+        if self._common is not None:
+            other._common, other._start, other._stop = self._common, self._start, self._stop
+            self._common.users.add(other)
+        return other
+
+
+def _count(rows: Rows) -> int:
+    return int(rows.k.shape[1])
+
+
+def owned(x: mx.array) -> mx.array:
+    """A copy: a slice would keep the whole buffer behind it."""
+    return mx.concatenate([x[:, :1], x[:, 1:]], axis=1)
+
+
+def _none(rows: Rows) -> Rows:
+    """No rows of the same kind; a slice without rows would keep what it comes from."""
+    return Rows(*(mx.zeros((x.shape[0], 0, x.shape[2]), x.dtype) for x in rows))
