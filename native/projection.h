@@ -14,7 +14,7 @@ namespace leankv {
 constexpr int kLanes = 16;             // words of a channel in a tile: a cache line
 constexpr int kStretch = 32;           // channels; groups are 1, 2 or 4 times as many
 constexpr int kMaxTile = 16 * kLanes;  // P at 2 bits
-constexpr int kMaxRows = 8;            // that read codes; more of them multiply with unpacked ones
+constexpr int kMaxRows = 32;           // that multiply with codes; more do with unpacked ones
 constexpr int kAhead = 32;             // channels that are fetched ahead
 
 struct Weight {

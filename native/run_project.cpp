@@ -1,5 +1,9 @@
-// Products with quantized weights: a few rows read the codes once for all of them, tile by tile;
-// many rows multiply with tiles that are unpacked.
+// Products with quantized weights: up to kMaxRows rows multiply with the codes, tile by tile, a
+// group of channels for all of them before the next; more rows multiply with tiles that are
+// unpacked.
+//
+// What a row of few gets does not depend on how many there are, if all channels take part: how the
+// channels are cut depends on the weights alone, and each output is summed up in their order.
 #include <algorithm>
 #include <atomic>
 #include <cmath>

@@ -4,6 +4,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -179,6 +180,90 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
                .out = output_of(appended, type, longer, k_dim)}});
 }
 
+// Appends to and attends to several sequences at once: one without a body, one with two, each with
+// as many rows as it has. Each gets what it gets alone.
+void several_sequences(int dim, int group, int length, int blocks, Type type) {
+  constexpr int n = 3, heads = 2;
+  const int width = type == Type::f32 ? 2 : 1, query_heads = heads * group;
+  const Format format{.k = side(dim, group), .v = side(dim, length)};
+  std::vector<uint32_t> pool(size_t(heads) * blocks * format.words());
+  for (uint32_t& word : pool) word = draw() & 0x3BFF3BFFu;  // as scales they are finite
+  std::vector<int32_t> table(heads * blocks);
+  for (size_t i = 0; i < table.size(); ++i) table[i] = static_cast<int32_t>(i);
+  const std::vector<int32_t> lengths{blocks * kTile, blocks * kTile - 5}, none{0, 7};
+  const auto signs = normal(dim), scales = normal(heads * dim), mu = normal(heads * dim);
+  const std::vector<uint16_t> queries(size_t(n) * query_heads * length * dim * width, 0x3400);
+  const std::vector<uint16_t> rows(size_t(n) * heads * length * dim * width, 0x3400);
+  std::vector<std::vector<Body>> bodies(n);
+  for (const auto* used : {&lengths, &none}) {
+    bodies[1].push_back({pool.data(), table.data(), used->data(), blocks, format});
+  }
+  bodies[2] = {bodies[1][0]};
+
+  std::vector<std::vector<uint16_t>> before, exact_k, exact_v;
+  std::vector<AppendJob> appended;
+  for (int i = 0; i < n; ++i) {
+    const int old = 41 * i, all = old + length;
+    before.emplace_back(size_t(heads) * old * dim * width, 0x3000);
+    exact_k.emplace_back(size_t(heads) * all * dim * width);
+    exact_v.emplace_back(exact_k.back().size());
+    for (std::vector<uint16_t>* to : {&exact_k[i], &exact_v[i]}) {
+      Vectors given = rows_of(rows, type, length, dim);
+      given.data = given.row(i * heads, 0);
+      appended.push_back({.exact = rows_of(before[i], type, old, dim),
+                          .rows = given,
+                          .n_exact = old,
+                          .n_rows = length,
+                          .heads = heads,
+                          .scales = i == 1 ? nullptr : scales.data(),
+                          .rotation = rotation(signs, dim),
+                          .out = output_of(*to, type, all, dim)});
+    }
+  }
+  run_append(appended);
+
+  const size_t size = size_t(query_heads) * length;  // outputs of a sequence
+  std::vector<float> out(n * size * dim), lse(n * size), alone(size * dim), alone_lse(size);
+  std::vector<AttentionJob> jobs;
+  for (int i = 0; i < n; ++i) {
+    const int all = 41 * i + length;
+    Vectors given = rows_of(queries, type, length, dim);
+    given.data = given.row(i * query_heads, 0);
+    Output to = output_of(out, Type::f32, length, dim);
+    to.data = to.row(i * query_heads, 0);
+    jobs.push_back({.args = {.heads = heads,
+                             .group = group,
+                             .length = length,
+                             .k_dim = dim,
+                             .v_dim = dim,
+                             .bodies = bodies[i].data(),
+                             .n_bodies = static_cast<int>(bodies[i].size()),
+                             .exact_k = rows_of(exact_k[i], type, all, dim),
+                             .exact_v = rows_of(exact_v[i], type, all, dim),
+                             .exact = all,
+                             .causal = true},
+                    .ends = {.queries = given,
+                             .k_rotation = rotation(signs, dim),
+                             .v_rotation = rotation(signs, dim),
+                             .scale = 0.01f,
+                             .out = to},
+                    .scales = i == 1 ? nullptr : scales.data(),
+                    .mu_k = i == 0 ? nullptr : mu.data(),
+                    .mu_v = i == 0 ? nullptr : mu.data(),
+                    .lse = lse.data() + i * size});
+  }
+  run_attention(jobs);
+  for (int i = 0; i < n; ++i) {
+    AttentionJob job = jobs[i];
+    job.ends.out = output_of(alone, Type::f32, length, dim);
+    job.lse = alone_lse.data();
+    run_attention({job});
+    const bool same = std::equal(alone.begin(), alone.end(), out.begin() + i * size * dim) &&
+                      std::equal(alone_lse.begin(), alone_lse.end(), lse.begin() + i * size);
+    check(same, "a sequence among others gets other bits than alone");
+  }
+}
+
 // Attends to rows of which the first head misses every third.
 void many_queries(int k_dim, int v_dim, int group, int length, int tokens, Type type) {
   const int heads = 2, query_heads = heads * group, width = type == Type::f32 ? 2 : 1;
@@ -304,6 +389,8 @@ void all_shapes() {
     }
   }
   round_trip(128, 128, 4, 1, 4000, 70, Type::bf16);  // enough for several threads
+  several_sequences(64, 3, 1, 150, Type::f16);       // likewise
+  several_sequences(96, 1, 8, 2, Type::f32);
   for (const int dim : {32, 80, 256}) {
     for (const int turned : {0, 2, dim / 2, dim}) heads_of(1 + turned % 3, 70, dim, turned, turned);
   }

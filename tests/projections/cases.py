@@ -18,7 +18,7 @@ FACTORS: Mapping[str, Sequence[Any]] = {
     "group": (32, 64, 128),
     "outputs": (1, 16, 100, 128, 576, 900),
     "groups": (1, 2, 5, 9),
-    "rows": (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64),
+    "rows": (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 32, 33, 64),
     "dtype": FLOATS,
     "scales": FLOATS,
     "keep": (None, 0.0, 0.7, 1e9, "norms"),

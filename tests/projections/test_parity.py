@@ -68,6 +68,25 @@ def test_numbers_are_those_of_mlx(rows: int, backend: Backend) -> None:
     assert np.abs(np.array(out) - expected).max() <= 1e-6 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("bits", FACTORS["bits"])
+def test_a_row_of_a_batch_gets_the_bits_that_it_gets_alone(bits: int, backend: Backend) -> None:
+    """Of up to 32 sequences, so that what one answers does not depend on the others."""
+    if backend.name != "cpu":
+        pytest.skip("a GPU's kernel for one to eight rows is another one than that for more")
+    weights = [weight(n, 320, 64, bits, mx.float16) for n in (300, 300)]
+    x, residual = mx.random.normal((32, 320)), mx.random.normal((32, 300))
+    norm = Norm(mx.random.normal((320,)), 1e-5)
+
+    def out(first: int, last: int) -> mx.array:
+        rows = slice(first, last)
+        asked = {"norm": norm, "residual": residual[rows], "gate": "silu", "backend": backend}
+        return project(x[rows], weights, **asked).outs[0]
+
+    wanted = mx.concatenate([out(row, row + 1) for row in range(32)])
+    for rows in (2, 3, 5, 8, 9, 16, 31, 32):
+        assert mx.array_equal(out(0, rows), wanted[:rows])
+
+
 def test_a_channel_that_is_left_out_is_not_looked_at(backend: Backend) -> None:
     """Groups without any channel have scales that would show in the output."""
     given = weight(300, 256, 32, 4, mx.float32)
