@@ -35,8 +35,21 @@ POLICIES = [
     "leankv:policy=streaming,window=32",
     "leankv:policy=budget,budget=600K,window=32",
 ]
-SETTINGS = ["leankv", f"{KV},equalize=on", f"{KV},skip=0.001", f"{KV},sink_tokens=0", f"{KV},k2v2",
-            "leankv:window=96,sink_tokens=40", f"{KV},rotation=none", f"{KV},backend=reference"]  # fmt: skip
+SETTINGS = [
+    "leankv",
+    "leankv:window=96,sink_tokens=40",
+    *(
+        f"{KV},{setting}"
+        for setting in (
+            "equalize=on",
+            "skip=0.001",
+            "sink_tokens=0",
+            "k2v2",
+            "rotation=none",
+            "backend=reference",
+        )
+    ),
+]
 NO_BATCHES = {"gemma2": "its own masks are of one sequence: mlx-lm's caches fail likewise"}
 
 
@@ -46,7 +59,11 @@ def model() -> nn.Module:
 
 
 def check(
-    model: nn.Module, lengths: list[int], tokens: list[int], step: int = 64, late: int = 2,
+    model: nn.Module,
+    lengths: list[int],
+    tokens: list[int],
+    step: int = 64,
+    late: int = 2,
     **options: Any,
 ) -> list[Reply]:
     """Assert that prompts of these lengths, the last ones `late`, get what they get alone."""
