@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 
-import pytest
-
 from leankv_mlx.errors import MemoryLimitError
 from leankv_mlx.serving.admission import MOST_PASSED, Balance, Room, Verdict, too_large
 

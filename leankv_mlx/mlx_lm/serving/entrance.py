@@ -12,6 +12,10 @@ from leankv_mlx.mlx_lm.serving.served import Served
 from leankv_mlx.serving import PromptStore
 from leankv_mlx.serving.admission import Balance, Room, Verdict, too_large
 
+_LEAST = 32
+"""Tokens in common below which a prompt is read as a whole. Little is saved, and what a cache holds
+depends on where reading stopped; so short prompts get the very reply that they get alone."""
+
 
 class Entrance:
     """The waiting room of one model.
@@ -79,18 +83,22 @@ class Entrance:
         return True
 
     def settle(self) -> None:
-        """Hold the store to its own limit, and to the same entries on all machines."""
-        if self._settled == self._running.changes and not self._machines.several:
+        """Have the store let go of what there is no room for any more, and of the same on all
+        machines."""
+        if self._settled == self._running.changes:
             return
         self._settled = self._running.changes
-        most = self._args.prompt_cache_bytes
+        self._store.trim_to(n_sequences=self._machines.told(self._trimmed))
 
-        def entries() -> int:
-            if most is not None:
-                self._store.trim_to(n_bytes=most, running=self._running.lists)
-            return len(self._store)
-
-        self._store.trim_to(n_sequences=self._machines.told(entries))
+    def _trimmed(self) -> int:
+        """Entries that are left once there is room for all that runs to grow."""
+        limit, lists = self._served.limit, self._running.lists
+        if self._store.nbytes + sum(x.most for x in self._running.requests) > limit:
+            growth = self._running.balance(None).growth
+            self._store.trim_to(n_bytes=limit - growth, running=lists)
+        if self._args.prompt_cache_bytes is not None:
+            self._store.trim_to(n_bytes=self._args.prompt_cache_bytes, running=lists)
+        return len(self._store)
 
     def _choose(self) -> int | None:
         """The number of the next to run; it may turn out not to fit."""
@@ -125,8 +133,7 @@ class Entrance:
 
     def _let_in(self, request: Request) -> None:
         """Let a request run if it fits with what the store really has of its prompt."""
-        caches, rest = self._store.fetch_nearest_cache(self._served.key, request.prompt)
-        request.reused = len(request.prompt) - len(rest)
+        caches, request.reused = self._beginning(request.prompt)
         # Each machine has its own heads or layers, from whose scores a policy may have dropped
         # tokens on one and not on another.
         if not self._machines.agree(request.reused):
@@ -145,6 +152,14 @@ class Entrance:
         except Exception as error:
             self._running.fail([request], error)
         self.settle()
+
+    def _beginning(self, prompt: list[int]) -> tuple[list[Any] | None, int]:
+        """Caches with what the store has of a prompt, and how many tokens these are."""
+        if self._store.longest(self._served.key, prompt) < _LEAST:
+            self._store.misses += 1
+            return None, 0
+        caches, rest = self._store.fetch_nearest_cache(self._served.key, prompt)
+        return caches, len(prompt) - len(rest)
 
     def _cuts(self) -> dict[int, list[int]] | None:
         """Where prompts stop because others go on from there."""

@@ -27,7 +27,7 @@ from leankv_mlx.mlx_lm.serving.report import Report
 from leankv_mlx.mlx_lm.serving.request import Arrival, Request, prepare
 from leankv_mlx.mlx_lm.serving.running import Running
 from leankv_mlx.mlx_lm.serving.served import Served
-from leankv_mlx.serving import PromptStore, held
+from leankv_mlx.serving import Held, PromptStore, held
 
 _IDLE_S = 0.1
 """How long to wait for a request while nothing runs."""
@@ -75,6 +75,7 @@ class Loop:
         self._running: Running
         self._entrance: Entrance
         self._looked = -1  # the count of changes at the last look
+        report.look(Held(), running=0, waiting=0, store=store)
 
     def run(self) -> None:
         """Until the server ends."""
@@ -220,8 +221,8 @@ class Loop:
         request = prepare(copied, self._generator, self._served)
         self._entrance.check(request)
         if together:
-            self._entrance.add(request)
             arrival.client.put(request.context)
+            self._entrance.add(request)
         else:
             self._answer(arrival, request)
 
@@ -245,6 +246,7 @@ class Loop:
         for _ in self._generator._time_budget:
             for request in self._running.step():
                 self._entrance.add(request)
+            self._entrance.settle()
             if not self._running or (not self._machines.several and self._is_called()):
                 return
 

@@ -49,6 +49,7 @@ class Request:
         uid: in the batch, -1 while it waits.
         reused: tokens of the prompt that were not read for it.
         tokens: in its caches.
+        kept: of these, those that the store had when it took or gave a copy last.
         reading: its prompt, while that is read.
         by_itself: it is read with no other beside it, because a step with it and others failed.
         missed: the loop's count of changes when it did not fit after all.
@@ -71,6 +72,7 @@ class Request:
     uid: int = -1
     reused: int = 0
     tokens: int = 0
+    kept: int = 0
     reading: Reading | None = None
     by_itself: bool = False
     missed: int = -1

@@ -73,9 +73,9 @@ class Running:
         lists = [*self.lists, beside or []]
         growth = 0
         for request in self._requests.values():
-            # Until it takes its first tokens, its exact rows are those of what it goes on from.
-            begun = request.tokens > request.reused
-            has = (self._served.used if begun else self._served.shared)(request.tokens)
+            # Until it takes further tokens, its exact rows are those of the copy in the store.
+            moved = request.tokens > request.kept
+            has = (self._served.used if moved else self._served.shared)(request.tokens)
             growth += max(0, request.most - has)
         return Balance(
             limit=self._served.limit,
@@ -90,7 +90,7 @@ class Running:
         """Begin with a request behind the `request.reused` tokens of its prompt in `caches`."""
         if self._batch is None:
             self._batch = Batch(self._served.model, self._generator.cli_args, self._stream)
-        request.tokens = request.context.prompt_cache_count = request.reused
+        request.tokens = request.kept = request.context.prompt_cache_count = request.reused
         request.reading = Reading(request.prompt, request.reused, request.reused)
         request.uid = self._batch.insert(request, caches)
         self._requests[request.uid] = request
@@ -166,7 +166,7 @@ class Running:
         elif response.end_of_segment and request.types:
             caches, tokens = self._batch.extract(request.uid)
             self._keep(tokens, caches, request.types.pop(0))
-            request.reading.stored = len(tokens)
+            request.kept = request.reading.stored = len(tokens)
         request.client.put(response.progress)
 
     def _has_replied(self, request: Request, response: Any) -> None:
