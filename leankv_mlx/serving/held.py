@@ -10,10 +10,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from leankv_mlx.blocks import BlockPool, BlockTable
+from leankv_mlx.blocks import BlockPool
 from leankv_mlx.cache import BatchedKVCache, CompressedKVCache, entries
 from leankv_mlx.cache.layer import Layer
-from leankv_mlx.codec.format import TILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,20 +170,12 @@ def _share(caches: Sequence[Any]) -> Share:
         elif cache.layer is not None:
             used += cache.layer.memory().used
             fp16 += cache.fp16_nbytes
-            blocks += [_owned(table) for table in _tables(cache.layer)]
             arrays += _arrays(cache.layer)
+            if cache.layer.body is not None:
+                blocks += [(table.pool, table.owned) for table in cache.layer.body.tables]
     counts = max(map(tokens_of, caches), key=sum, default=[])
     sequences = max(1, len(counts)) if caches else 0
     return Share(sequences, sum(counts), used, fp16, blocks, arrays)
-
-
-def _tables(layer: Layer) -> list[BlockTable]:
-    return layer.body.tables if layer.body else []
-
-
-def _owned(table: BlockTable) -> tuple[BlockPool, NDArray[np.int32]]:
-    used = np.arange(table.ids.shape[1]) < -(-table.lengths // TILE)[:, None]
-    return table.pool, table.ids[used]
 
 
 def _arrays(layer: Layer) -> list[mx.array]:
@@ -200,6 +191,16 @@ def _arrays(layer: Layer) -> list[mx.array]:
 def _uncompressed(cache: Any, nbytes: int) -> int:
     """Bytes of one of mlx-lm's own caches at two bytes an element; recurrent states as they are."""
     sides = [getattr(cache, "keys", None), getattr(cache, "values", None)]
-    if not all(isinstance(side, mx.array) for side in sides):
+    if any(side is None for side in sides):
         return nbytes
-    return sum(2 * int(side.size) for side in sides if side is not None)
+    counts = tokens_of(cache)
+    return sum(_side(side, counts, int(getattr(cache, "bits", 0))) for side in sides)
+
+
+def _side(side: Any, counts: list[int], bits: int) -> int:
+    """Keys or values: one array [B, H, slots, D], or (codes, scales, biases)."""
+    array = side[0] if isinstance(side, list | tuple) else side
+    batch, _, slots, _ = array.shape
+    elements = int(array.size) * (32 // bits if bits else 1)
+    in_use = sum(min(count, slots) for count in counts)  # a rotating cache has seen more
+    return int(2 * elements * in_use // max(1, batch * slots))

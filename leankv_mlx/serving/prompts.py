@@ -8,13 +8,14 @@ blocks, so two prompts with a common beginning hold it once, and the limit means
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
-from leankv_mlx.serving.held import Ledger, Share
+from leankv_mlx.serving.held import Held, Ledger, Share
 from leankv_mlx.serving.tree import Node, Tree, as_tokens
 
 KINDS = ("assistant", "user", "system")
@@ -92,15 +93,19 @@ class PromptStore:
 
     @property
     def lists(self) -> list[list[Any]]:
-        """The caches of all entries, for whoever counts them together with others; not to be
-        changed."""
+        """The caches of all entries, not to be changed."""
         return [entry.caches for queue in self._queues.values() for entry in queue.values()]
+
+    def held(self, running: Iterable[Sequence[Any]] = ()) -> Held:
+        """What the entries hold together with what runs, shared bytes counted once."""
+        with self._beside(running):
+            return self._ledger.held
 
     def longest(self, model: Hashable, tokens: Sequence[int]) -> int:
         """How many tokens of a prompt `fetch_nearest_cache` would find; nothing is copied."""
         found = self._nearest(model, tokens)
         count = found[1] if found else 0
-        return max(count, self._on_disk(tokens, count))
+        return max(count, self._on_disk(tokens[:-1], count))
 
     def fetch_nearest_cache(
         self, model: Hashable, tokens: Sequence[int]
@@ -109,11 +114,8 @@ class PromptStore:
         least one token. The caches are the caller's own; they share their blocks."""
         found = self._nearest(model, tokens)
         count = found[1] if found else 0
-        stored = self._on_disk(tokens, count)
-        if stored and self.disk and (opened := self.disk.open(tokens[:stored])) is not None:
-            copies = deepcopy(opened)
-            self.insert_cache(model, tokens[:stored], opened, cache_type="user")
-            return self._hit(copies, tokens, stored)
+        if (opened := self._opened(model, tokens, count)) is not None:
+            return opened
         if found is None:
             self.misses += 1
             return None, tokens
@@ -177,11 +179,9 @@ class PromptStore:
             self._remove(self._oldest())
         if n_bytes is None:
             return
-        beside = [self._ledger.add(caches) for caches in running]
-        while self.nbytes > max(0, n_bytes) and len(self):
-            self._remove(self._oldest())
-        for share in beside:
-            self._ledger.remove(share)
+        with self._beside(running):
+            while self.nbytes > max(0, n_bytes) and len(self):
+                self._remove(self._oldest())
 
     def stats_by_type(self) -> dict[str, dict[str, int]]:
         """Sequences and bytes of each kind; what kinds share counts in each of them."""
@@ -190,12 +190,35 @@ class PromptStore:
             for kind, queue in self._queues.items()
         }
 
+    @contextmanager
+    def _beside(self, running: Iterable[Sequence[Any]]) -> Iterator[None]:
+        """Other cache lists are counted, too, inside of the block."""
+        shares = [self._ledger.add(caches) for caches in running]
+        try:
+            yield
+        finally:
+            for share in shares:
+                self._ledger.remove(share)
+
     def _nearest(self, model: Hashable, tokens: Sequence[int]) -> tuple[_Entry, int] | None:
         tree = self._trees.get(model)
         return tree.nearest(as_tokens(tokens), len(tokens) - 1) if tree else None
 
     def _on_disk(self, tokens: Sequence[int], above: int) -> int:
-        return self.disk.longest(tokens[:-1], above) if self.disk else 0
+        return self.disk.longest(tokens, above) if self.disk else 0
+
+    def _opened(
+        self, model: Hashable, tokens: Sequence[int], above: int
+    ) -> tuple[list[Any], Sequence[int]] | None:
+        """What is found on disk, if that is more than what is in memory."""
+        stored = self._on_disk(tokens[:-1], above)
+        while stored and self.disk:
+            if (caches := self.disk.open(tokens[:stored])) is not None:
+                copies = deepcopy(caches)
+                self.insert_cache(model, tokens[:stored], caches, cache_type="user")
+                return self._hit(copies, tokens, stored)
+            stored = self._on_disk(tokens[: stored - 1], above)  # it was damaged, or has gone
+        return None
 
     def _hit(
         self, caches: list[Any], tokens: Sequence[int], count: int
