@@ -13,9 +13,12 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
+
 from leankv_mlx.config import UNCOMPRESSED
 from leankv_mlx.errors import LeanKVError, ModelError, UsageError
 from leankv_mlx.faults import described
+from leankv_mlx.folders import expanded
 from leankv_mlx.mlx_lm.attachment import Attachment
 from leankv_mlx.mlx_lm.commands.session import BARE, Method, Session, backend_text, hooked
 from leankv_mlx.mlx_lm.context import longest_context
@@ -25,12 +28,15 @@ from leankv_mlx.mlx_lm.patches import replaced
 from leankv_mlx.mlx_lm.serving.generator import generator_of
 from leankv_mlx.mlx_lm.serving.handler import handler_of
 from leankv_mlx.mlx_lm.serving.served import Served
+from leankv_mlx.mlx_lm.stored_prompts import disk_store
 from leankv_mlx.mlx_lm.usage import measure, summary_line
 from leankv_mlx.resources import demo_model
 from leankv_mlx.serving import PromptStore
+from leankv_mlx.serving.prefixes import Prefixes
 from leankv_mlx.sizes import parse_bytes
 
 _OURS = {"kv_memory": "--kv-memory", "kv_store": "--kv-store", "kv_store_size": "--kv-store-size"}
+_DEFAULT_STORE = "on"
 _EXAMPLE_TOKENS = 4096
 """Of the sequences that the start line counts."""
 
@@ -48,11 +54,15 @@ class Server(Session):
         self._backend = UNCOMPRESSED  # of the model that is served
         self._attached: list[weakref.ref[Attachment]] = []
         self._limit: int | None = None
+        self._store_limit: int | None = None
 
     def add_flags(self, parser: argparse.ArgumentParser, default_kv: str) -> None:
         """Also what bounds and keeps the caches."""
         add_flags(parser, default_kv, self._demo)
         add_serving_flags(parser)
+        for action in parser._actions:
+            if action.dest == "prompt_cache_bytes":
+                action.type = parse_bytes
 
     def accept(self, args: argparse.Namespace) -> None:
         """Also find the models now: the server loads them in a thread.
@@ -71,8 +81,14 @@ class Server(Session):
         given = [flag for name, flag in _OURS.items() if getattr(args, name) is not None]
         if given and self.config is None:
             raise UsageError(f"{given[0]} does nothing beside --kv {args.kv}; use --kv {BARE}.")
-        if args.kv_store_size is not None and args.kv_store is None:
-            raise UsageError("--kv-store-size does nothing without --kv-store.")
+        if args.kv_store_size is not None:
+            if args.kv_store is None:
+                raise UsageError("--kv-store-size does nothing without --kv-store.")
+            self._store_limit = parse_bytes(args.kv_store_size)
+        if args.kv_store not in (None, _DEFAULT_STORE):
+            place = expanded(args.kv_store)
+            if place.exists() and not place.is_dir():
+                raise UsageError(f"--kv-store {place} is a file; give a folder.")
         if args.kv_memory is not None:
             self._limit = parse_bytes(args.kv_memory)
             if not self._limit:
@@ -127,7 +143,30 @@ class Server(Session):
         alive = [found for ref in self._attached if (found := ref()) is not None]
         models = [m for m in (provider.model, provider.draft_model) if m is not None]
         attachments = [next(a for a in reversed(alive) if a.model is model) for model in models]
-        return Served.of(name, provider, self._model_config, tuple(attachments), self._limit)
+        return Served.of(
+            name,
+            provider,
+            self._model_config,
+            tuple(attachments),
+            self._limit,
+            self._disk(provider, attachments[0]),
+        )
+
+    def _disk(self, provider: Any, attachment: Attachment) -> Prefixes | None:
+        """Where prefixes are kept: of models with an adapter or a draft none are."""
+        name, adapter, draft = provider.model_key
+        args = self.args
+        if args.kv_store is None or adapter is not None or draft is not None:
+            return None
+        return disk_store(
+            provider.model,
+            resolve_model(name),
+            attachment.config,
+            None if args.kv_store == _DEFAULT_STORE else expanded(args.kv_store),
+            self._store_limit,
+            lambda text: logging.info(f"leankv: {text}"),
+            args.prefill_step_size,
+        )
 
     # The parts of the server.
 
@@ -139,6 +178,8 @@ class Server(Session):
         """Instead of mlx-lm's `ResponseGenerator`."""
         if self.config is None:
             return original(*args, **options)
+        if self.args.kv_store is not None and mx.distributed.init().size() > 1:
+            raise UsageError("--kv-store works on one machine; drop it, or serve on one.")
         return generator_of(original, self._served, self._summary_of)(*args, **options)
 
     def run_http_server(

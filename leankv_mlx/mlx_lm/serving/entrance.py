@@ -30,7 +30,8 @@ class Entrance:
         self._served, self._running, self._store = served, running, store
         self._machines, self._args = machines, args
         self._room: Room[Request] = Room()
-        self._settled = -1  # the count of changes when the store was last held to its limits
+        # Counts of changes: when the store was last held to its limits, and when nobody fitted.
+        self._settled = self._futile = -1
 
     def __len__(self) -> int:
         return len(self._room)
@@ -102,11 +103,14 @@ class Entrance:
 
     def _choose(self) -> int | None:
         """The number of the next to run; it may turn out not to fit."""
-        if not self._room or not self._has_place():
+        if not self._room or self._futile == self._running.changes or not self._has_place():
             return None
         balance = self._running.balance(None)
         found = self._room.next(lambda request: self._judge(request, balance))
-        return None if found is None else found.number
+        if found is None:
+            self._futile = self._running.changes
+            return None
+        return found.number
 
     def _has_place(self) -> bool:
         """Whether mlx-lm's batch would begin with one more at once."""

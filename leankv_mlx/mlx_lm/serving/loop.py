@@ -27,7 +27,7 @@ from leankv_mlx.mlx_lm.serving.report import Report
 from leankv_mlx.mlx_lm.serving.request import Arrival, Request, prepare
 from leankv_mlx.mlx_lm.serving.running import Running
 from leankv_mlx.mlx_lm.serving.served import Served
-from leankv_mlx.serving import Held, PromptStore, held
+from leankv_mlx.serving import Held, PromptStore
 
 _IDLE_S = 0.1
 """How long to wait for a request while nothing runs."""
@@ -111,7 +111,7 @@ class Loop:
         self._entrance = Entrance(
             served, self._running, self._store, self._machines, self._generator.cli_args
         )
-        self._served = served
+        self._served, self._store.disk = served, served.disk
         self._report.facts = served.facts
         self._looked = -1
         return served
@@ -120,8 +120,10 @@ class Loop:
         """Refer to the model no more, so that another one has its memory."""
         if self._served is not None:
             self._running.close()
+            if self._served.disk is not None:
+                self._served.disk.close()
             del self._running, self._entrance
-        self._served = None
+        self._served = self._store.disk = None
 
     # What it hears.
 
@@ -262,9 +264,9 @@ class Loop:
         if not self._report.is_due() and self._busy:
             return
         self._looked = self._running.changes
-        lists = [*self._running.lists, *self._store.lists]
         waiting = len(self._entrance) + len(self._arrivals)
-        self._report.look(held(lists), len(self._running), waiting, self._store)
+        held = self._store.held(self._running.lists)
+        self._report.look(held, len(self._running), waiting, self._store)
         if (line := self._report.line()) is not None:
             logging.info(line)
 

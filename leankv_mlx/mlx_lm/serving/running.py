@@ -79,7 +79,7 @@ class Running:
             growth += max(0, request.most - has)
         return Balance(
             limit=self._served.limit,
-            held=held([*lists, *self._store.lists]).used,
+            held=self._store.held(lists).used,
             running=held(lists).used,
             growth=growth,
         )

@@ -10,6 +10,7 @@ from mlx import nn
 
 from leankv_mlx.mlx_lm.attachment import Attachment, own_caches
 from leankv_mlx.mlx_lm.footprint import Footprint, spare_memory
+from leankv_mlx.serving.prefixes import Prefixes
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Served:
         footprints: of its caches, and of those of the model that drafts for it.
         limit: bytes that the caches of all requests may take.
         facts: about it, for whoever asks the server.
+        disk: where prefixes of its prompts survive a restart.
     """
 
     name: Any
@@ -35,6 +37,7 @@ class Served:
     footprints: tuple[Footprint, ...]
     limit: int
     facts: dict[str, Any]
+    disk: Prefixes | None = None
 
     @classmethod
     def of(
@@ -44,12 +47,14 @@ class Served:
         config: dict[str, Any],
         attachments: tuple[Attachment, ...],
         limit: int | None,
+        disk: Prefixes | None = None,
     ) -> Served:
         """What mlx-lm's `ModelProvider` has loaded.
 
         Args:
             attachments: of the model, and of the one that drafts.
             limit: None for the share of this machine's memory that is left beside the model.
+            disk: see `Served`.
         """
         model = provider.model
         logits = model(mx.array([[1]]), cache=own_caches(model))  # whose shape is all that is read
@@ -72,6 +77,7 @@ class Served:
                 "layers": {"compressed": first.compressed_layers, "all": len(first.report)},
                 "limit": limit,
             },
+            disk=disk,
         )
 
     def most(self, tokens: int) -> int:
