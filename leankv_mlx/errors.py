@@ -76,6 +76,10 @@ class MemoryLimitError(RequestError):
     """A request takes more KV cache than the server may hold."""
 
 
+class ServingError(LeanKVError):
+    """A request of the server failed after it had begun."""
+
+
 class ClientLeftError(LeanKVError):
     """Nobody waits for the answer any more."""
 

@@ -31,30 +31,27 @@ class Reading:
     Attributes:
         prompt: its tokens.
         read: how many of them are in the cache.
-        stored: how many of them are in the store of prompts, for others to go on from.
         cuts: where reading stops, so that what is read until then is stored.
     """
 
     prompt: Sequence[int]
     read: int
-    stored: int = 0
     cuts: set[int] = field(default_factory=set)
 
     def cut_for(self, prompt: Sequence[int], have: int) -> int | None:
         """How many tokens of another prompt will be stored once this one is read up to them, if it
         is worth to wait for that: both have a long beginning in common, it is most of the other
-        prompt, and not stored yet.
+        prompt, and nobody has it yet.
 
         Args:
-            have: tokens of the other prompt that are stored already.
+            have: tokens of the other prompt that are at hand.
         """
         shared = min(common(self.prompt, prompt), len(self.prompt) - 1, len(prompt) - 1)
         if shared < WORTH or 2 * shared < len(prompt) or have > shared - WORTH:
             return None
         near = [cut for cut in self.cuts if shared - WORTH < cut <= shared]
-        # What was passed can still be cut out of the whole prompt, once that is stored.
-        cut = max(near) if near else shared if shared > self.read else len(self.prompt) - 1
-        return cut if cut > self.stored else None
+        cut = max(near, default=shared)
+        return cut if cut > self.read else None
 
     def add(self, cut: int) -> None:
         """Stop there, too, and for its sake not just behind it."""

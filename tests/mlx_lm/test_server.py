@@ -300,7 +300,7 @@ def test_help_is_that_of_mlx_lm_with_ours(capfd: pytest.CaptureFixture[str]) -> 
     out = capfd.readouterr().out
     for flag in (
         "usage: leankv serve", "--kv KV", "--kv-memory SIZE", "--kv-store FOLDER", "--draft-model",
-        "--decode-concurrency", "the bundled one", "(default: leankv)",
+        "--decode-concurrency", "the\n                        bundled one", "(default: leankv)",
     ):  # fmt: skip
         assert flag in out
 

@@ -17,6 +17,7 @@ from leankv_mlx.errors import (
     ContextLengthError,
     MemoryLimitError,
     RequestError,
+    ServingError,
 )
 from leankv_mlx.mlx_lm.serving import report, running
 from leankv_mlx.mlx_lm.serving.batch import Batch, rest_of
@@ -167,7 +168,7 @@ def test_what_fails_in_a_step_is_one_request(
     good = [drawn(20), drawn(30), drawn(25)]
     beside = [server.ask(prompt, 30) for prompt in good]
     bad = server.ask(drawn(31), 30, **options)
-    assert isinstance(bad.wait().error, RuntimeError)
+    assert isinstance(bad.wait().error, ServingError)
     assert "two lines" in str(bad.error).replace("\\n", " ") and len(bad.reply) < 4
     for prompt, one in zip(good, beside, strict=True):
         assert one.wait().reply == server.alone(prompt, 30)

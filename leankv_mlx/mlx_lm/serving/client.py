@@ -23,24 +23,25 @@ class Client(Queue[Any]):
 
     Attributes:
         left: nobody waits any more; set by the thread of the connection, and read by the loop.
-        patient: what is put is taken even if nobody waits, and a context cannot be stopped.
+        strict: nothing but an error is taken once nobody waits.
+        kept: the context that is put cannot be stopped.
     """
 
     def __init__(self, connection: socket.socket | None = None) -> None:
         super().__init__()
         self._connection = connection
         self.left = False
-        self.patient = False
+        self.strict = self.kept = False
 
     def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
         """Hand on one more item.
 
         Raises:
-            ClientLeftError: nobody waits for it. Errors are taken in any case.
+            ClientLeftError: nobody waits for it, and the queue is `strict`.
         """
-        if self.left and not self.patient and not isinstance(item, Exception):
+        if self.left and self.strict and not isinstance(item, Exception):
             raise ClientLeftError("the client has left.")
-        if self.patient and hasattr(item, "stop"):
+        if self.kept and hasattr(item, "stop"):
             item.stop = lambda: None
         super().put(item, block, timeout)
 

@@ -11,6 +11,7 @@ from leankv_mlx.mlx_lm.serving.running import Running
 from leankv_mlx.mlx_lm.serving.served import Served
 from leankv_mlx.serving import PromptStore
 from leankv_mlx.serving.admission import Balance, Room, Verdict, too_large
+from leankv_mlx.serving.sharing import WORTH
 
 _LEAST = 32
 """Tokens in common below which a prompt is read as a whole. Little is saved, and what a cache holds
@@ -126,7 +127,7 @@ class Entrance:
             return Verdict.WAITS
         if request.by_itself and self._running.reading:
             return Verdict.HOLDS
-        have = self._store.longest(self._served.key, request.prompt)
+        have = max(self._stored(request.prompt), self._running.nearest(request.prompt)[1])
         for _, reading in self._running.reading:
             cut = reading.cut_for(request.prompt, have)
             if cut is not None:
@@ -158,12 +159,20 @@ class Entrance:
         self.settle()
 
     def _beginning(self, prompt: list[int]) -> tuple[list[Any] | None, int]:
-        """Caches with what the store has of a prompt, and how many tokens these are."""
-        if self._store.longest(self._served.key, prompt) < _LEAST:
+        """Caches with what is at hand of a prompt, and how many tokens these are."""
+        stored = self._stored(prompt)
+        source, length = self._running.nearest(prompt)
+        if source is not None and length >= stored + WORTH:
+            self._running.keep(source, "user", whole=True)
+            stored = self._stored(prompt)  # unless it cannot be cut
+        if stored < _LEAST:
             self._store.misses += 1
             return None, 0
         caches, rest = self._store.fetch_nearest_cache(self._served.key, prompt)
         return caches, len(prompt) - len(rest)
+
+    def _stored(self, prompt: list[int]) -> int:
+        return self._store.longest(self._served.key, prompt)
 
     def _cuts(self) -> dict[int, list[int]] | None:
         """Where prompts stop because others go on from there."""

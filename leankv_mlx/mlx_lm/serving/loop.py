@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from leankv_mlx.errors import ClientLeftError, LeanKVError
+from leankv_mlx.errors import LeanKVError, ServingError
 from leankv_mlx.faults import described
 from leankv_mlx.mlx_lm.serving.client import Client
 from leankv_mlx.mlx_lm.serving.entrance import Entrance
@@ -177,7 +177,7 @@ class Loop:
         if self._served is not None:
             for request in requests:
                 self._entrance.remove(request)
-            self._running.drop(x for x in requests if isinstance(x, Request))
+            self._running.leave(x for x in requests if isinstance(x, Request))
             self._running.changes += 1
 
     # What it takes.
@@ -193,8 +193,6 @@ class Loop:
             try:
                 self.open(arrival.args.model)
                 self._enter(arrival)
-            except ClientLeftError:
-                self._report.counts.left += 1
             except Exception as error:  # of the hub, of files, of what the client sent
                 arrival.client.put(error)
 
@@ -213,7 +211,6 @@ class Loop:
         """Check a request, and let it wait for its turn or answer it now.
 
         Raises:
-            ClientLeftError: nobody waits for the answer.
             RequestError, ContextLengthError: see `prepare` and `Entrance.check`.
         """
         assert self._served is not None
@@ -232,8 +229,9 @@ class Loop:
         """Answer a request by itself, in mlx-lm's own loop, which puts errors into the queue."""
         self._machines.told(lambda: self._entrance.make_room(request.most))
         self._entrance.settle()
-        # On one of several machines its loop cannot be left.
-        arrival.client.patient = self._machines.several
+        # Its loop is left by an error; on one of several machines it cannot be left.
+        arrival.client.kept = self._machines.several
+        arrival.client.strict = not self._machines.several
         arrival.args.max_tokens = request.max_tokens
         self._generator._serve_single((arrival.client, arrival.request, arrival.args), self._stream)
         self._report.counts.finished += 1
@@ -246,7 +244,14 @@ class Loop:
         if not self._running:
             return
         for _ in self._generator._time_budget:
-            for request in self._running.step():
+            try:
+                again = self._running.step()
+            except Exception as error:
+                self._running.start_anew(error)
+                if self._machines.several:
+                    raise
+                return
+            for request in again:
                 self._entrance.add(request)
             self._entrance.settle()
             if not self._running or (not self._machines.several and self._is_called()):
@@ -271,13 +276,19 @@ class Loop:
             logging.info(line)
 
     def _fail_all(self, error: Exception) -> None:
-        """Something went wrong that no request can be blamed for: none of them waits for ever."""
+        """Something went wrong that no request can be blamed for: none of them waits for ever.
+
+        Raises:
+            Exception: the error, on several machines: they may no longer be of one mind.
+        """
         text = described(error)
         logging.error(f"leankv: error: {text}")
         for request in self._known():
-            request.client.put(error if isinstance(error, LeanKVError) else RuntimeError(text))
+            request.client.put(error if isinstance(error, LeanKVError) else ServingError(text))
         self._arrivals.clear()
         if self._served is not None:
             for request in self._entrance:
                 self._entrance.remove(request)
             self._running.start_anew(error)
+        if self._machines.several:
+            raise error

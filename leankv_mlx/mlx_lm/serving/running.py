@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from leankv_mlx.errors import ClientLeftError, LeanKVError
+from leankv_mlx.errors import LeanKVError, ServingError
 from leankv_mlx.faults import described
 from leankv_mlx.mlx_lm.serving.batch import Batch
 from leankv_mlx.mlx_lm.serving.report import Counts
@@ -17,7 +17,7 @@ from leankv_mlx.mlx_lm.serving.request import Request
 from leankv_mlx.mlx_lm.serving.served import Served
 from leankv_mlx.serving import PromptStore, held
 from leankv_mlx.serving.admission import Balance
-from leankv_mlx.serving.sharing import Reading
+from leankv_mlx.serving.sharing import WORTH, Reading, common
 
 
 class Running:
@@ -91,7 +91,7 @@ class Running:
         if self._batch is None:
             self._batch = Batch(self._served.model, self._generator.cli_args, self._stream)
         request.tokens = request.kept = request.context.prompt_cache_count = request.reused
-        request.reading = Reading(request.prompt, request.reused, request.reused)
+        request.reading = Reading(request.prompt, request.reused)
         request.uid = self._batch.insert(request, caches)
         self._requests[request.uid] = request
         self.changes += 1
@@ -127,13 +127,12 @@ class Running:
         Returns:
             Requests that are to be read again, each by itself: prompts could not be read together,
             and that tells whose fault it is.
+
+        Raises:
+            Exception: a step failed that cannot be divided; what runs has to `start_anew`.
         """
         assert self._batch is not None
-        try:
-            prompts, replies, fault = self._batch.step()
-        except Exception as error:
-            self.start_anew(error)
-            return []
+        prompts, replies, fault = self._batch.step()
         again = self._spared(*fault) if fault is not None else []
         for response in prompts:
             self._guarded(response, self._has_read)
@@ -150,8 +149,6 @@ class Running:
             if request.error is not None:
                 raise request.error
             handle(request, response)
-        except ClientLeftError:
-            pass  # it is dropped with the next news
         except Exception as error:
             self.fail([request], error)
 
@@ -164,9 +161,10 @@ class Running:
             request.reading = None
             self.changes += 1
         elif response.end_of_segment and request.types:
-            caches, tokens = self._batch.extract(request.uid)
-            self._keep(tokens, caches, request.types.pop(0))
-            request.kept = request.reading.stored = len(tokens)
+            kind = request.types.pop(0)
+            # A whole prompt is kept with its reply, and until then it can be had from here. What
+            # cannot be cut off a longer one is kept by itself.
+            self.keep(request, kind, whole=bool(request.types))
         request.client.put(response.progress)
 
     def _has_replied(self, request: Request, response: Any) -> None:
@@ -189,6 +187,37 @@ class Running:
         if reason is not None:
             request.client.put(None)
 
+    def keep(self, request: Request, kind: str, whole: bool) -> None:
+        """Have the store keep a copy of what a request has read or replied so far.
+
+        Args:
+            kind: what the store calls it.
+            whole: whether to keep it if a beginning of it can be cut off.
+        """
+        assert self._batch is not None
+        caches, tokens = self._batch.extract(request.uid)
+        if whole or not all(cache.is_trimmable() for cache in caches):
+            self._keep(tokens, caches, kind)
+            request.kept = len(tokens)
+
+    def nearest(self, prompt: list[int]) -> tuple[Request | None, int]:
+        """Whoever has read the longest beginning of a prompt, and how long that is."""
+        best, longest = None, 0
+        for request in self._requests.values():
+            length = min(common(request.prompt, prompt), request.tokens, len(prompt) - 1)
+            if length > longest:
+                best, longest = request, length
+        return best, longest
+
+    def leave(self, requests: Iterable[Request]) -> None:
+        """End requests nobody waits for any more; what was read for them is kept, while there is
+        room: who breaks off often asks again."""
+        found = [x for x in requests if self._requests.get(x.uid) is x]
+        for request in found:
+            if request.tokens - request.kept >= WORTH and request.error is None:
+                self.keep(request, "assistant", whole=True)
+        self.drop(found)
+
     def _keep(self, tokens: list[int], caches: list[Any], kind: str) -> None:
         self._store.insert_cache(self._served.key, tokens, caches, cache_type=kind)
         self.changes += 1
@@ -202,7 +231,7 @@ class Running:
         text = described(error)
         logging.error(f"leankv: error: {len(requests)} of the requests failed: {text}")
         for request in requests:
-            request.client.put(error if isinstance(error, LeanKVError) else RuntimeError(text))
+            request.client.put(error if isinstance(error, LeanKVError) else ServingError(text))
 
     def _spared(self, uids: list[int], error: Exception) -> list[Request]:
         """Those of the prompts that failed together that get another try."""
