@@ -11,13 +11,16 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from leankv_mlx.cache import entries
-from leankv_mlx.cache.memory import planned
+from leankv_mlx.cache.memory import CacheMemory, planned
+from leankv_mlx.codec.format import TILE
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.mlx_lm.attachment import Attachment, own_caches
 from leankv_mlx.mlx_lm.machine import memory_size
 from leankv_mlx.mlx_lm.precision import weights_dtype
 from leankv_mlx.projections import Relaid
 
+_SIDE_BYTES = 5
+"""Position and score of a slot, where a policy drops tokens: 3 bytes up to 65,536 tokens."""
 _SPARE = 0.75
 """Share of the machine's memory that model and cache may take, if no budget is given."""
 
@@ -35,11 +38,12 @@ class _Layer:
     bound: int
     compressed: bool
 
+    def memory(self, config: CompressionConfig, tokens: int) -> CacheMemory:
+        return planned(config, tokens, self.heads, self.k_dim, self.v_dim, self.exact_bytes)
+
     def nbytes(self, config: CompressionConfig | None, tokens: int) -> int:
         if config is not None and self.compressed:
-            return planned(
-                config, tokens, self.heads, self.k_dim, self.v_dim, self.exact_bytes
-            ).used
+            return self.memory(config, tokens).used
         held = min(tokens, self.bound) if self.bound else tokens
         return held * self.heads * (self.k_dim + self.v_dim) * self.element_bytes
 
@@ -80,14 +84,36 @@ class Footprint:
 
     def used(self, tokens: int) -> int:
         """Bytes that `tokens` tokens take."""
-        total, done = 0, 0
-        compressed = sum(layer.compressed for layer in self.layers)
+        return sum(layer.nbytes(config, tokens) for layer, config in self._configured())
+
+    def most(self, tokens: int) -> int:
+        """Bytes that up to `tokens` tokens take at most, in whatever steps they come; without the
+        queries that a policy which drops tokens looks at while a prompt is read."""
+        total = 0
+        for layer, config in self._configured():
+            total += layer.nbytes(config, tokens)
+            if config is not None and layer.compressed:
+                total += min(tokens, TILE) * layer.memory(config, 1).exact
+                total += _SIDE_BYTES * layer.heads * tokens if config.policy.drops else 0
+        return total
+
+    def shared(self, tokens: int) -> int:
+        """Bytes of `tokens` tokens that a copy never has for itself, however it goes on."""
+        found = [
+            layer.memory(config, tokens)
+            for layer, config in self._configured()
+            if config is not None and layer.compressed
+        ]
+        return sum(memory.codes + memory.scales for memory in found)
+
+    def _configured(self) -> Iterator[tuple[_Layer, CompressionConfig | None]]:
+        """Each layer with its own setting; layers that are not compressed do not look at it."""
+        done, compressed = 0, sum(layer.compressed for layer in self.layers)
         for layer in self.layers:
             config = self.config
             if config is not None and layer.compressed:
                 config, done = config.for_layer(done, compressed), done + 1
-            total += layer.nbytes(config, tokens)
-        return total
+            yield layer, config
 
     def uncompressed(self, tokens: int) -> int:
         """Bytes that they take in the model's own caches."""
