@@ -24,8 +24,9 @@ _SPARE = 0.75
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One cache with keys and values of `bound` tokens at most (0: of all); `exact_bytes` is an
-    element of its exact rows if it is compressed, `element_bytes` one of the model's own cache."""
+    """One cache with keys and values of `bound` tokens at most (0: of all); `config` is that of its
+    compression (None: it has none), `exact_bytes` an element of its exact rows then,
+    `element_bytes` one of the model's own cache."""
 
     heads: int
     k_dim: int
@@ -33,13 +34,16 @@ class _Layer:
     element_bytes: int
     exact_bytes: int
     bound: int
-    compressed: bool
+    config: CompressionConfig | None
 
-    def nbytes(self, config: CompressionConfig | None, tokens: int) -> int:
-        if config is not None and self.compressed:
-            return planned(
-                config, tokens, self.heads, self.k_dim, self.v_dim, self.exact_bytes
-            ).used
+    def used(self, tokens: int) -> int:
+        if self.config is None:
+            return self.uncompressed(tokens)
+        return planned(
+            self.config, tokens, self.heads, self.k_dim, self.v_dim, self.exact_bytes
+        ).used
+
+    def uncompressed(self, tokens: int) -> int:
         held = min(tokens, self.bound) if self.bound else tokens
         return held * self.heads * (self.k_dim + self.v_dim) * self.element_bytes
 
@@ -51,13 +55,9 @@ class Footprint:
     That is what reading a prompt takes, before a policy drops tokens. Exact after a prompt is read;
     after single tokens up to 32 of them are still exact rows that are counted as codes here.
     Buffers grow by an eighth at a time, so they hold up to that much more.
-
-    Attributes:
-        config: the compression that is planned for, None for none.
     """
 
     layers: tuple[_Layer, ...]
-    config: CompressionConfig | None
 
     @classmethod
     def of(cls, model: nn.Module, attachment: Attachment | None) -> Footprint:
@@ -69,29 +69,21 @@ class Footprint:
         caches = own_caches(model)
         model(mx.array([[1]]), cache=caches)
         exact = weights_dtype(model)
-        rows = attachment.report if attachment else []
-        compressed = [row.compressed for row in rows] or [False] * len(caches)
+        configs = attachment.layer_configs if attachment else [None] * len(caches)
         layers = [
             layer
-            for cache, replaced in zip(caches, compressed, strict=True)
-            for layer in _layers(cache, replaced, exact)
+            for cache, config in zip(caches, configs, strict=True)
+            for layer in _layers(cache, config, exact)
         ]
-        return cls(tuple(layers), attachment.config if attachment else None)
+        return cls(tuple(layers))
 
     def used(self, tokens: int) -> int:
         """Bytes that `tokens` tokens take."""
-        total, done = 0, 0
-        compressed = sum(layer.compressed for layer in self.layers)
-        for layer in self.layers:
-            config = self.config
-            if config is not None and layer.compressed:
-                config, done = config.for_layer(done, compressed), done + 1
-            total += layer.nbytes(config, tokens)
-        return total
+        return sum(layer.used(tokens) for layer in self.layers)
 
     def uncompressed(self, tokens: int) -> int:
         """Bytes that they take in the model's own caches."""
-        return sum(layer.nbytes(None, tokens) for layer in self.layers)
+        return sum(layer.uncompressed(tokens) for layer in self.layers)
 
     def longest(self, budget: int, most: int) -> int:
         """Tokens that fit `budget` bytes, at most `most`."""
@@ -104,7 +96,9 @@ class Footprint:
         return low
 
 
-def _layers(cache: Any, compressed: bool, exact: mx.Dtype | None) -> Iterator[_Layer]:
+def _layers(
+    cache: Any, config: CompressionConfig | None, exact: mx.Dtype | None
+) -> Iterator[_Layer]:
     for entry in entries([cache]):
         keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
         if isinstance(keys, mx.array) and isinstance(values, mx.array):
@@ -116,7 +110,7 @@ def _layers(cache: Any, compressed: bool, exact: mx.Dtype | None) -> Iterator[_L
                 keys.dtype.size,
                 (exact or keys.dtype).size,
                 bound,
-                compressed,
+                config,
             )
 
 
