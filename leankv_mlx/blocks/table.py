@@ -20,7 +20,7 @@ class BlockTable:
         self.pool = pool
         self._ids = np.zeros((heads, 0), np.int32)
         self._lengths = np.zeros(heads, np.int32)
-        self._arrays: tuple[mx.array, mx.array] | None = None
+        self._arrays: tuple[int, mx.array, mx.array] | None = None  # and the moves they are of
         self._owned = [np.zeros(0, np.int32)]  # a list, which the finalizer holds
         self._finalizer = self._finalize()
 
@@ -47,20 +47,35 @@ class BlockTable:
         return self._ids
 
     @property
+    def owned(self) -> np.ndarray:
+        """Ids of its blocks, head by head, int32 [n]."""
+        return self._owned[0]
+
+    @property
     def blocks(self) -> int:
         """Blocks owned."""
-        return len(self._owned[0])
+        return len(self.owned)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the table on the device."""
         return int(self._ids.nbytes + self._lengths.nbytes)
 
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes of the pool, without the blocks in use that are others' alone."""
+        others = self.pool.used - self.blocks
+        return (self.pool.capacity - others) * self.pool.block_nbytes
+
     def arrays(self) -> tuple[mx.array, mx.array]:
-        """(ids int32 [H, M], lengths int32 [H]) on the device; uploaded after a change only."""
-        if self._arrays is None:
-            self._arrays = mx.array(self._ids), mx.array(self._lengths)
-        return self._arrays
+        """(places of its blocks in the pool's array int32 [H, M], lengths int32 [H]) on the device;
+        uploaded after a change only."""
+        if self._arrays is None or self._arrays[0] != self.pool.moves:
+            places = np.zeros_like(self._ids)
+            mask = _owned_mask(self._ids.shape[1], self._lengths)
+            places[mask] = self.pool.places(self.owned)
+            self._arrays = self.pool.moves, mx.array(places), mx.array(self._lengths)
+        return self._arrays[1:]
 
     def append(self, blocks: int) -> np.ndarray:
         """Give every head `blocks` more full blocks: their ids, int32 [H, blocks].
@@ -79,12 +94,9 @@ class BlockTable:
 
     def truncate(self, lengths: np.ndarray) -> None:
         """Keep the first `lengths` [H] slots of each head and release the blocks behind them."""
-        keep = _owned_mask(self._ids.shape[1], lengths)
-        dropped = self._ids[_owned_mask(self._ids.shape[1], self._lengths) & ~keep]
-        width = int(_blocks(lengths).max(initial=0))
-        self._set(np.where(keep, self._ids, 0)[:, :width], lengths.astype(np.int32))
-        self.pool.release(dropped)
-        self.pool.shrink()
+        self._keep(lengths)
+        if self.pool.wasteful:
+            self.pool.compact()
 
     def replace_tails(self, fixed: np.ndarray, slots: np.ndarray, blocks: mx.array) -> None:
         """Keep the first `fixed` [H] blocks of each head and continue with new ones.
@@ -98,12 +110,10 @@ class BlockTable:
         picked = np.flatnonzero(np.arange(blocks.shape[1]) < needed[:, None])
         content = blocks.reshape(-1, blocks.shape[2])
         content = content[mx.array(picked.astype(np.int32))] if len(picked) else content[:0]
-        kept = np.arange(self._ids.shape[1]) < fixed[:, None]
-        dropped = self._ids[_owned_mask(self._ids.shape[1], self._lengths) & ~kept]
-        self.pool.release(dropped)  # their content is still in the array that `blocks` come from
+        self._keep(TILE * fixed)  # what goes is still in the array that `blocks` come from
         if not fixed.any():  # a pool of its own, as large as it has to be
-            self._move(BlockPool.holding(content, np.arange(len(picked))))
             fresh = np.arange(len(picked), dtype=np.int32)
+            self._move(BlockPool.holding(content, fresh))
         else:
             fresh = self.pool.allocate(len(picked), spare=False)
             if len(fresh):
@@ -112,28 +122,28 @@ class BlockTable:
         ids = np.zeros((self.heads, width), np.int32)
         column = np.arange(width)
         here = column < fixed[:, None]
-        ids[here] = self._ids[kept]
+        ids[here] = self.owned
         ids[~here & (column < (fixed + needed)[:, None])] = fresh
         self._set(ids, (TILE * fixed + slots).astype(np.int32))
         if self.pool.wasteful:
-            self.compact()
+            self.pool.compact()
 
-    def compact(self) -> None:
-        """Move to a new pool of just its blocks if the present one has free ones."""
-        if self.pool.used == self.pool.capacity:
-            return
-        owned = self._owned[0]
-        fresh = BlockPool.holding(self.pool.array[mx.array(owned)], np.arange(len(owned)))
-        ids = self._ids.copy()
-        ids[_owned_mask(ids.shape[1], self._lengths)] = np.arange(len(owned))
-        self.pool.release(owned)
-        self._move(fresh)
-        self._set(ids, self._lengths)
+    def copy(self) -> "BlockTable":
+        """A table of the same blocks, each with one more reference; no block is copied."""
+        self.pool.retain(self.owned)
+        return BlockTable.holding(self.pool, self._ids, self._lengths)
+
+    def _keep(self, lengths: np.ndarray) -> None:
+        """Own no more than the blocks of the first `lengths` [H] slots of each head."""
+        keep = _owned_mask(self._ids.shape[1], lengths)
+        dropped = self._ids[_owned_mask(self._ids.shape[1], self._lengths) & ~keep]
+        width = int(_blocks(lengths).max(initial=0))
+        self._set(np.where(keep, self._ids, 0)[:, :width], lengths.astype(np.int32))
+        self.pool.release(dropped)
 
     def _move(self, pool: BlockPool) -> None:
-        """Take another pool; the caller has given the references of the old one back."""
+        """Take another pool; the table owns nothing of the old one."""
         self.pool = pool
-        self._owned[0] = np.zeros(0, np.int32)
         self._finalizer.detach()
         self._finalizer = self._finalize()
 
@@ -142,11 +152,6 @@ class BlockTable:
         finalizer = weakref.finalize(self, _give_back, self.pool, self._owned)
         finalizer.atexit = False
         return finalizer
-
-    def copy(self) -> "BlockTable":
-        """A table of the same blocks, each with one more reference; no block is copied."""
-        self.pool.retain(self._owned[0])
-        return BlockTable.holding(self.pool, self._ids, self._lengths)
 
     def _set(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         self._ids, self._lengths, self._arrays = ids, lengths, None
@@ -164,4 +169,4 @@ def _owned_mask(width: int, lengths: np.ndarray) -> np.ndarray:
 
 
 def _give_back(pool: BlockPool, owned: list[np.ndarray]) -> None:
-    pool.release(owned[0])
+    pool.give_back(owned[0])

@@ -7,6 +7,7 @@ once is what costs: the append and the attention of a decode step are one operat
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
@@ -14,9 +15,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from leankv_mlx.cache.batch_fetch import BatchFetch, remember_causal
+from leankv_mlx.cache.batch_fetch import BatchFetch, Columns, remember_causal
 from leankv_mlx.cache.compressed import CompressedKVCache
 from leankv_mlx.cache.fetch import Arrays, Fetch
+from leankv_mlx.cache.layer import Shape
+from leankv_mlx.cache.memory import shared_nbytes
 from leankv_mlx.cache.stage import Stage
 from leankv_mlx.cache.together import append_all
 from leankv_mlx.errors import ShapeError, UnsupportedError
@@ -34,8 +37,9 @@ class BatchedKVCache(Stage):
 
     def __init__(self, rows: Iterable[CompressedKVCache]) -> None:
         self.rows = list(rows)
-        self._left: list[int] | None = None  # padding in front of what comes, by row
-        self._real: list[int] | None = None  # tokens that come before padding on the right
+        self._left = [0] * len(self.rows)  # columns of padding in front of what comes, by row
+        self._right = [math.inf] * len(self.rows)  # columns that come before other padding
+        self._columns: Columns | None = None  # of the last update
         self._fetched: tuple[weakref.ref[Any], weakref.ref[Any]] | None = None
         self._held: Arrays | None = None
 
@@ -62,41 +66,48 @@ class BatchedKVCache(Stage):
         Raises:
             DroppedTokensError, ShapeError, ConfigError: see `CompressedKVCache`.
         """
-        if keys.ndim != 4 or keys.shape[0] != len(self.rows):
+        rows = len(self.rows)
+        fits = keys.ndim == values.ndim == 4 and keys.shape[:3] == values.shape[:3]
+        if not rows or not fits or keys.shape[0] != rows:
             raise ShapeError(
-                f"[update_and_fetch] expected keys [{len(self.rows)}, H, L, D], got {keys.shape}."
+                f"[update_and_fetch] expected keys [{rows}, H, L, D] and values "
+                f"[{rows}, H, L, Dv], got {keys.shape} and {values.shape}."
             )
-        self._fetched = self._held = None
-        spans = self._take(keys.shape[2])
-        begin = max(self.offsets, default=0)
-        if keys.shape[2] <= MAX_DECODE_TOKENS and all(span == spans[0] for span in spans):
-            fetches: list[Fetch | None] = [*append_all(self.rows, keys, values)]
+        _, heads, tokens, dim = keys.shape
+        self._forget()
+        columns = self._columns = self._take(tokens)
+        fetches: list[Fetch | None]
+        if tokens <= MAX_DECODE_TOKENS and all(span == (0, tokens) for span in columns.spans):
+            fetches = [*append_all(self.rows, keys, values)]
         else:
             fetches = [
                 row.update(keys[i : i + 1, :, a:b], values[i : i + 1, :, a:b], ahead=False)
                 if b > a
                 else None
-                for i, (row, (a, b)) in enumerate(zip(self.rows, spans, strict=True))
+                for i, (row, (a, b)) in enumerate(zip(self.rows, columns.spans, strict=True))
             ]
-        return BatchFetch(fetches, spans, begin, keys.shape[2])
+        return BatchFetch(fetches, columns, Shape(heads, dim, values.shape[3]), keys.dtype)
 
     def keys_and_values(self) -> Arrays:
         """The arrays of the last `update_and_fetch` while they live, else equal ones.
 
         Raises:
-            UnsupportedError: a sequence is empty.
+            UnsupportedError: all sequences are empty.
         """
         if self._fetched is not None:
             keys, values = (fetched() for fetched in self._fetched)
             if keys is not None and values is not None:
                 return keys, values
-        if any(row.layer is None for row in self.rows):
+        layers = [None if row.empty() else row.layer for row in self.rows]
+        some = next((layer for layer in layers if layer), None)
+        if some is None:
             raise UnsupportedError("an empty cache has no tokens to attend to.")
-        fetches: list[Fetch | None] = [
-            row.appended(row.layer, 0) for row in self.rows if row.layer is not None
+        fetches = [
+            row.appended(layer, 0) if layer else None
+            for row, layer in zip(self.rows, layers, strict=True)
         ]
-        spans = [(0, 0)] * len(fetches)
-        return self._handed_out(BatchFetch(fetches, spans, max(self.offsets), 0))
+        columns = self._columns or Columns([(0, 0)] * len(layers), self.size(), 0)
+        return self._handed_out(BatchFetch(fetches, columns, some.shape, some.dtype))
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """The mask of the next N tokens over arrays of `update_and_fetch`.
@@ -104,18 +115,17 @@ class BatchedKVCache(Stage):
         Sequences of one length need none but the causal rule; with others it is an array
         [B, 1, N, offset + N], which attention that reads the caches never computes.
         """
-        offsets = self.offsets
-        begin = max(offsets, default=0)
-        uneven = min(offsets, default=0) != begin or self._left or self._real
-        if not uneven and window_size is None and not return_array:
+        begin = self.size()
+        padding = [
+            begin - offset + left for offset, left in zip(self.offsets, self._left, strict=True)
+        ]
+        even = not any(padding) and all(map(math.isinf, self._right))
+        if even and window_size is None and not return_array:
             return None if N == 1 else "causal"
         columns, queries = mx.arange(begin + N), mx.arange(begin, begin + N)[:, None]
         mask = queries >= columns
         if window_size is not None:
             mask = mask & (queries < columns + window_size)
-        padding = [begin - offset for offset in offsets]
-        if self._left:
-            padding = [x + left for x, left in zip(padding, self._left, strict=True)]
         mask = mask & (mx.array(padding)[:, None, None, None] <= columns)
         if window_size is None:
             remember_causal(mask)
@@ -125,8 +135,8 @@ class BatchedKVCache(Stage):
     def offset(self) -> mx.array:
         """Tokens of each sequence so far, int32 [B]: the position of the first column that comes,
         which is padding where it is below 0."""
-        left = self._left or [0] * len(self.rows)
-        return mx.array([x - y for x, y in zip(self.offsets, left, strict=True)], mx.int32)
+        first = [offset - left for offset, left in zip(self.offsets, self._left, strict=True)]
+        return mx.array(first, mx.int32)
 
     @property
     def offsets(self) -> list[int]:
@@ -139,7 +149,7 @@ class BatchedKVCache(Stage):
 
     def trim(self, n: int) -> int:
         """Remove the last n tokens of each; returns how many of the longest."""
-        self._fetched = self._held = None
+        self._forget()
         return max((row.trim(n) for row in self.rows), default=0)
 
     def size(self) -> int:
@@ -152,8 +162,11 @@ class BatchedKVCache(Stage):
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use."""
-        return sum(row.nbytes for row in self.rows)
+        """Bytes in use; a block that several rows share counts once."""
+        bodies = [row.layer.body for row in self.rows if row.layer and row.layer.body]
+        return sum(row.nbytes for row in self.rows) - shared_nbytes(
+            table for body in bodies for table in body.tables
+        )
 
     @property
     def state(self) -> list[Any]:
@@ -169,17 +182,20 @@ class BatchedKVCache(Stage):
 
     def extend(self, other: BatchedKVCache) -> None:
         """Copies of another batch's rows come behind these."""
-        self._fetched = self._held = None
-        self.rows.extend(row.fork() for row in other.rows)
+        self._forget()
+        self.rows = [*self.rows, *(row.fork() for row in other.rows)]
+        self._left, self._right = [*self._left, *other._left], [*self._right, *other._right]
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
         """Keep these rows, in this order."""
-        self._fetched = self._held = None
+        self._forget()
         if isinstance(batch_indices, mx.array):
             batch_indices = batch_indices.tolist()  # type: ignore[assignment]
         kept = [self.rows[i] for i in batch_indices]
         # One that is kept twice goes on as two.
         self.rows = [row if row not in kept[:i] else row.fork() for i, row in enumerate(kept)]
+        self._left = [self._left[i] for i in batch_indices]
+        self._right = [self._right[i] for i in batch_indices]
 
     def extract(self, idx: int) -> CompressedKVCache:
         """A copy of a row, which shares its blocks."""
@@ -196,24 +212,27 @@ class BatchedKVCache(Stage):
         `lengths` of them, until `finalize`.
 
         Raises:
-            UnsupportedError: padding on the left in front of a sequence that has begun.
+            UnsupportedError: padding on the left in front of a sequence that has begun, or on the
+                right without `lengths`.
         """
         if left_padding is not None and any(left_padding):
             if not self.empty():
                 raise UnsupportedError("left padding can only be added to an empty cache.")
-            before = self._left or [0] * len(self.rows)
-            self._left = [x + int(y) for x, y in zip(before, left_padding, strict=True)]
-        if right_padding is not None and max(right_padding, default=0) > 0 and lengths is not None:
-            self._real = [int(x) for x in lengths]
+            self._left = [x + int(y) for x, y in zip(self._left, left_padding, strict=True)]
+        if right_padding is not None and any(right_padding):
+            if lengths is None or len(lengths) != len(self.rows):
+                raise UnsupportedError("padding on the right needs the lengths of all rows.")
+            self._right = [int(x) for x in lengths]
 
     def finalize(self) -> None:
         """Nothing of what comes is padding any more."""
-        self._left = self._real = None
+        self._columns = None
+        self._left, self._right = [0] * len(self.rows), [math.inf] * len(self.rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BatchedKVCache:
         """An independent copy that shares the blocks."""
         other = BatchedKVCache(deepcopy(self.rows, memo))
-        other._left, other._real = self._left, self._real
+        other._left, other._right = self._left, self._right  # replaced, never changed
         memo[id(self)] = other
         return other
 
@@ -222,17 +241,19 @@ class BatchedKVCache(Stage):
         """Its rows, for whoever walks a cache list."""
         return self.rows
 
-    def _take(self, tokens: int) -> list[tuple[int, int]]:
-        """Which of the next columns are tokens of each row: start and stop."""
-        spans = [(0, tokens)] * len(self.rows)
-        if self._left:
-            spans = [(min(x, tokens), tokens) for x in self._left]
-            self._left = [max(0, x - tokens) for x in self._left]
-            self._left = self._left if any(self._left) else None
-        if self._real:
-            spans = [(a, max(a, min(b, n))) for (a, b), n in zip(spans, self._real, strict=True)]
-            self._real = [max(0, n - tokens) for n in self._real]
-        return spans
+    def _take(self, tokens: int) -> Columns:
+        """Where the tokens of each row are among the next columns."""
+        begin, spans = self.size(), []
+        for left, right in zip(self._left, self._right, strict=True):
+            start = min(left, tokens)
+            spans.append((start, max(start, int(min(right, tokens)))))
+        self._left = [max(0, left - tokens) for left in self._left]
+        self._right = [max(0, right - tokens) for right in self._right]
+        return Columns(spans, begin, tokens)
+
+    def _forget(self) -> None:
+        """What was handed out is no longer what there is."""
+        self._fetched = self._held = self._columns = None
 
     def _handed_out(self, fetch: BatchFetch) -> Arrays:
         keys, values = fetch.arrays()

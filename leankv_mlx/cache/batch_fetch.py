@@ -6,13 +6,39 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import mlx.core as mx
 
 from leankv_mlx.cache.fetch import Arrays, Fetch, Withheld, hand_out
+from leankv_mlx.cache.layer import Shape
 from leankv_mlx.cache.together import attend_all
 from leankv_mlx.kernels import MAX_DECODE_TOKENS, Mask
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where the tokens of sequences of other lengths are in arrays of one width: they end together,
+    but for padding on the right in an update.
+
+    Attributes:
+        spans: which columns of the update are tokens of each row, start and stop.
+        begin: columns before the update, the most tokens that a row had.
+        count: columns of the update; 0 if there was none.
+    """
+
+    spans: Sequence[tuple[int, int]]
+    begin: int
+    count: int
+
+    @property
+    def width(self) -> int:
+        """All columns."""
+        return self.begin + self.count
+
+    def of(self, row: int, queries: int) -> tuple[int, int]:
+        """Which of so many queries are tokens of a row."""
+        return self.spans[row] if self.count else (0, queries)
 
 
 @dataclass(eq=False)
@@ -21,21 +47,22 @@ class BatchFetch:
 
     Attributes:
         fetches: of each row; None where nothing but padding came.
-        spans: which columns of the update are its tokens, start and stop.
-        begin: columns before them, the most tokens that a row had.
-        columns: of the update.
+        columns: where their tokens are.
+        shape: of every token.
+        dtype: of what is decoded.
     """
 
-    fetches: list[Fetch | None]
-    spans: list[tuple[int, int]]
-    begin: int
-    columns: int
+    fetches: Sequence[Fetch | None]
+    columns: Columns
+    shape: Shape
+    dtype: mx.Dtype
 
     def arrays(self) -> Arrays:
         """Keys and values of all tokens, [B, H, N, head_dim], padded on the left where sequences
         are shorter and as the columns that came were; remembered until the keys die. `Withheld`
         once a policy has dropped tokens of one."""
-        return hand_out(self._withheld() or self._decoded(), self)
+        ragged = any(fetch is not None and fetch.layer.ragged for fetch in self.fetches)
+        return hand_out(self._withheld() if ragged else self._decoded(), self)
 
     def attend(
         self,
@@ -52,81 +79,68 @@ class BatchFetch:
         """
         if isinstance(mask, mx.array) and is_causal(mask):
             mask = "causal"
+        rows, length = len(self.fetches), queries.shape[2]
+        spans = [self.columns.of(row, length) for row in range(rows)]
         fetches = [fetch for fetch in self.fetches if fetch is not None]
-        whole = all(span in ((0, queries.shape[2]), (0, 0)) for span in self.spans)
-        if len(fetches) == len(self.spans) and whole and not isinstance(mask, mx.array):
+        whole = len(fetches) == rows and all(span == (0, length) for span in spans)
+        if whole and not isinstance(mask, mx.array):
             together = attend_all(fetches, queries, scale, mask, sink_logits)
             if together is not None:
                 return together
-        out: list[mx.array | None] = []
-        for i, fetch in enumerate(self.fetches):
-            start, stop = self.spans[i] if self.columns else (0, queries.shape[2])
-            if fetch is None:
-                out.append(None)
+        out = []
+        for row, (fetch, (start, stop)) in enumerate(zip(self.fetches, spans, strict=True)):
+            if fetch is None or start == stop:
+                out.append(mx.zeros((1, *queries.shape[1:3], self.shape.v_dim), queries.dtype))
                 continue
             found = fetch.attend(
-                queries[i : i + 1, :, start:stop],
+                queries[row : row + 1, :, start:stop],
                 scale=scale,
-                mask=self._mask_of(i, mask, start, stop),
+                mask=self._mask_of(row, fetch, mask, start, stop),
                 sink_logits=sink_logits,
             )
             if fetch.tokens > MAX_DECODE_TOKENS:
                 mx.eval(found)  # one working copy at a time
-                self.fetches[i] = None
-            padding = [(0, 0), (0, 0), (start, queries.shape[2] - stop), (0, 0)]
-            out.append(found if (start, stop) == (0, queries.shape[2]) else mx.pad(found, padding))
-        shape = next((x.shape for x in out if x is not None), (1, *queries.shape[1:]))
-        none = mx.zeros(shape, queries.dtype)
-        return mx.concatenate([none if x is None else x for x in out])
+            out.append(_padded(found, start, length - stop))
+        return mx.concatenate(out)
 
-    def _mask_of(self, row: int, mask: Mask, start: int, stop: int) -> Mask:
-        """The part of an array over all columns that is about the tokens of one row."""
+    def _mask_of(self, row: int, fetch: Fetch, mask: Mask, start: int, stop: int) -> Mask:
+        """The part of a mask over all columns that is about the tokens of one row."""
         if not isinstance(mask, mx.array):
             return mask
-        fetch = self.fetches[row]
-        assert fetch is not None
-        mine = (
-            mask[row]
-            if mask.ndim == 4 and mask.shape[0] > 1
-            else mask[0]
-            if mask.ndim == 4
-            else mask
-        )
-        end = self.begin + stop
-        return mine[..., start:stop, end - fetch.end : end]
+        if mask.ndim == 4:  # [B or 1, 1 or Hq, L, N]
+            mask = mask[min(row, mask.shape[0] - 1)]
+        end = self._end(row)
+        return mask[..., start:stop, end - fetch.end : end]
 
-    def _withheld(self) -> tuple[Any, Any] | None:
-        for fetch in self.fetches:
-            if fetch is not None and fetch.layer.ragged:
-                shape, width = fetch.layer.shape, self.begin + self.columns
-                keys, values = (
-                    Withheld((len(self.fetches), shape.heads, width, dim), fetch.layer.dtype)
-                    for dim in (shape.k_dim, shape.v_dim)
-                )
-                return keys, values
-        return None
+    def _end(self, row: int) -> int:
+        """The column behind the last token of a row."""
+        return self.columns.begin + self.columns.spans[row][1]
+
+    def _withheld(self) -> Arrays:
+        keys, values = (Withheld(shape, self.dtype) for shape in self._shapes(len(self.fetches)))
+        return cast(mx.array, keys), cast(mx.array, values)
 
     def _decoded(self) -> Arrays:
-        width = self.begin + self.columns
-        rows: list[Arrays | None] = []
-        for fetch, (_, stop) in zip(self.fetches, self.spans, strict=True):
+        rows = []
+        for row, fetch in enumerate(self.fetches):
             if fetch is None:
-                rows.append(None)
+                rows.append([mx.zeros(shape, self.dtype) for shape in self._shapes(1)])
                 continue
-            end = self.begin + stop
-            padding = [(0, 0), (0, 0), (end - fetch.end, width - end), (0, 0)]
-            keys, values = (mx.pad(x, padding) for x in fetch.decoded())
-            rows.append((keys, values))
-        keys, values = (
-            mx.concatenate([_blank(rows, side) if row is None else row[side] for row in rows])
-            for side in (0, 1)
-        )
+            end = self._end(row)
+            padding = end - fetch.end, self.columns.width - end
+            rows.append([_padded(x, *padding) for x in fetch.decoded()])
+        keys, values = (mx.concatenate([row[side] for row in rows]) for side in (0, 1))
         return keys, values
 
+    def _shapes(self, rows: int) -> list[tuple[int, int, int, int]]:
+        """Of the arrays of keys and values."""
+        dims = self.shape.k_dim, self.shape.v_dim
+        return [(rows, self.shape.heads, self.columns.width, dim) for dim in dims]
 
-def _blank(rows: Sequence[Any], side: int) -> mx.array:
-    """What stands where a row has nothing."""
-    return mx.zeros_like(next(row[side] for row in rows if row is not None))
+
+def _padded(x: mx.array, before: int, behind: int) -> mx.array:
+    """[B, H, T, D] -> [B, H, before + T + behind, D]."""
+    return mx.pad(x, [(0, 0), (0, 0), (before, behind), (0, 0)]) if before or behind else x
 
 
 _CAUSAL: dict[int, weakref.ref[mx.array]] = {}

@@ -92,8 +92,8 @@ class _Tier:
         """Blocks [H, B, words] at these columns of the table, [H, B]."""
         if not columns.size:
             return mx.zeros((*columns.shape, self.format.words), mx.uint32)
-        ids = np.take_along_axis(self.table.ids, columns, axis=1)
-        return self.table.pool.array[mx.array(ids)]
+        pool, ids = self.table.pool, np.take_along_axis(self.table.ids, columns, axis=1)
+        return pool.array[mx.array(pool.places(ids))]
 
     def view(self) -> Tier:
         ids, lengths = self.table.arrays()
@@ -236,7 +236,7 @@ class CompressedBody:
     def compact(self) -> None:
         """Hold no blocks in reserve."""
         for tier in self._tiers:
-            tier.table.compact()
+            tier.table.pool.compact()
 
     def copy(self) -> CompressedBody:
         """A body that shares the blocks until one of the two changes them."""
@@ -249,16 +249,16 @@ class CompressedBody:
 
     def memory(self) -> CacheMemory:
         """Bytes, counted from the buffers."""
-        blocks = [(t.table.blocks, t.table.pool) for t in self._tiers]
-        scales = sum(n for n, _ in blocks) * TILE * 4
+        found = [t.table for t in self._tiers]
+        scales = sum(table.blocks for table in found) * TILE * 4
         tables = sum(t.table.nbytes for t in self._tiers if t.slots)
         side = sum(t.nbytes for t in self._tiers)
         return CacheMemory(
-            codes=sum(n * pool.block_nbytes for n, pool in blocks) - scales,
+            codes=sum(table.blocks * table.pool.block_nbytes for table in found) - scales,
             scales=scales,
             tables=tables,
             side=side,
-            allocated=sum(pool.nbytes for _, pool in blocks) + tables + side,
+            allocated=sum(table.allocated_nbytes for table in found) + tables + side,
         )
 
     def slot_nbytes(self, tokens: int) -> tuple[float, float]:
@@ -298,7 +298,7 @@ class CompressedBody:
             if tier.side is None:
                 held = positions[tier.used]
                 tier.remember(held, np.full(held.shape, 255, np.uint8))
-                tier.table.compact()  # the pool of a prompt has room to grow
+                tier.table.pool.compact()  # that of a prompt has room to grow
 
     def _encoded_again(self, tier: _Tier, format: Format, chosen: Mask) -> _Extra:
         """Slots of a tier in another format, without anything but their codes."""

@@ -1,7 +1,12 @@
 """Bytes of a cache, counted from its buffers."""
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
+from leankv_mlx.blocks import BlockPool, BlockTable
 from leankv_mlx.blocks.pool import grown
 from leankv_mlx.codec.format import TILE, Format
 from leankv_mlx.config import CompressionConfig
@@ -19,8 +24,8 @@ class CacheMemory:
             where a policy drops tokens.
         exact: sink tokens and window, uncompressed.
         centers: the vectors subtracted before encoding, and those it divides by.
-        allocated: what the buffers behind all of this hold, unused blocks included; blocks shared
-            by copies of a cache count in each of them.
+        allocated: what the buffers behind all of this hold, unused blocks included; blocks that
+            copies of a cache share count in each of them, those of others alone do not.
     """
 
     codes: int = 0
@@ -40,6 +45,17 @@ class CacheMemory:
         return CacheMemory(
             *(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__)
         )
+
+
+def shared_nbytes(tables: Iterable[BlockTable]) -> int:
+    """Bytes of the blocks that several of the tables own, each once for every owner but one."""
+    owned: dict[BlockPool, list[np.ndarray]] = defaultdict(list)
+    for table in tables:
+        owned[table.pool].append(table.owned)
+    return sum(
+        pool.block_nbytes * (len(ids) - len(np.unique(ids)))
+        for pool, ids in ((pool, np.concatenate(parts)) for pool, parts in owned.items())
+    )
 
 
 def planned(

@@ -1,4 +1,4 @@
-"""`leankv cache`: the documents that were read before and open without being read again."""
+"""`leankv cache`: documents and prompts that were read before and open without being read again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from leankv_mlx.errors import UsageError
 from leankv_mlx.terminal import note, say, say_json
 
 if TYPE_CHECKING:
-    from leankv_mlx.documents.cache import DocumentCache, Entry
+    from leankv_mlx.mlx_lm.stored_prompts import StoredPrompts
+    from leankv_mlx.serving.entries import Entry
 
 _SHOWN, _SHOWN_NARROW = 12, 8
 """Digits of a key in the table; any number that is unambiguous does for rm."""
@@ -24,7 +25,9 @@ _SHOWN, _SHOWN_NARROW = 12, 8
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
     group = typer.Typer(
-        help="Documents kept as compressed KV caches.", no_args_is_help=True, add_completion=False
+        help="Documents and prompts kept as compressed KV caches.",
+        no_args_is_help=True,
+        add_completion=False,
     )
     group.command("list")(show)
     group.command("rm")(remove)
@@ -35,7 +38,7 @@ def register(app: typer.Typer) -> None:
 def show(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """List the kept documents, the most recently used first."""
+    """List what is kept, the most recently used first."""
     cache = _cache()
     entries = cache.entries()
     total = sum(entry.nbytes for entry in entries)
@@ -61,12 +64,18 @@ def _table(entries: Sequence[Entry]) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for entry in entries:
         key = entry.key[: _SHOWN_NARROW if narrow else _SHOWN]
-        texts = (entry.document or "(damaged)", entry.model, entry.kv)
+        texts = (_called(entry), entry.model, entry.kv)
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
         numbers = (f"{entry.tokens:,}", f"{entry.nbytes / 1e6:.2f}", used)
         about = ("\n".join(texts),) if narrow else texts
         table.add_row(*map(Text, (key, *about, *numbers)))
     out.print(table)
+
+
+def _called(entry: Entry) -> str:
+    if entry.document or not entry.tokens:
+        return entry.document or "(damaged)"
+    return f"prompt of {entry.tokens:,} tokens"
 
 
 def remove(
@@ -75,10 +84,10 @@ def remove(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Remove all of them.")] = False,
 ) -> None:
-    """Remove kept documents."""
+    """Remove kept documents and prompts."""
     if bool(keys) == everything:
         raise UsageError("name the keys of leankv cache list, or --all.")
-    from leankv_mlx.documents.cache import is_ours
+    from leankv_mlx.serving.keys import is_ours
 
     cache = _cache()
     known = [entry.key for entry in cache.entries()]
@@ -93,10 +102,10 @@ def path() -> None:
     say(str(_cache().place))
 
 
-def _cache() -> DocumentCache:
-    from leankv_mlx.documents.cache import DocumentCache
+def _cache() -> StoredPrompts:
+    from leankv_mlx.mlx_lm.stored_prompts import StoredPrompts
 
-    return DocumentCache(note)
+    return StoredPrompts(note)
 
 
 def _found(start: str, known: Sequence[str]) -> str:

@@ -15,12 +15,13 @@ import mlx.core as mx
 from mlx import nn
 
 from leankv_mlx.config import CompressionConfig
-from leankv_mlx.documents.cache import DocumentCache, Key, kv_name, model_identity
+from leankv_mlx.documents.cache import DocumentCache
 from leankv_mlx.mlx_lm.attachment import make_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel
-from leankv_mlx.mlx_lm.precision import weights_dtype
 from leankv_mlx.mlx_lm.reading import PREFILL_CHUNK, Pace, Progress, prefill
 from leankv_mlx.mlx_lm.repetition import settle_document
+from leankv_mlx.mlx_lm.stored_prompts import computed_identity, shaped_caches
+from leankv_mlx.serving.keys import Key, kv_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +62,7 @@ class Opener:
         """The caches of a prefix that was kept; None if it has to be read."""
         if self.store is None or not self.store.path(key := self._key(prefix)).exists():
             return None
-        fresh = make_caches(self.loaded.model)
-        self.loaded.model(mx.array([[1]]), cache=fresh)  # never computed: it tells their shapes
-        return self.store.load(key, name, fresh)
+        return self.store.load(key, name, shaped_caches(self.loaded.model))
 
     def keep(
         self,
@@ -88,9 +87,7 @@ class Opener:
 
     @cached_property
     def _identity(self) -> str:
-        exact = weights_dtype(self.loaded.model)
-        precision = f" in float32, exact rows {exact}" if exact else ""
-        return f"{model_identity(self.loaded.path)}{precision}"
+        return computed_identity(self.loaded.model, self.loaded.path)
 
 
 def settle(

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from leankv_mlx.documents.cache import kv_name, model_identity
 from leankv_mlx.documents.partials import Partials
 from leankv_mlx.documents.planning import (
     INSTRUCTIONS,
@@ -23,6 +22,8 @@ from leankv_mlx.documents.planning import (
 from leankv_mlx.documents.reader import Answer, Reader
 from leankv_mlx.documents.readers import Document, document_head
 from leankv_mlx.errors import ModelError
+from leankv_mlx.mlx_lm.stored_prompts import model_identity
+from leankv_mlx.serving.keys import kv_name
 
 
 @dataclass(frozen=True, slots=True)

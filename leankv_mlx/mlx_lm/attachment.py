@@ -18,7 +18,7 @@ from leankv_mlx.config import UNCOMPRESSED, CompressionConfig
 from leankv_mlx.errors import ModelError, UnsupportedError
 from leankv_mlx.kernels import resolve_backend
 from leankv_mlx.mlx_lm import patches
-from leankv_mlx.mlx_lm.group import machines_of, place
+from leankv_mlx.mlx_lm.group import machines_of, place, stages_of
 from leankv_mlx.mlx_lm.precision import weights_dtype
 from leankv_mlx.mlx_lm.projecting import projections_of
 from leankv_mlx.mlx_lm.quirks import left_alone, quirks_of
@@ -273,11 +273,12 @@ def attach(
     if isinstance(config, str):
         config = CompressionConfig.parse(config)
     if (machines := machines_of(model)) > 1:
-        _check_split(model, machines)
         if config.sparse:
             raise UnsupportedError(
                 f"sparse={config.sparse} works with a whole model; drop it, or use one machine."
             )
+        if stages_of(model) == 1:
+            _check_split(model, machines)
     return Attachment(model, config, sparsity)
 
 

@@ -30,6 +30,11 @@ def _machines(module: Any) -> int:
     return max(by_heads, default=_stages(module))
 
 
+def stages_of(model: nn.Module) -> int:
+    """How many machines share the layers of a model; 1 if each machine has some of all."""
+    return max(map(_stages, model.modules()), default=1)
+
+
 def _stages(module: Any) -> int:
     return int(getattr(module, "pipeline_size", 1))
 
@@ -50,7 +55,7 @@ def place(model: nn.Module, layers: int) -> tuple[int, int]:
     Returns:
         How many there are before them, and how many on all machines.
     """
-    if max(map(_stages, model.modules()), default=1) == 1:
+    if stages_of(model) == 1:
         return 0, layers
     counts: Any = mx.distributed.all_gather(mx.array([layers]), stream=mx.cpu).tolist()
     later = mx.distributed.init().rank() + 1  # the last machine has the first layers

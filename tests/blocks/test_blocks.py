@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from leankv_mlx.blocks import BlockPool, BlockTable
 from leankv_mlx.blocks.pool import GROWTH_STEP
+from tests.blocks.owners import check_owners
 
 WORDS = 8
 
@@ -24,9 +25,8 @@ def filled(ids: np.ndarray, value: int) -> mx.array:
 def content(table: BlockTable) -> list[list[int]]:
     """First word of every block, by head."""
     words = np.array(table.pool.array)[:, 0]
-    return [
-        words[row[: -(-n // 32)]].tolist() for row, n in zip(table.ids, table.lengths, strict=True)
-    ]
+    places, lengths = map(np.array, table.arrays())
+    return [words[row[: -(-n // 32)]].tolist() for row, n in zip(places, lengths, strict=True)]
 
 
 def test_a_pool_grows_in_steps_and_stays_within_its_slack() -> None:
@@ -67,8 +67,9 @@ def test_whoever_holds_an_old_array_keeps_its_content(changed: list[int]) -> Non
     pool.write(ids, filled(ids, 1))
     old = pool.array
     pool.write(ids[changed], filled(ids[changed], 2))
-    assert np.array(old)[ids, 0].tolist() == [1, 1, 1]
-    assert np.array(pool.array)[ids, 0].tolist() == [2 if i in changed else 1 for i in range(3)]
+    assert np.array(old)[pool.places(ids), 0].tolist() == [1, 1, 1]
+    now = np.array(pool.array)[pool.places(ids), 0].tolist()
+    assert now == [2 if i in changed else 1 for i in range(3)]
 
 
 def test_writes_to_scattered_blocks() -> None:
@@ -163,6 +164,11 @@ class Tables(RuleBasedStateMachine):
         assert self.pool.used == used
         self.model.append(copy.deepcopy(self.model[i]))
 
+    @rule()
+    def compact(self) -> None:
+        self.pool.compact()
+        assert self.pool.capacity == self.pool.used == len(self.pool.array)
+
     @precondition(lambda self: len(self.tables) > 1)
     @rule(which=st.integers(0, 3))
     def drop(self, which: int) -> None:
@@ -175,11 +181,7 @@ class Tables(RuleBasedStateMachine):
 
     @invariant()
     def every_block_has_as_many_owners_as_tables_name_it(self) -> None:
-        counts = np.zeros(self.pool.capacity, int)
-        for table in self.tables:
-            for row, n in zip(table.ids, table.lengths, strict=True):
-                np.add.at(counts, row[: -(-n // 32)], 1)
-        assert (self.pool.references(np.arange(self.pool.capacity)) == counts).all()
+        check_owners(self.tables, [self.pool])
 
 
 Tables.TestCase.settings = settings(max_examples=50, stateful_step_count=20, deadline=None)

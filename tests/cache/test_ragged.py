@@ -19,11 +19,12 @@ from leankv_mlx.cache import CompressedKVCache, Fetch
 from leankv_mlx.cache.fetch import Calls
 from leankv_mlx.cache.layer import Layer
 from leankv_mlx.cache.persistence import load, save
-from leankv_mlx.codec.format import TILE, Format
+from leankv_mlx.codec.format import Format
 from leankv_mlx.kernels import Centers, Rows, Tier
 from leankv_mlx.kernels.dequantize import dequantize_ops
 from leankv_mlx.kernels.encode import encode_ops
 from leankv_mlx.policies import DROP, HIGH, LOW
+from tests.blocks.owners import check_owners
 
 H, G, DIM, SINKS, WINDOW = 2, 2, 32, 4, 32
 KV = f"leankv:k8v4,policy=threshold,window={WINDOW},sink_tokens={SINKS},backend=reference"
@@ -107,7 +108,8 @@ def attended(layer: Layer, queries: mx.array, mask: str | None) -> mx.array:
     layer = layer.copy()  # which then has seen these queries
     rows = None if queries.shape[2] <= 8 else layer.rows()
     nobody = CompressedKVCache(KV).sequence  # it is no layer of that, which then drops nothing
-    return Fetch(layer, rows, queries.shape[2] if rows else 0, Calls(), nobody).attend(queries, scale=1.0, mask=mask)
+    came = queries.shape[2] if rows else 0
+    return Fetch(layer, rows, came, Calls(), nobody).attend(queries, scale=1.0, mask=mask)
 
 
 class RaggedLayers(RuleBasedStateMachine):
@@ -228,15 +230,7 @@ class RaggedLayers(RuleBasedStateMachine):
     @invariant()
     def every_block_has_as_many_owners_as_tables_name_it(self) -> None:
         tables = [t for m in self.models if m.layer.body for t in m.layer.body.tables]
-        for pool in {id(t.pool): t.pool for t in tables}.values():
-            owners = np.zeros(pool.capacity, np.int64)
-            for table in tables:
-                if table.pool is pool:
-                    used = np.arange(table.ids.shape[1]) < -(-table.lengths // TILE)[:, None]
-                    ids = table.ids[used]
-                    assert len(np.unique(ids)) == len(ids), "a block twice in one sequence"
-                    owners[ids] += 1
-            np.testing.assert_array_equal(owners, pool.references(np.arange(pool.capacity)))
+        check_owners(tables)
 
 
 RaggedLayers.TestCase.settings = settings(max_examples=20, stateful_step_count=12, deadline=None)

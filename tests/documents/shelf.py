@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from leankv_mlx.documents.cache import DocumentCache, Key
+from leankv_mlx.documents.cache import DocumentCache
 from leankv_mlx.mlx_lm import LoadedModel, make_caches
 from leankv_mlx.mlx_lm.reading import PREFILL_CHUNK, prefill
+from leankv_mlx.serving.keys import Key, name_of
 
 ROOT = Path(__file__).parents[2]
 TOKENS = [1, *(i * 37 % 4000 + 6 for i in range(200))]
@@ -26,6 +27,7 @@ class Shelf:
 
 
 KEY = Key("model", "leankv:k4v4,window=32", tuple(TOKENS), PREFILL_CHUNK)
+NAME = name_of(KEY.digest, len(TOKENS))
 
 
 def read(loaded: LoadedModel, tokens: list[int] = TOKENS) -> list[Any]:

@@ -14,14 +14,17 @@ import pytest
 
 from leankv_mlx.cache import container
 from leankv_mlx.config import CompressionConfig
-from leankv_mlx.documents import cache as module
-from leankv_mlx.documents.cache import DocumentCache, Key, cache_limit, model_identity
+from leankv_mlx.documents.cache import DocumentCache
 from leankv_mlx.documents.prefix import Opener
 from leankv_mlx.errors import UsageError
 from leankv_mlx.mlx_lm import LoadedModel, attach, load, make_caches
+from leankv_mlx.mlx_lm.stored_prompts import model_identity
 from leankv_mlx.resources import demo_model
+from leankv_mlx.serving import keys
+from leankv_mlx.serving.entries import cache_limit
+from leankv_mlx.serving.keys import Key, kv_name
 from tests.cache.prompt_files import content
-from tests.documents.shelf import KEY, TOKENS, Shelf, read, reopened
+from tests.documents.shelf import KEY, NAME, TOKENS, Shelf, read, reopened
 
 
 @pytest.fixture
@@ -67,13 +70,13 @@ def test_everything_that_matters_is_in_the_key() -> None:
         replace(KEY, chunk=256),
     ]
     assert len({key.digest for key in [KEY, *changed]}) == 6
-    assert module.kv_name(CompressionConfig(backend="reference")) == "leankv:k4v4"
-    assert module.kv_name(None) == "none"
+    assert kv_name(CompressionConfig(backend="reference")) == "leankv:k4v4"
+    assert kv_name(None) == "none"
 
 
 def test_another_version_looks_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     before = KEY.digest
-    monkeypatch.setattr(module, "__version__", "9.9")
+    monkeypatch.setattr(keys, "__version__", "9.9")
     other = KEY.digest
     monkeypatch.undo()
     monkeypatch.setattr(container, "VERSION", 99)
@@ -174,12 +177,12 @@ def test_lists_show_damaged_entries_too(shelf: Shelf, loaded: LoadedModel) -> No
     (shelf.cache.place / "junk.safetensors").write_bytes(b"junk")
     found = {entry.key: entry for entry in shelf.cache.entries()}
     assert found["junk"].document == ""
-    entry = found[KEY.digest]
+    entry = found[NAME]
     assert (entry.document, entry.model, entry.kv) == ("report.txt", "demo", KEY.kv)
     assert entry.tokens == len(TOKENS)
     assert entry.nbytes == shelf.cache.path(KEY).stat().st_size
     assert shelf.cache.remove(["junk", "missing"]) == 4
-    assert [path.stem for path in shelf.files] == [KEY.digest]
+    assert [path.stem for path in shelf.files] == [NAME]
 
 
 # Room

@@ -18,13 +18,12 @@ import pytest
 
 from leankv_mlx.cache import container
 from leankv_mlx.config import CompressionConfig
-from leankv_mlx.documents import cache as module
 from leankv_mlx.documents.cache import DocumentCache
 from leankv_mlx.documents.prefix import Opener
 from leankv_mlx.errors import CacheFileError
 from leankv_mlx.mlx_lm import LoadedModel, attach, load, make_caches
 from tests.cache.prompt_files import content
-from tests.documents.shelf import KEY, ROOT, TOKENS, Shelf, read, reopened
+from tests.documents.shelf import KEY, NAME, ROOT, TOKENS, Shelf, read, reopened
 
 
 @pytest.fixture
@@ -64,7 +63,7 @@ def test_a_folder_in_place_of_an_entry(shelf: Shelf, loaded: LoadedModel) -> Non
     shelf.cache.path(KEY).mkdir(parents=True)
     assert reopened(shelf, loaded) is None
     with pytest.raises(CacheFileError, match="cannot be removed"):
-        shelf.cache.remove([KEY.digest])
+        shelf.cache.remove([NAME])
 
 
 SLOW_SAVE = """
@@ -115,7 +114,8 @@ import sys
 from pathlib import Path
 from tests.cache.prompt_files import filled
 from leankv_mlx.cache import CompressedKVCache
-from leankv_mlx.documents.cache import DocumentCache, Key
+from leankv_mlx.documents.cache import DocumentCache
+from leankv_mlx.serving.keys import Key
 
 notes, found = [], 0
 cache = DocumentCache(notes.append, Path(sys.argv[1]), int(sys.argv[2]))
@@ -170,7 +170,7 @@ def test_an_entry_that_fails_in_any_way_is_removed_and_read_anew(
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(module, "load_prompt_cache", fail)
+    monkeypatch.setattr(shelf.cache, "_files", shelf.cache._files._replace(load=fail))
     assert reopened(shelf, loaded) is None
     assert shelf.files == []
     assert len(shelf.notes) == 1 and "\n" not in shelf.notes[0] and len(shelf.notes[0]) < 300
@@ -238,8 +238,8 @@ def test_rm_all_leaves_what_is_not_ours(
     monkeypatch.setenv("LEANKV_HOME", str(tmp_path))
     place = DocumentCache().place
     place.mkdir(parents=True)
-    for name in ("mine", KEY.digest):
+    for name in ("mine", NAME, KEY.digest):
         (place / f"{name}.safetensors").write_bytes(b"x")
     assert run(["cache", "rm", "--all"]) == 0
-    assert capsys.readouterr().out.startswith("removed 1,")
+    assert capsys.readouterr().out.startswith("removed 2,")
     assert [path.name for path in place.glob("*.safetensors")] == ["mine.safetensors"]

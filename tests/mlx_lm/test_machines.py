@@ -23,7 +23,7 @@ import pytest
 from leankv_mlx import attach
 from leankv_mlx.cache import BatchedKVCache, CompressedKVCache
 from leankv_mlx.errors import ModelError, UnsupportedError
-from leankv_mlx.mlx_lm import load
+from leankv_mlx.mlx_lm import attachment, load
 from leankv_mlx.mlx_lm.group import machines_of, place
 from leankv_mlx.resources import demo_model
 from tests.mlx_lm.commands import LONG, SUMMARY, hooked_environment, run, script, server
@@ -220,6 +220,7 @@ def test_what_a_stage_computed_is_sent_when_it_is_tied_to_a_cache() -> None:
         cache.keys = mx.depends(cache.keys, made)
         mx.synchronize()
         assert mx.get_active_memory() >= before + made.nbytes
+        del made
 
 
 def test_a_model_that_is_split_leaves_out_no_channels() -> None:
@@ -236,11 +237,12 @@ def test_a_whole_model_has_no_machines_to_ask() -> None:
     assert place(model, 3) == (0, 3)
 
 
-def test_heads_that_cannot_be_split_are_told() -> None:
+def test_heads_that_cannot_be_split_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """mlx-lm splits three heads for two machines as if they were even."""
     model: Any = TINY["llama"]()
+    monkeypatch.setattr(attachment, "machines_of", lambda model: 2)
+    attach(model)
     for layer in model.layers:
         layer.self_attn.n_kv_heads = 1  # of two, whose keys are all there
-    model.model.pipeline_size = 2
     with pytest.raises(ModelError, match="heads cannot be split over 2 machines"):
         attach(model)
