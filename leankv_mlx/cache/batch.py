@@ -20,12 +20,13 @@ from leankv_mlx.cache.compressed import CompressedKVCache
 from leankv_mlx.cache.fetch import Arrays, Fetch
 from leankv_mlx.cache.layer import Shape
 from leankv_mlx.cache.memory import shared_nbytes
+from leankv_mlx.cache.stage import Stage
 from leankv_mlx.cache.together import append_all
 from leankv_mlx.errors import ShapeError, UnsupportedError
 from leankv_mlx.kernels import MAX_DECODE_TOKENS, Mask
 
 
-class BatchedKVCache:
+class BatchedKVCache(Stage):
     """One layer of several sequences.
 
     Padding is never stored: `prepare` says how much of what comes next is none of a row's tokens.

@@ -14,13 +14,14 @@ from leankv_mlx.cache.fetch import Arrays, Calls, Fetch
 from leankv_mlx.cache.layer import Layer, Shape
 from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.sequence import Sequence
+from leankv_mlx.cache.stage import Stage
 from leankv_mlx.cache.state import CacheState
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError, DroppedTokensError, ShapeError, UnsupportedError
 from leankv_mlx.kernels import MAX_DECODE_TOKENS, Backend, Mask, Rows, View, resolve_backend
 
 
-class CompressedKVCache:
+class CompressedKVCache(Stage):
     """What a model sees of a layer of a `Sequence`: sink tokens, a compressed body and a window of
     recent tokens, everything rotated.
 

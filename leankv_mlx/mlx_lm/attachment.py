@@ -6,9 +6,11 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from types import TracebackType
 from typing import Any
 
+import mlx.core as mx
 from mlx import nn
 
 from leankv_mlx.cache import CompressedKVCache, Sequence
@@ -16,6 +18,7 @@ from leankv_mlx.config import UNCOMPRESSED, CompressionConfig
 from leankv_mlx.errors import ModelError, UnsupportedError
 from leankv_mlx.kernels import resolve_backend
 from leankv_mlx.mlx_lm import patches
+from leankv_mlx.mlx_lm.group import machines_of, place, stages_of
 from leankv_mlx.mlx_lm.precision import weights_dtype
 from leankv_mlx.mlx_lm.projecting import projections_of
 from leankv_mlx.mlx_lm.quirks import left_alone, quirks_of
@@ -97,6 +100,9 @@ class Attachment:
         self._final: list[str] = []
         self._exact_dtype = weights_dtype(model)
         self._entries = own_caches(model)
+        self.machines = machines_of(model)
+        layers = self.compressed_layers
+        self._place = place(model, layers) if config.layer_bits else (0, layers)
         self._sparsity = sparsity or sparsity_of(model, config.sparse, config.projections)
         self._projections = projections_of(model, config.projections, inputs=self._sparsity)
 
@@ -151,17 +157,28 @@ class Attachment:
         self.stop()
 
     def _make(self, entries: list[Any]) -> list[Any]:
-        layers = self.compressed_layers
         sequence = Sequence(self.config.policy, self.config.scorer)
-        made: list[Any] = []
-        for entry in entries:
-            if self._reason(entry) is None:
-                done = sum(isinstance(cache, CompressedKVCache) for cache in made)
-                config = self.config.for_layer(done, layers)
-                entry = CompressedKVCache(config, self._keep_fetched, self._exact_dtype, sequence)
-            made.append(entry)
-        self._caches = made
-        return made
+        self._caches = [
+            CompressedKVCache(config, self._keep_fetched, self._exact_dtype, sequence)
+            if config
+            else entry
+            for entry, config in zip(entries, self.layer_configs, strict=True)
+        ]
+        return self._caches
+
+    @property
+    def layer_configs(self) -> list[CompressionConfig | None]:
+        """The settings of each entry of the model's cache list; None for one that is not replaced.
+
+        Raises:
+            ConfigError: layer_bits is for a model with another number of compressed layers.
+        """
+        before, layers = self._place
+        numbers = count(before)
+        return [
+            self.config.for_layer(next(numbers), layers) if self._reason(entry) is None else None
+            for entry in self._entries
+        ]
 
     def _reason(self, entry: Any) -> str | None:
         """Why a cache of the model is left alone; None if it is replaced."""
@@ -186,6 +203,8 @@ class Attachment:
             reason = self.config.spec() if refused is None else refused
             if refused is None and path == "fallback" and self.config.policy.drops:
                 reason += "; keeps every token, because its attention does not go through the cache"
+            if refused is None and self.machines > 1 and self.config.policy.limit:
+                reason += f"; its bytes are those of each of {self.machines} machines"
             rows.append(LayerReport(index, type(entry).__name__, refused is None, reason, path))
         return rows
 
@@ -248,15 +267,30 @@ def attach(
         ConfigError: the text is not understood.
         BackendUnavailableError: the configured backend cannot run here.
         CalibrationError: the model was not calibrated for what `sparse` leaves out.
-        UnsupportedError: the model is split over several machines.
+        ModelError: the heads of the model cannot be split over so many machines.
+        UnsupportedError: `sparse` on a model that is split over several machines.
     """
     if isinstance(config, str):
         config = CompressionConfig.parse(config)
-    if any(getattr(module, "pipeline_size", 1) > 1 for module in model.modules()):
-        raise UnsupportedError(
-            "a model in pipeline stages cannot use a compressed KV cache; load it on one machine."
-        )
+    if (machines := machines_of(model)) > 1:
+        if config.sparse:
+            raise UnsupportedError(
+                f"sparse={config.sparse} works with a whole model; drop it, or use one machine."
+            )
+        if stages_of(model) == 1:
+            _check_split(model, machines)
     return Attachment(model, config, sparsity)
+
+
+def _check_split(model: nn.Module, machines: int) -> None:
+    """mlx-lm splits heads without counting them, and the first request would fail."""
+    try:
+        model(mx.array([[1]]), cache=own_caches(model))  # never computed
+    except ValueError as error:
+        raise ModelError(
+            f"this model's heads cannot be split over {machines} machines; use another number of "
+            "them, or --pipeline."
+        ) from error
 
 
 def backend_of(attachment: Attachment | None) -> str:

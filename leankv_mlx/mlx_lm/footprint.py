@@ -27,8 +27,9 @@ _SPARE = 0.75
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One cache with keys and values of `bound` tokens at most (0: of all); `exact_bytes` is an
-    element of its exact rows if it is compressed, `element_bytes` one of the model's own cache."""
+    """One cache with keys and values of `bound` tokens at most (0: of all); `config` is that of its
+    compression (None: it has none), `exact_bytes` an element of its exact rows then,
+    `element_bytes` one of the model's own cache."""
 
     heads: int
     k_dim: int
@@ -36,14 +37,30 @@ class _Layer:
     element_bytes: int
     exact_bytes: int
     bound: int
-    compressed: bool
+    config: CompressionConfig | None
 
     def memory(self, config: CompressionConfig, tokens: int) -> CacheMemory:
         return planned(config, tokens, self.heads, self.k_dim, self.v_dim, self.exact_bytes)
 
-    def nbytes(self, config: CompressionConfig | None, tokens: int) -> int:
-        if config is not None and self.compressed:
-            return self.memory(config, tokens).used
+    def used(self, tokens: int) -> int:
+        if self.config is None:
+            return self.uncompressed(tokens)
+        return self.memory(self.config, tokens).used
+
+    def most(self, tokens: int) -> int:
+        total = self.used(tokens)
+        if self.config is not None:
+            total += min(tokens, TILE) * self.memory(self.config, 1).exact
+            total += _SIDE_BYTES * self.heads * tokens if self.config.policy.drops else 0
+        return total
+
+    def shared(self, tokens: int) -> int:
+        if self.config is None:
+            return 0
+        memory = self.memory(self.config, tokens)
+        return memory.codes + memory.scales
+
+    def uncompressed(self, tokens: int) -> int:
         held = min(tokens, self.bound) if self.bound else tokens
         return held * self.heads * (self.k_dim + self.v_dim) * self.element_bytes
 
@@ -55,13 +72,9 @@ class Footprint:
     That is what reading a prompt takes, before a policy drops tokens. Exact after a prompt is read;
     after single tokens up to 32 of them are still exact rows that are counted as codes here.
     Buffers grow by an eighth at a time, so they hold up to that much more.
-
-    Attributes:
-        config: the compression that is planned for, None for none.
     """
 
     layers: tuple[_Layer, ...]
-    config: CompressionConfig | None
 
     @classmethod
     def of(cls, model: nn.Module, attachment: Attachment | None) -> Footprint:
@@ -73,51 +86,30 @@ class Footprint:
         caches = own_caches(model)
         model(mx.array([[1]]), cache=caches)
         exact = weights_dtype(model)
-        rows = attachment.report if attachment else []
-        compressed = [row.compressed for row in rows] or [False] * len(caches)
+        configs = attachment.layer_configs if attachment else [None] * len(caches)
         layers = [
             layer
-            for cache, replaced in zip(caches, compressed, strict=True)
-            for layer in _layers(cache, replaced, exact)
+            for cache, config in zip(caches, configs, strict=True)
+            for layer in _layers(cache, config, exact)
         ]
-        return cls(tuple(layers), attachment.config if attachment else None)
+        return cls(tuple(layers))
 
     def used(self, tokens: int) -> int:
         """Bytes that `tokens` tokens take."""
-        return sum(layer.nbytes(config, tokens) for layer, config in self._configured())
+        return sum(layer.used(tokens) for layer in self.layers)
 
     def most(self, tokens: int) -> int:
         """Bytes that up to `tokens` tokens take at most, in whatever steps they come; without the
         queries that a policy which drops tokens looks at while a prompt is read."""
-        total = 0
-        for layer, config in self._configured():
-            total += layer.nbytes(config, tokens)
-            if config is not None and layer.compressed:
-                total += min(tokens, TILE) * layer.memory(config, 1).exact
-                total += _SIDE_BYTES * layer.heads * tokens if config.policy.drops else 0
-        return total
+        return sum(layer.most(tokens) for layer in self.layers)
 
     def shared(self, tokens: int) -> int:
         """Bytes of `tokens` tokens that a copy never has for itself, however it goes on."""
-        found = [
-            layer.memory(config, tokens)
-            for layer, config in self._configured()
-            if config is not None and layer.compressed
-        ]
-        return sum(memory.codes + memory.scales for memory in found)
-
-    def _configured(self) -> Iterator[tuple[_Layer, CompressionConfig | None]]:
-        """Each layer with its own setting; layers that are not compressed do not look at it."""
-        done, compressed = 0, sum(layer.compressed for layer in self.layers)
-        for layer in self.layers:
-            config = self.config
-            if config is not None and layer.compressed:
-                config, done = config.for_layer(done, compressed), done + 1
-            yield layer, config
+        return sum(layer.shared(tokens) for layer in self.layers)
 
     def uncompressed(self, tokens: int) -> int:
         """Bytes that they take in the model's own caches."""
-        return sum(layer.nbytes(None, tokens) for layer in self.layers)
+        return sum(layer.uncompressed(tokens) for layer in self.layers)
 
     def longest(self, budget: int, most: int) -> int:
         """Tokens that fit `budget` bytes, at most `most`."""
@@ -130,7 +122,9 @@ class Footprint:
         return low
 
 
-def _layers(cache: Any, compressed: bool, exact: mx.Dtype | None) -> Iterator[_Layer]:
+def _layers(
+    cache: Any, config: CompressionConfig | None, exact: mx.Dtype | None
+) -> Iterator[_Layer]:
     for entry in entries([cache]):
         keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
         if isinstance(keys, mx.array) and isinstance(values, mx.array):
@@ -142,7 +136,7 @@ def _layers(cache: Any, compressed: bool, exact: mx.Dtype | None) -> Iterator[_L
                 keys.dtype.size,
                 (exact or keys.dtype).size,
                 bound,
-                compressed,
+                config,
             )
 
 

@@ -35,6 +35,7 @@ _WHOLE_BYTES = 16 * 2**20
 _SAMPLES, _SAMPLE_BYTES = 1024, 1024
 
 _FOLDER = "_leankv_folder"
+_INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -109,6 +110,34 @@ def load_from(
         return loaded
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"cannot load the model in {path}: {_one_line(error)}") from error
+
+
+def load_part(
+    loader: Callable[..., Any],
+    name: str,
+    by_layers: bool,
+    projections: Products = "auto",
+    **options: Any,
+) -> Loaded:
+    """Call mlx-lm's `sharded_load` for this machine's part of a model, as `load_from` calls `load`.
+    Of a model on the hub it fetches what the part needs, so that is left to it.
+
+    Args:
+        by_layers: whether the machines share the layers, not the heads.
+
+    Raises:
+        BackendUnavailableError: native products are asked for and do not run here.
+        ModelError: there is no such model, it is damaged, or it cannot be split like this.
+    """
+    path = Path(name)
+    if not _HUB_ID.fullmatch(name) or expanded(name).exists():
+        path = resolve_model(name)
+        if by_layers and not (path / _INDEX).is_file():
+            raise ModelError(
+                f"{name} has no {_INDEX}, which says where each layer is; drop --pipeline, "
+                "or use a model that mlx_lm.convert made."
+            )
+    return load_from(loader, path, projections, **options)
 
 
 def _be_silent_about_length(tokenizer: Any) -> None:

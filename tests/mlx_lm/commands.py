@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def run(
 def server(
     command: list[str], environment: dict[str, str], log: str | Path = os.devnull
 ) -> Iterator[str]:
-    """The address of a running `mlx_lm.server`; it is ended in any case."""
+    """The address of a running `mlx_lm.server`; it and what it started are ended in any case."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -73,13 +74,16 @@ def server(
     address = f"http://127.0.0.1:{port}"
     with (
         open(log, "wb") as file,
-        subprocess.Popen(full, env=environment, stderr=file) as process,
+        subprocess.Popen(
+            full, env=environment, stdin=subprocess.PIPE, stderr=file, start_new_session=True
+        ) as process,
     ):
         try:
             _wait(process, address)
             yield address
         finally:
-            process.kill()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait(process: subprocess.Popen[bytes], address: str) -> None:

@@ -250,13 +250,6 @@ def test_errors_have_types(model: nn.Module) -> None:
         model(mx.zeros((2, 4), dtype=mx.int32), cache=make_prompt_cache(model))
 
 
-def test_a_model_in_pipeline_stages_is_refused() -> None:
-    model = TINY["qwen3_next"]()
-    model.model.pipeline_size = 2
-    with pytest.raises(UnsupportedError, match="pipeline"):
-        attach(model)
-
-
 def test_saved_prompt_caches_find_the_class(model: nn.Module, tmp_path: Any) -> None:
     with attach(model):
         _, caches = run(model)

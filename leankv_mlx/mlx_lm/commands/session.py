@@ -15,9 +15,15 @@ from leankv_mlx.errors import UsageError
 from leankv_mlx.kernels import resolve_backend
 from leankv_mlx.mlx_lm.attachment import Attachment, attach, backend_of, why_not
 from leankv_mlx.mlx_lm.flags import add_flags
-from leankv_mlx.mlx_lm.loading import LoadedModel, fingerprint, load_from, resolve_model
+from leankv_mlx.mlx_lm.group import is_first, machines_of, summed
+from leankv_mlx.mlx_lm.loading import (
+    LoadedModel,
+    fingerprint,
+    load_from,
+    load_part,
+    resolve_model,
+)
 from leankv_mlx.mlx_lm.patches import printing, replaced
-from leankv_mlx.mlx_lm.precision import compute_in_float32
 from leankv_mlx.mlx_lm.projecting import is_native
 from leankv_mlx.mlx_lm.usage import Usage, measure, summary_line
 from leankv_mlx.settings import Sparse
@@ -48,6 +54,8 @@ class Session:
         self.fingerprint = ""  # of the main model
         self.attachments: list[Attachment] = []
         self.caches: list[list[Any]] = []
+        self.machines = 1  # that hold the model
+        self._counted = Usage()  # of all of them, after the last reply
 
     # Before the run: the flags.
 
@@ -94,7 +102,11 @@ class Session:
     @property
     def methods(self) -> dict[str, Method]:
         """Name in the command's module -> what is called instead."""
-        return {"load": self.load, "sharded_load": self.sharded_load}
+        return {
+            "load": self.load,
+            "sharded_load": self.sharded_load,
+            "stream_generate": self.stream_generate,
+        }
 
     def load(self, original: Callable[..., Any], name: str, *args: Any, **options: Any) -> Any:
         """mlx-lm's `load`, with our errors; the model comes back attached."""
@@ -113,12 +125,27 @@ class Session:
         """Whether the model that is loaded by this name is to draft for the main one."""
         return self.main_model is not None and name == getattr(self.args, "draft_model", None)
 
-    def sharded_load(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """mlx-lm's `sharded_load`, for one of several machines."""
-        loaded = original(*args, **options)
-        compute_in_float32(loaded[0])
-        self._attach(loaded[0])
-        return loaded
+    def sharded_load(
+        self,
+        original: Callable[..., Any],
+        name: str,
+        pipeline_group: Any = None,
+        tensor_group: Any = None,
+        **options: Any,
+    ) -> Any:
+        """mlx-lm's `sharded_load`, for one of several machines; its part comes back attached."""
+        with_config = options.pop("return_config", False)
+        groups = pipeline_group, tensor_group
+        loaded = load_part(
+            lambda path, **given: original(path, *groups, **given),
+            name,
+            pipeline_group is not None,
+            self.config.projections if self.config else "auto",
+            **options,
+        )
+        self._attach(loaded.model)
+        self.machines = machines_of(loaded.model)
+        return loaded if with_config else loaded[:2]
 
     def _attach(self, model: Any, draft: bool = False) -> None:
         if self.config is not None:
@@ -144,6 +171,20 @@ class Session:
         self.caches.append(made)
         return made
 
+    def stream_generate(
+        self, original: Callable[..., Any], *args: Any, **options: Any
+    ) -> Iterator[Any]:
+        """mlx-lm's `stream_generate`, after which several machines count what all of them hold: at
+        the end of the process one of them may be gone."""
+        yield from original(*args, **options)
+        if self.machines > 1:
+            self._counted = summed(self._usage())
+
+    def _usage(self) -> Usage:
+        """What the caches of this machine hold."""
+        caches = self.caches or [attachment.caches for attachment in self.attachments]
+        return sum(map(measure, caches), Usage())
+
     # After the run.
 
     def close(self) -> None:
@@ -152,13 +193,18 @@ class Session:
             attachment.stop()
 
     def summary(self) -> str | None:
-        """The line that ends a run; None if it made no cache."""
+        """The line that ends a run; None if it made no cache, or another machine tells it."""
         caches = self.caches or [attachment.caches for attachment in self.attachments]
+        backend = backend_text(self.attachments[0]) if self.attachments else UNCOMPRESSED
+        if self.machines > 1:
+            if not self._counted.tokens or not is_first():
+                return None
+            each = " with a budget each" if self.config and self.config.policy.limit else ""
+            return f"{summary_line(self._counted, backend)}, {self.machines} machines{each}"
         if not any(caches):
             return None
-        backend = backend_text(self.attachments[0]) if self.attachments else UNCOMPRESSED
         read = self.attachments[0].weights_read if self.attachments else 1.0
-        return summary_line(sum(map(measure, caches), Usage()), backend, read)
+        return summary_line(self._usage(), backend, read)
 
 
 def backend_text(attachment: Attachment) -> str:
