@@ -64,8 +64,11 @@ def append_batch(
     if not exact or any(x.ndim != 4 or x.shape[0] != len(exact) for x in new):
         shapes = " and ".join(str(x.shape) for x in new)
         raise ShapeError(f"[append_batch] expected rows [{len(exact)}, H, T, D], got {shapes}.")
+    _check(exact[0], new, 4, rotations)
+    like = [x.shape[::2] for x in exact[0]]
     for old in exact:
-        _check(old, new, 4, rotations)
+        if [x.shape[::2] for x in old] != like:
+            _check(old, new, 4, rotations)
     scales = check_scales(scales, len(exact), new.k.shape[1], new.k.shape[3])
     if backend.append_batch is None:
         return each_append(backend.append, exact, new, rotations, scales)

@@ -315,6 +315,10 @@ def test_a_block_that_rows_share_counts_once() -> None:
     grown = [row.nbytes for row in batch.rows]
     assert batch.nbytes == sum(grown) - 4 * codes
     assert all(n > cache.nbytes for n in grown)
+    pool = cache.layer.body.tables[0].pool
+    reserve = (pool.capacity - pool.used) * pool.block_nbytes
+    for row in (cache, *batch.rows):  # of others alone it has nothing
+        assert row.memory().allocated == row.nbytes + reserve
 
 
 def test_copies_of_a_document_hold_it_once() -> None:
@@ -387,7 +391,7 @@ def test_blocks_come_back_from_any_thread() -> None:
 
 
 def test_a_limit_in_bytes_is_a_sequences_own() -> None:
-    kv = "leankv:policy=budget,budget=300K,window=32"
+    kv = "leankv:policy=budget,budget=480K,window=32"
     config = CompressionConfig.parse(kv)
 
     def stack() -> list[CompressedKVCache]:
@@ -397,6 +401,8 @@ def test_a_limit_in_bytes_is_a_sequences_own() -> None:
     def feed(caches: list[Any], count: int, n: int, seed: int) -> None:
         for layer, cache in enumerate(caches):
             k, q = rows(1, H, n, seed=seed + layer), rows(1, 4, n, seed=seed + layer + 50)
+            if n > 1:  # so that the first blocks stay, and with them the pool of the family
+                k[:, :, 4:150] *= 4
             k, q = (mx.repeat(x, count, axis=0) for x in (k, q))
             mask = cache.make_mask(n)
             mx.eval(owner_of(*cache.update_and_fetch(k, k)).attend(q, scale=0.1, mask=mask))
@@ -413,7 +419,9 @@ def test_a_limit_in_bytes_is_a_sequences_own() -> None:
         feed(alone, 1, 1, 1000 + step)
         feed(batch, 6, 1, 1000 + step)
     expected = [cache.layer.body.describe() for cache in alone]
-    most = 300 << 10
+    for cache in batch:  # still a family
+        assert len({row.layer.body.tables[0].pool for row in cache.rows}) == 1
+    most = 480 << 10
     assert 0.7 * most < sum(cache.memory().allocated for cache in alone) <= most
     for row in range(6):
         found = [cache.rows[row].layer.body.describe() for cache in batch]

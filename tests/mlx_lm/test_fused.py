@@ -17,6 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from leankv_mlx import attach
+from leankv_mlx.cache import BatchedKVCache
 from leankv_mlx.errors import BackendUnavailableError, ShapeError
 from leankv_mlx.mlx_lm import fused, load, projecting
 from leankv_mlx.mlx_lm.projecting import projections_of
@@ -145,6 +146,34 @@ def test_several_sequences_at_once() -> None:
     wanted = model(ids)
     with projections_of(model, "native"):
         assert close(model(ids), wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama with biases", "qwen3", "phi3"])
+def test_a_step_of_a_batch_gives_the_bits_that_each_sequence_gets_alone(name: str) -> None:
+    """Of sequences of other lengths, so that what one answers does not depend on the others."""
+    model = quantized(name)
+    with attach(model, "leankv"):
+        alone = [make_prompt_cache(model) for _ in range(12)]
+        for i, caches in enumerate(alone):
+            mx.eval(model(tokens(3 + 17 * i)[None], cache=caches))
+        batch = [BatchedKVCache.merge(layer) for layer in zip(*alone, strict=True)]
+        for step in range(3):
+            ids = tokens(12 + step)[-12:, None]
+            together = model(ids, cache=batch)
+            for i, caches in enumerate(alone):
+                assert mx.array_equal(together[i], model(ids[i : i + 1], cache=caches)[0])
+
+
+def test_a_batch_with_padding_on_the_left_begins_at_negative_positions() -> None:
+    model = quantized()
+    ids = tokens(20)
+    with attach(model, "leankv"):
+        wanted = model(ids[None, :14], cache=make_prompt_cache(model))[0, -1]
+        batch = [BatchedKVCache.merge([cache] * 2) for cache in make_prompt_cache(model)]
+        for cache in batch:
+            cache.prepare(left_padding=[6, 0])
+        padded = mx.stack([mx.concatenate([mx.zeros(6, ids.dtype), ids[:14]]), ids])
+        assert close(model(padded, cache=batch)[0, -1], wanted)
 
 
 def test_adapters_run_as_they_are_in_their_places() -> None:

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from leankv_mlx.cli import app
 from leankv_mlx.evaluation import prose
 from tests.mlx_lm.commands import MODEL, hooked_environment, script, server
 
@@ -252,57 +251,6 @@ def test_a_document_is_held_once_and_is_there_after_a_restart(
         usage = json.loads(post(address, bodies[0])[1])["usage"]
         assert usage["prompt_tokens_details"]["cached_tokens"] > 0.9 * tokens
         assert state(address)["hits"] == 1
-
-
-# The command.
-
-
-@pytest.mark.parametrize(
-    ("flags", "text"),
-    [
-        (["--kv-memory", "much"], "'much' is not a size"),
-        (["--kv-memory", "0"], "--kv-memory 0"),
-        (["--prompt-cache-bytes", "much"], "'much' is not a size"),
-        (["--kv-store-size", "1GB"], "--kv-store-size does nothing without --kv-store"),
-        (["--kv", "none", "--kv-memory", "1GB"], "--kv-memory does nothing beside --kv none"),
-        (["--decode-concurrency", "0"], "--decode-concurrency must be at least 1"),
-        (["--kv-store", __file__], "is a file"),
-        (["--port", "1"], "cannot listen at 127.0.0.1:1"),
-        (["--host", "192.0.2.1", "--port", "0"], "cannot listen at 192.0.2.1:0"),
-    ],
-)
-def test_errors_are_one_line(
-    flags: list[str], text: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    if flags == ["--port", "1"] and os.geteuid() == 0:
-        pytest.skip("this user may listen anywhere")
-    assert app.run(["serve", "--log-level", "ERROR", *flags]) == 2
-    assert re.fullmatch(r"leankv: error: [^\n]+\n", err := capfd.readouterr().err)
-    assert text in err
-
-
-def test_a_damaged_model_ends_the_server_with_one_line(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    for file in Path(MODEL).iterdir():
-        content = file.read_bytes()
-        end = 1000 if file.suffix == ".safetensors" else len(content)
-        (tmp_path / file.name).write_bytes(content[:end])
-    assert app.run(["serve", "--log-level", "ERROR", "--model", str(tmp_path)]) == 1
-    out, err = capfd.readouterr()
-    assert re.fullmatch(r"leankv: error: cannot load the model in [^\n]+\n", err) and not out
-
-
-def test_help_is_that_of_mlx_lm_with_ours(capfd: pytest.CaptureFixture[str]) -> None:
-    start = time.perf_counter()
-    assert app.run(["serve", "--help"]) == 0
-    assert time.perf_counter() - start < 5
-    out = capfd.readouterr().out
-    for flag in (
-        "usage: leankv serve", "--kv KV", "--kv-memory SIZE", "--kv-store FOLDER", "--draft-model",
-        "--decode-concurrency", "the\n                        bundled one", "(default: leankv)",
-    ):  # fmt: skip
-        assert flag in out
 
 
 @pytest.fixture(scope="module")
