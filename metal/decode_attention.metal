@@ -326,14 +326,14 @@ DEVFN void lkv_store_part(THR lkv_state<VC, R>& state, int rows_left, int splits
 }
 
 // One threadgroup. BODY, EXACT: whether this launch has a body, and exact rows. SKIP: with exact
-// rows at hand, whether or not they are attended to here; log_skip is the weight's logarithm (base 2).
-//   q [H * query_rows, head_dim], pool [blocks, words], table [H, width], lengths [H]
-//   mu_k [H, Dk], mu_v [H, Dv], k [H, exact, Dk], v [H, exact, Dv], signs [Dk]
+// rows at hand, whether or not they are attended to here; log_skip is log2 of the weight.
+//   q [H * query_rows, head_dim], pool [blocks, words], mu_k [H, Dk], mu_v [H, Dv], signs [Dk]
+//   of the head: ids of its blocks, length, k [exact, Dk], v [exact, Dv]
 template <int KF, int VF, int KC, int VC, int BLOCK, int S, int R, int T, int NSG, bool BODY,
-          bool EXACT, bool SKIP, class QP, class IP, class LP, class KT, class VT>
+          bool EXACT, bool SKIP, class QP, class IP, class KT, class VT>
 DEVFN lkv_reads lkv_decode_attention(QP q, int query_rows, int tokens, int head_dim,
                                      const DEV float* signs, float scale, const DEV uint* pool,
-                                     IP table, int width, LP lengths, const DEV float* mu_k,
+                                     IP ids, int length, const DEV float* mu_k,
                                      const DEV float* mu_v, const DEV KT* k, const DEV VT* v,
                                      int exact, bool causal, float log_skip, DEV float* part,
                                      uint tile, uint head, uint split, uint splits, uint lane,
@@ -345,8 +345,8 @@ DEVFN lkv_reads lkv_decode_attention(QP q, int query_rows, int tokens, int head_
   if (S == LKV_TABLE) lkv_fill_table(shared.table, simd_group * 32u + lane, 32u * NSG);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if (SKIP) {
-    lkv_set_least<KC, R, NSG>(k + (size_t)head * exact * (KC * 32), exact, query_row, query_rows,
-                              tokens, causal, log_skip, lane, simd_group, shared);
+    lkv_set_least<KC, R, NSG>(k, exact, query_row, query_rows, tokens, causal, log_skip, lane,
+                              simd_group, shared);
   }
   lkv_reads reads;
   reads.read = 0;
@@ -359,14 +359,13 @@ DEVFN lkv_reads lkv_decode_attention(QP q, int query_rows, int tokens, int head_
     state.sum[r] = 0.0f;
     UNROLL for (int c = 0; c < VC; c++) state.out[r][c] = 0.0f;
   }
-  const int length = BODY ? lengths[head] : 0, items = (length + 32 * T - 1) / (32 * T);
+  const int items = (length + 32 * T - 1) / (32 * T);
   const int workers = (int)splits * NSG;
   int item = (int)split * NSG + (int)simd_group;
   if (BODY) {
     for (; item < items; item += workers) {
-      lkv_attend_blocks<KF, VF, KC, VC, S, R, T, SKIP>(pool, table + (int)head * width, item * T,
-                                                       length, lane, shared, probabilities, levels,
-                                                       state, reads);
+      lkv_attend_blocks<KF, VF, KC, VC, S, R, T, SKIP>(pool, ids, item * T, length, lane, shared,
+                                                       probabilities, levels, state, reads);
     }
     UNROLL for (int r = 0; r < R; r++) {
       const float mass = simd_sum(state.sum[r]);
@@ -378,9 +377,8 @@ DEVFN lkv_reads lkv_decode_attention(QP q, int query_rows, int tokens, int head_
   }
   if (EXACT) {
     for (; (item - items) * 32 < exact; item += workers) {
-      lkv_attend_rows<KC, VC, R>(k + (size_t)head * exact * (KC * 32),
-                                 v + (size_t)head * exact * (VC * 32), (item - items) * 32, exact,
-                                 query_row, tokens, causal, lane, shared, probabilities, state);
+      lkv_attend_rows<KC, VC, R>(k, v, (item - items) * 32, exact, query_row, tokens, causal, lane,
+                                 shared, probabilities, state);
     }
   }
   const size_t first = ((size_t)head * query_rows + query_row) * splits + split;

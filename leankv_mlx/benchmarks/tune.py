@@ -50,4 +50,4 @@ def tune_attention(
     def run() -> None:
         mx.eval(attend(queries, view, scale=head_dim**-0.5, mask=None, sink_logits=None))
 
-    return launch.tuner.tune(shape_of(queries, tier, exact, True), run)
+    return launch.tuner.tune(shape_of(queries, [view], [tier], True), run)

@@ -10,8 +10,8 @@ import pytest
 from leankv_mlx.benchmarks import static, static_project
 from leankv_mlx.codec.format import Format
 from leankv_mlx.errors import UnsupportedError
-from leankv_mlx.kernels.gpu.append import APPEND
-from leankv_mlx.kernels.gpu.attention import SKIPPING, SPLITS, merge_kernel
+from leankv_mlx.kernels.gpu.append import MAX_SEQUENCES, append_kernel
+from leankv_mlx.kernels.gpu.attention import SKIPPING, SPLITS, attention_kernel, merge_kernel
 from leankv_mlx.kernels.gpu.dequantize import DEQUANTIZE
 from leankv_mlx.kernels.gpu.encode import ENCODE
 from leankv_mlx.kernels.gpu.launch import Kernel, Template, format_template
@@ -26,6 +26,15 @@ BLOCKS = {"KF": 0, **format_template(MIXED), "NSG": 8, "SEARCH": True}
 INDEX = {"pool": "uint32_t", "table": "int32_t", "lengths": "int32_t", "slots": "int32_t"}
 CENTERS = {"mu_k": "float", "mu_v": "float"}
 PARTS = {f"part{i}": "float" for i in range(3)}
+POOLS = {"places": "int32_t"} | {f"pool{i}": "uint32_t" for i in range(8)}
+
+
+def append(sequences: int) -> Any:
+    """A row of KERNELS."""
+    kernel = append_kernel(sequences)
+    template = {"KC": 4, "VC": 6, "BLOCK_K": 128, "BLOCK_V": 64, "OLD": 1, "ROWS": 4}
+    types = dict.fromkeys(kernel.inputs + kernel.outputs, HALF)
+    return f"append-{sequences}", kernel, template, types | {"signs_k": "float", "signs_v": "float"}
 
 
 def product(count: int, gated: bool, keep: int, bits: int, rows: int, tiles: int) -> Any:
@@ -61,6 +70,18 @@ KERNELS: list[tuple[str, Kernel, Template, dict[str, str]]] = [
         static.ATTENTION_TYPES | {"log_skip": "float", "reads": "int32_t"},
     ),
     (
+        "attention-batch",
+        attention_kernel(8),
+        static.attention_template(UNIFORM, 4, 1),
+        static.ATTENTION_TYPES | POOLS,
+    ),
+    (
+        "attention-batch-skip",
+        attention_kernel(1, skip=True),
+        static.attention_template(MIXED, 4, 0),
+        static.ATTENTION_TYPES | POOLS | {"log_skip": "float", "reads": "int32_t"},
+    ),
+    (
         "merge",
         merge_kernel(3),
         {"VC": 5, "BLOCK": 32, "TOKENS": 2, "HEAD_DIM": 150, "SINK": True},
@@ -69,13 +90,8 @@ KERNELS: list[tuple[str, Kernel, Template, dict[str, str]]] = [
     ("encode", ENCODE, BLOCKS, CENTERS | {"keys": HALF, "values": BFLOAT, "blocks": "uint32_t"}),
     ("dequantize", DEQUANTIZE, BLOCKS, INDEX | CENTERS | {"keys": BFLOAT, "values": BFLOAT}),
     ("repack", REPACK, BLOCKS, INDEX | {"blocks": "uint32_t"}),
-    (
-        "append",
-        APPEND,
-        {"KC": 4, "VC": 6, "BLOCK_K": 128, "BLOCK_V": 64, "OLD": True, "ROWS": 4},
-        {name: HALF for name in APPEND.inputs + APPEND.outputs}
-        | {"signs_k": "float", "signs_v": "float"},
-    ),
+    append(1),
+    append(MAX_SEQUENCES),
     product(1, False, 1, 4, 1, 500),
     product(3, False, 2, 3, 3, 1),
     product(2, True, 1, 4, 2, 500),

@@ -89,6 +89,16 @@ def test_the_probe_turns_away_a_device_that_computes_something_else() -> None:
     probe.check(resolve_backend("reference"))
 
 
+@pytest.mark.parametrize(
+    "operation",
+    ["encode", "append", "decode_attention", "append_batch", "decode_attention_batch"],
+)
+def test_the_probe_sees_each_operation(operation: str) -> None:
+    reference, nothing = resolve_backend("reference"), make_backend("nothing", Nothing())
+    with pytest.raises(BackendUnavailableError, match="something else"):
+        probe.check(replace(reference, **{operation: getattr(nothing, operation)}))
+
+
 def test_a_kernel_is_compiled_once_by_name() -> None:
     made = []
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from leankv_mlx.kernels.decode_attention import decode_attention_ops
-from leankv_mlx.kernels.gpu import make_backend
+from leankv_mlx.kernels.gpu import make_backend, probe
 from leankv_mlx.projections import Backend
 from leankv_mlx.projections import gpu as products
 from tests.kernels import cases
@@ -83,4 +83,5 @@ def test_our_kernels_compile_behind_the_prelude(prelude: str, dtype: mx.Dtype) -
     backend.dequantize(case.tiers[0], case.centers, dtype)
     backend.encode(case.exact, case.centers, case.tiers[0].format, "search")
     backend.append(case.exact, case.exact, (case.rotations[1], case.rotations[1]))
+    probe.check(backend)
     products.check(Backend("msl-check", products.GpuProject(launch)))

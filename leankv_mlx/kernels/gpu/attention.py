@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import log2
 
 import mlx.core as mx
 
 from leankv_mlx.codec.rotation import Hadamard
-from leankv_mlx.kernels.decode_attention import between_rotations, decode_attention_ops
+from leankv_mlx.kernels.decode_attention import (
+    between_rotations,
+    decode_attention_ops,
+    scaled_queries,
+)
 from leankv_mlx.kernels.gpu.geometry import Shape
 from leankv_mlx.kernels.gpu.launch import (
     Kernel,
@@ -17,9 +21,11 @@ from leankv_mlx.kernels.gpu.launch import (
     Template,
     constant,
     format_template,
+    hadamards,
     nothing,
 )
-from leankv_mlx.kernels.types import Attention, Mask, Rows, Tier, View
+from leankv_mlx.kernels.gpu.stored import Column, Stored, groups
+from leankv_mlx.kernels.types import Attention, Mask, Scales, View
 
 MAX_ROWS = 8
 """Query rows of a KV head that one threadgroup takes: they live in registers."""
@@ -49,32 +55,18 @@ _BODY = """
   shared.mosts = tg_mosts;
   shared.sums = tg_sums;
   shared.least = tg_least;
-  const int tokens = queries_shape[1];
+  const int head = (int)threadgroup_position_in_grid.y, tokens = queries_shape[1];
   const int query_rows = queries_shape[0] / (int)threadgroups_per_grid.y * tokens;
-  const lkv_reads count =
+{place}  const lkv_reads count =
       lkv_decode_attention<KF, VF, KC, VC, BLOCK, S, R, T, NSG, BODY, EXACT, {skip}>(
-          queries, query_rows, tokens, queries_shape[2], signs, scale[0], pool, table,
-          table_shape[1], lengths, mu_k, mu_v, keys, values, keys_shape[1], CAUSAL, {log_skip},
-          part, threadgroup_position_in_grid.x, threadgroup_position_in_grid.y,
-          threadgroup_position_in_grid.z, threadgroups_per_grid.z, thread_index_in_simdgroup,
-          simdgroup_index_in_threadgroup, shared);
+          queries, query_rows, tokens, queries_shape[2], signs, scale[0], pool, table + {ids},
+          BODY ? lengths[head] : 0, mu_k, mu_v, keys + (size_t)({first}) * (KC * 32),
+          values + (size_t)({first}) * (VC * 32), {exact}, CAUSAL, {log_skip}, part,
+          threadgroup_position_in_grid.x, head, threadgroup_position_in_grid.z,
+          threadgroups_per_grid.z, thread_index_in_simdgroup, simdgroup_index_in_threadgroup,
+          shared);
 """
-
-SPLITS = Kernel(
-    "leankv_decode_attention",
-    ("layout.metal", "values.metal", "rotate.metal", "decode_attention.metal"),
-    _INPUTS,
-    ("part",),
-    _TEMPLATE,
-    _BODY.format(skip="false", log_skip="0.0f") + "  (void)count;\n",
-)
-SKIPPING = replace(
-    SPLITS,
-    name="leankv_decode_attention_skip",
-    inputs=(*_INPUTS, "log_skip"),
-    outputs=("part", "reads"),
-    body=_BODY.format(skip="true", log_skip="log_skip[0]")
-    + """  if (thread_index_in_simdgroup == 0) {
+_READS = """  if (thread_index_in_simdgroup == 0) {
     const int group = (int)((threadgroup_position_in_grid.y * threadgroups_per_grid.x +
                              threadgroup_position_in_grid.x) * threadgroups_per_grid.z +
                             threadgroup_position_in_grid.z) * NSG +
@@ -82,14 +74,66 @@ SKIPPING = replace(
     reads[2 * group] = count.read;
     reads[2 * group + 1] = count.all;
   }
-""",
-)
-"""The same with `skip`; every SIMD group also leaves what it read, `Attention.reads`."""
+"""
+
+
+@lru_cache
+def attention_kernel(pools: int = 0, skip: bool = False) -> Kernel:
+    """The kernel that leaves the splits of one tier.
+
+    Args:
+        pools: that the tiers of several sequences lie in; 0 for one sequence.
+        skip: it may leave values out, and every SIMD group also leaves what it read,
+            `Attention.reads`.
+    """
+    name, inputs, outputs = "leankv_decode_attention", [*_INPUTS], ["part"]
+    files = ["layout.metal", "values.metal", "rotate.metal", "decode_attention.metal"]
+    where = {"place": "", "ids": "head * table_shape[1]", "first": "head * keys_shape[1]",
+             "exact": "keys_shape[1]"}  # fmt: skip
+    if pools:
+        name += f"_{pools}"
+        names = [f"pool{i}" for i in range(pools)]
+        at = inputs.index("pool")
+        inputs[at : at + 1] = names
+        inputs.append("places")
+        files.append("places.metal")
+        where = {"place": _place(names), "ids": "place.ids", "first": "place.first",
+                 "exact": "place.exact"}  # fmt: skip
+    if skip:
+        name += "_skip"
+        inputs.append("log_skip")
+        outputs.append("reads")
+    body = _BODY.format(
+        **where, skip="true" if skip else "false", log_skip="log_skip[0]" if skip else "0.0f"
+    )
+    return Kernel(
+        name,
+        tuple(files),
+        tuple(inputs),
+        tuple(outputs),
+        _TEMPLATE,
+        body + (_READS if skip else "  (void)count;\n"),
+    )
+
+
+def _place(pools: Sequence[str]) -> str:
+    """Text that finds what a row of several sequences has, `pool` included."""
+    others = "".join(
+        f"  if (place.pool == {i}) pool = {name};\n" for i, name in enumerate(pools) if i
+    )
+    return f"""  const lkv_place place =
+      lkv_place_of(places, head, (int)threadgroups_per_grid.y / places_shape[0]);
+  const DEV uint* pool = {pools[0]};
+{others}"""
+
+
+SPLITS, SKIPPING = attention_kernel(), attention_kernel(skip=True)
+"""Of one sequence."""
 
 
 @lru_cache
 def merge_kernel(parts: int) -> Kernel:
-    """The kernel that merges the splits of so many launches."""
+    """The kernel that merges the splits of so many launches. Sequences share their sink logits."""
     names = tuple(f"part{i}" for i in range(parts))
     merges = "".join(
         f"  lkv_merge_part<VC>({name}, {name}_shape[1], row, lane, merged);\n" for name in names
@@ -105,40 +149,66 @@ def merge_kernel(parts: int) -> Kernel:
   const uint lane = thread_index_in_simdgroup;
   lkv_merged<VC> merged;
   lkv_merge_start<VC>(merged);
-{merges}  if (SINK) lkv_merge_logit<VC>((float)sink_logits[row / TOKENS], merged);
+{merges}  if (SINK) {{
+    lkv_merge_logit<VC>((float)sink_logits[row / TOKENS % sink_logits_shape[0]], merged);
+  }}
   lkv_merge_store<VC, BLOCK>(merged, signs, HEAD_DIM, row, lane, out, lse);
 """,
     )
 
 
-def shape_of(queries: mx.array, tier: Tier | None, exact: Rows, with_rows: bool) -> Shape:
-    """What the launch of a tier depends on."""
+def shape_of(queries: mx.array, views: Sequence[View], column: Column, with_rows: bool) -> Shape:
+    """What the launch of a column of tiers depends on: queries [B * Hq, L, head_dim] of B views."""
+    exact = views[0].exact
     heads = exact.k.shape[0]
-    slots = (tier.slots if tier else 0) + (exact.k.shape[1] if with_rows else 0)
-    dim = max(exact.k.shape[2], exact.v.shape[2])
-    return Shape(heads * _tiles(queries, heads), dim, slots)
+    slots = [
+        (tier.slots if tier else 0) + (view.exact.k.shape[1] if with_rows else 0)
+        for view, tier in zip(views, column, strict=True)
+    ]
+    longest = max(slots)
+    # Sequences that are shorter than the longest count as much as they are: one long one among
+    # short ones is split as if it were alone.
+    full = -(-heads * sum(slots) // longest) if longest else heads * len(views)
+    tiles = _tiles(_query_rows(queries, heads * len(views)))
+    return Shape(full * tiles, max(exact.k.shape[2], exact.v.shape[2]), longest)
 
 
 def _query_rows(queries: mx.array, heads: int) -> int:
     return int(queries.shape[0]) // heads * int(queries.shape[1])
 
 
-def _tiles(queries: mx.array, heads: int) -> int:
+def _tiles(query_rows: int) -> int:
     """Threadgroups that share the query rows of a KV head."""
-    return -(-_query_rows(queries, heads) // MAX_ROWS)
+    return -(-query_rows // MAX_ROWS)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What is attended to, and how. `rotations` are those that the kernels apply themselves; None
-    where queries and output are rotated."""
+    """What is attended to, and how. `queries` are those of all sequences, [B * Hq, L, head_dim].
+    `rotations` are those that the kernels apply themselves; None where queries and output are
+    rotated."""
 
     queries: mx.array
-    view: View
+    stored: Stored
     scale: float
     causal: bool
     sink_logits: mx.array | None
     rotations: tuple[Hadamard, Hadamard] | None
+
+    @property
+    def heads(self) -> int:
+        """KV heads of all sequences."""
+        return len(self.views) * int(self.views[0].exact.k.shape[0])
+
+    @property
+    def views(self) -> Sequence[View]:
+        """Of the sequences."""
+        return self.stored.views
+
+    @property
+    def skip(self) -> float:
+        """Of the sequences that have something to skip."""
+        return max(view.skip for view in self.views)
 
 
 @dataclass(frozen=True)
@@ -157,35 +227,74 @@ class DecodeAttention:
         sink_logits: mx.array | None,
     ) -> Attention:
         """An array as mask runs as plain MLX ops, and so does a rotation that is no Hadamard."""
-        plain = isinstance(mask, mx.array)
-        rotations = None
-        if view.rotations is not None:
-            k, v = view.rotations
-            rotations = (k, v) if isinstance(k, Hadamard) and isinstance(v, Hadamard) else None
-        if plain or (view.rotations and rotations is None):
-            attend = decode_attention_ops if plain else partial(between_rotations, self)
-            return attend(queries, view, scale=scale, mask=mask, sink_logits=sink_logits)
-        call = _Call(queries, view, scale, mask == "causal", sink_logits, rotations)
-        return self._attend(call)
+        if isinstance(mask, mx.array):
+            return decode_attention_ops(
+                queries, view, scale=scale, mask=mask, sink_logits=sink_logits
+            )
+        if view.rotations and hadamards(view.rotations) is None:
+            return between_rotations(
+                self, queries, view, scale=scale, mask=mask, sink_logits=sink_logits
+            )
+        stored, rotations = Stored.of([view]), hadamards(view.rotations)
+        causal = mask == "causal"
+        return self._attend(_Call(queries, stored, scale, causal, sink_logits, rotations))
+
+    def batch(
+        self,
+        queries: mx.array,
+        views: Sequence[View],
+        *,
+        scale: float,
+        mask: str | None,
+        sink_logits: mx.array | None,
+        scales: Scales,
+    ) -> Attention:
+        """The operation on a batch; see `kernels.decode_attention.decode_attention_batch`.
+
+        Neighbours whose tiers lie in few pools are one launch for each format, and one merge. How
+        a row is split depends on the other rows, so what a sequence gets is what it gets alone up
+        to rounding. A rotation that is no Hadamard runs as plain MLX ops.
+        """
+        queries = scaled_queries(queries, scales)
+        rotations = hadamards(views[0].rotations)
+        if views[0].rotations and rotations is None:
+            k, v = views[0].rotations
+            inside = [replace(view, rotations=None) for view in views]
+            attention = self.batch(
+                k.apply(queries.astype(mx.float32)), inside,
+                scale=scale, mask=mask, sink_logits=sink_logits, scales=[None] * len(views),
+            )  # fmt: skip
+            return attention._replace(out=v.undo(attention.out).astype(queries.dtype))
+        causal, heads = isinstance(mask, str), queries.shape[1]  # no array, see there
+        found = []
+        for group in groups(views):
+            rows, stored = queries[group].flatten(0, 1), Stored.of(views[group])
+            call = _Call(rows, stored, scale, causal, sink_logits, rotations)
+            out, lse, reads = self._attend(call)
+            out, lse = (x.reshape(-1, heads, *x.shape[1:]) for x in (out, lse))
+            found.append(Attention(out, lse, reads))
+        return _concatenated(found)
 
     def _attend(self, call: _Call) -> Attention:
-        """The exact rows go with the first tier."""
-        view = call.view
-        tiers: Sequence[Tier | None] = view.tiers or [None]
-        has_rows = view.exact.k.shape[1] > 0
-        splits = [self._split(call, tier, has_rows and i == 0) for i, tier in enumerate(tiers)]
+        """The exact rows go with the first column of tiers."""
+        has_rows = any(view.exact.k.shape[1] for view in call.views)
+        splits = [
+            self._split(call, column, has_rows and i == 0)
+            for i, column in enumerate(call.stored.columns())
+        ]
         attention = self._merge(call, [part for part, *_ in splits])
-        if not view.skip:
+        if not call.skip:
             return attention
         return attention._replace(reads=mx.concatenate([reads for _, reads in splits]))
 
-    def _split(self, call: _Call, tier: Tier | None, with_rows: bool) -> list[mx.array]:
-        """Parts [Hq * L, splits, Dv + 2] of one tier; with `skip` also what was read, [n, 2]."""
-        queries, exact, centers = call.queries, call.view.exact, call.view.centers
+    def _split(self, call: _Call, column: Column, with_rows: bool) -> list[mx.array]:
+        """Parts [B * Hq * L, splits, Dv + 2] of a column; with `skip` also [n, 2]: `reads`."""
+        exact, heads = call.views[0].exact, call.heads
         rotation = call.rotations[0] if call.rotations else None
-        heads, v_dim = exact.k.shape[0], exact.v.shape[2]
-        tiles, rows = _tiles(queries, heads), _query_rows(queries, heads)
-        geometry = self.launch.geometry(shape_of(queries, tier, exact, with_rows))
+        tier = next((tier for tier in column if tier), None)
+        rows, v_dim = _query_rows(call.queries, heads), exact.v.shape[2]
+        tiles = _tiles(rows)
+        geometry = self.launch.geometry(shape_of(call.queries, call.views, column, with_rows))
         template: Template = {
             "KF": 0, "VF": 0, "KC": exact.k.shape[2] // 32, "VC": v_dim // 32,
             **(format_template(tier.format) if tier else {}),
@@ -196,28 +305,20 @@ class DecodeAttention:
             "NSG": geometry.simd_groups,
             "BODY": tier is not None,
             "EXACT": with_rows,
-            "CAUSAL": call.causal and queries.shape[1] > 1,
+            "CAUSAL": call.causal and call.queries.shape[1] > 1,
         }  # fmt: skip
-        none, no_index = nothing(mx.float32), nothing(mx.int32)
-        assert tier is None or centers is not None  # fitted before the first block was encoded
-        arrays = [
-            queries,
-            rotation.signs if rotation else none,
-            constant(call.scale * _LOG2_E),
-            tier.pool if tier else nothing(mx.uint32),
-            tier.table if tier else no_index,
-            tier.lengths if tier else no_index,
-            *(centers if tier and centers else (none, none)),
-            *(x if x.size else nothing(x.dtype) for x in exact),
-        ]
+        pools, others = call.stored.inputs(column)
+        signs = rotation.signs if rotation else nothing(mx.float32)
+        inputs = [call.queries, signs, constant(call.scale * _LOG2_E), *pools, *others]
         outputs: list[Output] = [((heads * rows, geometry.splits, v_dim + 2), mx.float32)]
-        if call.view.skip:
-            arrays.append(constant(log2(call.view.skip)))
-            groups = heads * tiles * geometry.splits * geometry.simd_groups
-            outputs.append(((groups, 2), mx.int32))
+        if call.skip:
+            inputs.append(constant(log2(call.skip)))
+            count = heads * tiles * geometry.splits * geometry.simd_groups
+            outputs.append(((count, 2), mx.int32))
+        alone = len(call.views) == 1
         return self.launch(
-            SKIPPING if call.view.skip else SPLITS,
-            arrays,
+            attention_kernel(0 if alone else len(pools), skip=call.skip > 0),
+            inputs,
             template,
             (32 * geometry.simd_groups * tiles, heads, geometry.splits),
             (32 * geometry.simd_groups, 1, 1),
@@ -226,7 +327,8 @@ class DecodeAttention:
 
     def _merge(self, call: _Call, parts: list[mx.array]) -> Attention:
         query_heads, tokens, _ = call.queries.shape
-        rotation, dim = call.rotations[1] if call.rotations else None, call.view.exact.v.shape[2]
+        rotation = call.rotations[1] if call.rotations else None
+        dim = call.views[0].exact.v.shape[2]
         head_dim = rotation.head_dim if rotation else dim
         none = nothing(mx.float32)
         out, lse = self.launch(
@@ -251,3 +353,15 @@ class DecodeAttention:
             ],
         )
         return Attention(out, lse)
+
+
+def _concatenated(found: Sequence[Attention]) -> Attention:
+    """Of all groups of a batch."""
+    if len(found) == 1:
+        return found[0]
+    reads = [attention.reads for attention in found if attention.reads is not None]
+    return Attention(
+        mx.concatenate([attention.out for attention in found]),
+        mx.concatenate([attention.lse for attention in found]),
+        mx.concatenate(reads) if reads else None,
+    )

@@ -13,15 +13,17 @@ from leankv_mlx.kernels.types import Backend
 
 def make_backend(name: str, launch: Launcher) -> Backend:
     """The operations, launched by `launch`."""
-    dequantize = Dequantize(launch)
+    dequantize, attention, append = Dequantize(launch), DecodeAttention(launch), Append(launch)
     return Backend(
         name=name,
         encode=Encode(launch),
         dequantize=dequantize,
-        decode_attention=DecodeAttention(launch),
+        decode_attention=attention,
         prefill_attention=prefill_attention_ops,
         gather=dequantize.gather,
-        append=Append(launch),
+        append=append,
         repack=Repack(launch),
+        decode_attention_batch=attention.batch,
+        append_batch=append.batch,
         widest=TILE * MAX_GROUPS,
     )

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from leankv_mlx.codec.format import Format
+from leankv_mlx.codec.rotation import Hadamard
 from leankv_mlx.kernels.gpu.geometry import Geometry, Shape, Tuner
+from leankv_mlx.kernels.types import Rotations
 from leankv_mlx.resources import metal_sources
 
 CUBIC, SHUFFLE, TABLE = range(3)
@@ -126,6 +128,12 @@ def format_template(format: Format) -> Template:
         "KC": len(format.k_bits),
         "VC": len(format.v_bits),
     }
+
+
+def hadamards(rotations: Rotations | None) -> tuple[Hadamard, Hadamard] | None:
+    """Rotations, if they are those that the kernels know."""
+    k, v = rotations or (None, None)
+    return (k, v) if isinstance(k, Hadamard) and isinstance(v, Hadamard) else None
 
 
 @lru_cache
