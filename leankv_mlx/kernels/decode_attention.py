@@ -214,9 +214,13 @@ def decode_attention_batch(
             f"[decode_attention_batch] expected queries [{len(views)}, Hq, L, D], "
             f"got {queries.shape}."
         )
-    shape = queries.shape[1:]
+    shape, like = queries.shape[1:], _kind(views[0])
+    if any([_kind(view) != like for view in views]):
+        raise ShapeError("[decode_attention_batch] expected sequences of one model.")
     views = [_checked(shape, view, mask) for view in views]
     scales = check_scales(scales, len(views), views[0].exact.k.shape[0], shape[2])
+    if views[0].rotations is None and any(x is not None for x in scales):
+        raise ShapeError("[decode_attention_batch] rotated queries cannot be scaled.")
     asked: dict[str, Any] = {"scale": scale, "mask": mask, "sink_logits": sink_logits}
     if backend.decode_attention_batch is None:
         return each_attend(backend.decode_attention, queries, views, scales=scales, **asked)
@@ -235,6 +239,12 @@ def each_attend(
         mx.stack([attention.lse for attention in each]),
         mx.concatenate(reads) if reads else None,
     )
+
+
+def _kind(view: View) -> tuple[object, ...]:
+    """What the views of a batch have in common."""
+    (heads, _, k_dim), (_, _, v_dim) = (x.shape for x in view.exact)
+    return heads, k_dim, v_dim, view.rotations
 
 
 def scaled_queries(queries: mx.array, scales: Scales) -> mx.array:

@@ -226,6 +226,16 @@ def test_what_does_not_fit(backend: Backend) -> None:
             attend(wrong, views)
     with pytest.raises(ShapeError):
         attend(queries[:0], [])
+    other = replace(views[1], rotations=None)
+    narrow = replace(views[1], exact=Rows(*(x[:2] for x in views[1].exact)))
+    for view in (other, narrow):
+        with pytest.raises(ShapeError, match="one model"):
+            attend(queries, [views[0], view])
+    with pytest.raises(ShapeError, match="cannot be scaled"):
+        decode_attention_batch(
+            mx.zeros((1, *queries.shape[1:3], 64)), [other], scale=1.0, mask=None,
+            sink_logits=None, backend=backend, scales=[mx.ones((3, 64))],
+        )  # fmt: skip
     with pytest.raises(ConfigError):
         attend(queries, [views[0], replace(views[1], skip=1.5)])
     turned = hadamard(64), hadamard(64)
