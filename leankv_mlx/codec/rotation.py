@@ -86,12 +86,13 @@ def signs(dim: int) -> np.ndarray:
     return np.where(np.unpackbits(bits), np.float32(-1), np.float32(1))
 
 
+@lru_cache(maxsize=64)
 def rotation(name: RotationName, head_dim: int) -> Rotation:
-    """The rotation of a config's name."""
+    """The rotation of a config's name; all layers share one."""
     return hadamard(head_dim) if name == "hadamard" else Identity(head_dim)
 
 
 @lru_cache(maxsize=64)
 def hadamard(head_dim: int) -> Hadamard:
-    """The rotation of a head_dim; all layers share one."""
+    """The Hadamard rotation of a head_dim."""
     return Hadamard(head_dim)

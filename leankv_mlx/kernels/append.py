@@ -72,9 +72,6 @@ def append_batch(
     scales = check_scales(scales, len(exact), new.k.shape[1], new.k.shape[3])
     if backend.append_batch is None:
         return each_append(backend.append, exact, new, rotations, scales)
-    if not backend.scales and any(x is not None for x in scales):
-        keys = mx.stack([k.astype(mx.float32) for k in _scaled(new.k, scales)])
-        new, scales = Rows(keys, new.v), [None] * len(exact)
     return backend.append_batch(exact, new, rotations, scales)
 
 
@@ -88,6 +85,14 @@ def each_append(
     """`append_batch` by an operation on one sequence."""
     rows = map(Rows, _scaled(new.k, scales), new.v)
     return [append(old, own, rotations) for old, own in zip(exact, rows, strict=True)]
+
+
+def scaled_keys(keys: mx.array, scales: Scales) -> mx.array:
+    """keys: [B, H, T, head_dim] -> what is to be rotated, for a backend without scales in its
+    operation; in float32 if that differs."""
+    if all(x is None for x in scales):
+        return keys
+    return mx.stack([k.astype(mx.float32) for k in _scaled(keys, scales)])
 
 
 def _scaled(keys: mx.array, scales: Scales) -> list[mx.array]:

@@ -64,7 +64,6 @@ def make() -> Backend:
         repack=_repack,
         decode_attention_batch=_decode_attention_batch,
         append_batch=_append_batch,
-        scales=True,
         widest=_MAX_DIM,
     )
 

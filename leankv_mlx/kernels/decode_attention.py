@@ -193,7 +193,7 @@ def decode_attention_batch(
     """`decode_attention` of several sequences of a model: a row is a KV head of one of them.
 
     Sequences are ragged: each has its own lengths, exact rows, centers and pool. Their formats,
-    rotations and `skip` are the same. The result of a sequence is bit for bit what it gets alone.
+    rotations and `skip` are the same. A sequence gets what it gets alone, on the CPU bit for bit.
 
     Args:
         queries: [B, Hq, L, head_dim], or [B, Hq, L, Dk] and rotated.
@@ -214,14 +214,16 @@ def decode_attention_batch(
             f"[decode_attention_batch] expected queries [{len(views)}, Hq, L, D], "
             f"got {queries.shape}."
         )
-    shape = queries.shape[1:]
+    shape, like = queries.shape[1:], _kind(views[0])
+    if any([_kind(view) != like for view in views]):
+        raise ShapeError("[decode_attention_batch] expected sequences of one model.")
     views = [_checked(shape, view, mask) for view in views]
     scales = check_scales(scales, len(views), views[0].exact.k.shape[0], shape[2])
+    if views[0].rotations is None and any(x is not None for x in scales):
+        raise ShapeError("[decode_attention_batch] rotated queries cannot be scaled.")
     asked: dict[str, Any] = {"scale": scale, "mask": mask, "sink_logits": sink_logits}
     if backend.decode_attention_batch is None:
         return each_attend(backend.decode_attention, queries, views, scales=scales, **asked)
-    if not backend.scales and any(x is not None for x in scales):
-        queries, scales = mx.concatenate(_scaled(queries, scales)), [None] * len(views)
     return backend.decode_attention_batch(queries, views, scales=scales, **asked)
 
 
@@ -237,6 +239,20 @@ def each_attend(
         mx.stack([attention.lse for attention in each]),
         mx.concatenate(reads) if reads else None,
     )
+
+
+def _kind(view: View) -> tuple[object, ...]:
+    """What the views of a batch have in common."""
+    (heads, _, k_dim), (_, _, v_dim) = (x.shape for x in view.exact)
+    return heads, k_dim, v_dim, view.rotations
+
+
+def scaled_queries(queries: mx.array, scales: Scales) -> mx.array:
+    """queries: [B, Hq, L, head_dim] -> what is to be rotated, the dtype kept, for a backend without
+    scales in its operation."""
+    if all(x is None for x in scales):
+        return queries
+    return mx.concatenate(_scaled(queries, scales))
 
 
 def _scaled(queries: mx.array, scales: Scales) -> list[mx.array]:

@@ -191,8 +191,7 @@ class DecodeBatchOp(Protocol):
 class Backend:
     """One implementation of every operation. `widest`: stored channels that its kernels have room
     for, 0 for any. `codecs`: those that they know, none for any. Operations on a batch are None
-    where it takes one sequence after another; `scales`: those that are there take other scales than
-    None."""
+    where it takes one sequence after another."""
 
     name: str
     encode: EncodeOp
@@ -204,7 +203,6 @@ class Backend:
     repack: Callable[[Tier, mx.array], mx.array]
     decode_attention_batch: DecodeBatchOp | None = None
     append_batch: AppendBatchOp | None = None
-    scales: bool = False
     widest: int = 0
     codecs: tuple[str, ...] = (CUBIC,)
 

@@ -56,7 +56,9 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
-@pytest.mark.parametrize("kv", ["leankv", "leankv:policy=budget", "leankv:equalize=off"])
+@pytest.mark.parametrize(
+    "kv", ["leankv", "leankv:policy=budget", "leankv:equalize=off", "leankv:rotation=none"]
+)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_gets_the_bits_that_it_gets_alone(

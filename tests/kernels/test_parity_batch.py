@@ -1,4 +1,4 @@
-"""Operations on several sequences: bit for bit what each of them gets alone."""
+"""Operations on several sequences: what each of them gets alone, on the CPU bit for bit."""
 
 from __future__ import annotations
 
@@ -96,8 +96,16 @@ def check(found: list[Case], backend: Backend) -> None:
     result = together(found, backend)
     for i, case in enumerate(found):
         alone = case.attend(decode_attention, backend=backend)
-        assert mx.array_equal(result.out[i], alone.out)
-        assert mx.array_equal(result.lse[i], alone.lse)
+        same(backend, result.out[i], alone.out)
+        same(backend, result.lse[i], alone.lse)
+
+
+def same(backend: Backend, ours: mx.array, alone: mx.array) -> None:
+    """A GPU splits the tokens of a row by what other rows there are."""
+    if backend.name in ("cpu", "reference"):
+        assert mx.array_equal(ours, alone)
+    else:
+        assert error(ours, alone) < TOLERANCE[ours.dtype]
 
 
 @matrix(cases.pairwise(FACTORS), ("sequences", "tiers", "dtype"))
@@ -149,7 +157,7 @@ def test_queries_as_a_model_makes_them(backend: Backend) -> None:
     asked = {"scale": found[0].scale, "mask": None, "sink_logits": None, "backend": backend}
     views = [case.view for case in found]
     one, two = (decode_attention_batch(x, views, **asked) for x in (queries, seen))
-    assert mx.array_equal(one.out, two.out)
+    same(backend, one.out, two.out)
 
 
 def scales_of(draw: np.random.Generator, n: int, dim: int) -> list[mx.array | None]:
@@ -175,7 +183,8 @@ def test_scaled_queries_are_those_of_an_equalizer(
     for i, (case, own) in enumerate(zip(found, scales, strict=True)):
         scaled = case.queries if own is None else Equalizer(own).queries(case.queries[None])[0]
         alone = decode_attention(scaled, case.view, **asked)
-        assert mx.array_equal(both.out[i], alone.out) and mx.array_equal(both.lse[i], alone.lse)
+        same(backend, both.out[i], alone.out)
+        same(backend, both.lse[i], alone.lse)
 
 
 @pytest.mark.parametrize("name", ["hadamard", "none"])
@@ -217,6 +226,16 @@ def test_what_does_not_fit(backend: Backend) -> None:
             attend(wrong, views)
     with pytest.raises(ShapeError):
         attend(queries[:0], [])
+    other = replace(views[1], rotations=None)
+    narrow = replace(views[1], exact=Rows(*(x[:2] for x in views[1].exact)))
+    for view in (other, narrow):
+        with pytest.raises(ShapeError, match="one model"):
+            attend(queries, [views[0], view])
+    with pytest.raises(ShapeError, match="cannot be scaled"):
+        decode_attention_batch(
+            mx.zeros((1, *queries.shape[1:3], 64)), [other], scale=1.0, mask=None,
+            sink_logits=None, backend=backend, scales=[mx.ones((3, 64))],
+        )  # fmt: skip
     with pytest.raises(ConfigError):
         attend(queries, [views[0], replace(views[1], skip=1.5)])
     turned = hadamard(64), hadamard(64)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from leankv_mlx.codec.rotation import Hadamard
-from leankv_mlx.kernels.append import append_ops
+from leankv_mlx.kernels.append import append_ops, scaled_keys
 from leankv_mlx.kernels.gpu.launch import Kernel, Launcher, hadamards, nothing
 from leankv_mlx.kernels.types import Rotations, Rows, Scales
 
@@ -68,7 +68,8 @@ class Append:
         self, exact: Sequence[Rows], new: Rows, rotations: Rotations, scales: Scales
     ) -> list[Rows]:
         """The operation on a batch, a launch for each few of its sequences; see
-        `kernels.append.append_batch`. There are no scales (`Backend.scales`)."""
+        `kernels.append.append_batch`."""
+        new = Rows(scaled_keys(new.k, scales), new.v)
         known = _known(exact, new, rotations)
         if not known:
             each = (Rows(*(x[i] for x in new)) for i in range(len(exact)))

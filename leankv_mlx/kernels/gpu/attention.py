@@ -8,7 +8,11 @@ from math import log2
 import mlx.core as mx
 
 from leankv_mlx.codec.rotation import Hadamard
-from leankv_mlx.kernels.decode_attention import between_rotations, decode_attention_ops
+from leankv_mlx.kernels.decode_attention import (
+    between_rotations,
+    decode_attention_ops,
+    scaled_queries,
+)
 from leankv_mlx.kernels.gpu.geometry import Shape
 from leankv_mlx.kernels.gpu.launch import (
     Kernel,
@@ -245,20 +249,20 @@ class DecodeAttention:
         sink_logits: mx.array | None,
         scales: Scales,
     ) -> Attention:
-        """The operation on a batch; see `kernels.decode_attention.decode_attention_batch`. There
-        are no scales (`Backend.scales`).
+        """The operation on a batch; see `kernels.decode_attention.decode_attention_batch`.
 
         Neighbours whose tiers lie in few pools are one launch for each format, and one merge. How
         a row is split depends on the other rows, so what a sequence gets is what it gets alone up
         to rounding. A rotation that is no Hadamard runs as plain MLX ops.
         """
+        queries = scaled_queries(queries, scales)
         rotations = hadamards(views[0].rotations)
         if views[0].rotations and rotations is None:
             k, v = views[0].rotations
             inside = [replace(view, rotations=None) for view in views]
             attention = self.batch(
                 k.apply(queries.astype(mx.float32)), inside,
-                scale=scale, mask=mask, sink_logits=sink_logits, scales=scales,
+                scale=scale, mask=mask, sink_logits=sink_logits, scales=[None] * len(views),
             )  # fmt: skip
             return attention._replace(out=v.undo(attention.out).astype(queries.dtype))
         causal, heads = isinstance(mask, str), queries.shape[1]  # no array, see there
