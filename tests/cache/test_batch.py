@@ -358,7 +358,7 @@ def test_a_family_gives_memory_back_when_most_of_it_ends() -> None:
     assert np.array_equal(before, after)
 
 
-def test_what_is_kept_can_be_asked_to_give_memory_back() -> None:
+def test_what_is_kept_can_be_compacted() -> None:
     (document,) = filled(1000)
     pool = document.layer.body.tables[0].pool
     held = pool.nbytes
@@ -367,7 +367,7 @@ def test_what_is_kept_can_be_asked_to_give_memory_back() -> None:
     batch.update_and_fetch(rows(12, H, 640), rows(12, H, 640))
     del batch
     assert pool.nbytes > 5 * held and document.memory().allocated > 5 * held
-    Sequences.of([document]).give_back()
+    Sequences.of([document]).compact()
     assert pool.nbytes <= held and pool.used == pool.capacity
     for ours, theirs in zip(document.keys_and_values(), expected, strict=True):
         assert np.array_equal(np.array(ours), theirs)
