@@ -102,7 +102,7 @@ class Sequences:
         for sequence in self.sequences:
             sequence.forget_queries()
 
-    def give_back(self) -> None:
+    def compact(self) -> None:
         """Give up the blocks that copies left behind which have ended, where they are many. A cache
         that goes on does that when it next takes blocks; this is for one that is kept."""
         bodies = [cache.layer.body for cache in self.ours if cache.layer and cache.layer.body]

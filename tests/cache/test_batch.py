@@ -119,6 +119,8 @@ def test_padding_on_either_side_is_never_stored(chunk: int) -> None:
         for start in range(0, width, chunk):
             part = slice(start, start + chunk)
             mask = cache.make_mask(min(chunk, width - start))
+            if left:
+                assert not any(np.array(mask[i])[..., :n].any() for i, n in enumerate(padding))
             found = owner_of(*cache.update_and_fetch(k[:, :, part], v[:, :, part]))
             out = found.attend(rows(4, H * G, width)[:, :, part], scale=1.0, mask=mask)
             for row, n in enumerate(lengths):
@@ -356,7 +358,7 @@ def test_a_family_gives_memory_back_when_most_of_it_ends() -> None:
     assert np.array_equal(before, after)
 
 
-def test_what_is_kept_can_be_asked_to_give_memory_back() -> None:
+def test_what_is_kept_can_be_compacted() -> None:
     (document,) = filled(1000)
     pool = document.layer.body.tables[0].pool
     held = pool.nbytes
@@ -365,7 +367,7 @@ def test_what_is_kept_can_be_asked_to_give_memory_back() -> None:
     batch.update_and_fetch(rows(12, H, 640), rows(12, H, 640))
     del batch
     assert pool.nbytes > 5 * held and document.memory().allocated > 5 * held
-    Sequences.of([document]).give_back()
+    Sequences.of([document]).compact()
     assert pool.nbytes <= held and pool.used == pool.capacity
     for ours, theirs in zip(document.keys_and_values(), expected, strict=True):
         assert np.array_equal(np.array(ours), theirs)
@@ -454,19 +456,18 @@ def peak_of_batch(model: nn.Module, caches: list[Any], ids: mx.array) -> int:
     return mx.get_peak_memory() - before
 
 
-def test_a_batched_prefill_has_one_working_copy_at_a_time() -> None:
-    layers, tokens, batch, chunk = 6, 8192, 6, 64
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_batched_prefill_has_one_working_copy_at_a_time(backend: str) -> None:
+    layers, tokens, batch, chunk = 3, 8192, 6, 64
     model = TINY["llama"](head_dim=PEAK_DIM, layers=layers)
-    empty = peak_of_batch(
-        model, [KVCache.merge([KVCache()] * batch) for _ in range(layers)],
-        mx.zeros((batch, chunk), mx.int32),
-    )  # fmt: skip
-    with attach(model):
+    stock = [KVCache.merge([KVCache()] * batch) for _ in range(layers)]
+    empty = peak_of_batch(model, stock, mx.zeros((batch, chunk), mx.int32))
+    with attach(model, f"leankv:backend={backend}"):
         peak = batch_prefill_peak(model, tokens, batch, chunk)
     copy_ = tokens * HEADS * 2 * PEAK_DIM * SIZE
-    codes = copy_ / SIZE * 0.6  # of one sequence in one layer, with the spare blocks of its pool
-    native = resolve_backend().name == "cpu"  # no score matrix
+    codes = int(0.15 * copy_)  # of one sequence in one layer, with the spare blocks of its pool
+    native = resolve_backend(backend).name == "cpu"  # no score matrix
     scores = 0 if native else QUERY_TILE * tokens * QUERY_HEADS * SIZE
     bound = empty + 2 * copy_ + batch * codes + scores
-    print(f"peak {peak}, empty forward {empty}, copy {copy_}, codes {codes}, bound {bound}")
-    assert peak <= bound < batch * copy_
+    print(f"peak {peak}, empty forward {empty}, copy {copy_}, codes {codes}, scores {scores}")
+    assert peak <= bound

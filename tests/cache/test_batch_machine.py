@@ -169,7 +169,7 @@ class Walk:
         verbs: list[tuple[float, Callable[[], None]]] = [
             (2, self.begin), (3, self.read), (2, self.reply), (6, self.decode), (1, self.trim),
             (2, self.merge), (2, self.extend), (3, self.filter), (2, self.extract),
-            (2, self.duplicate), (1, self.give_back), (3, self.drop),
+            (2, self.duplicate), (1, self.compact), (3, self.drop),
         ]  # fmt: skip
         odds = np.array([weight for weight, _ in verbs]) / sum(weight for weight, _ in verbs)
         for self.steps in range(steps):
@@ -314,10 +314,10 @@ class Walk:
             histories = [list(history) for history in kept.histories]
             self.kept.append(Kept(copy.deepcopy(kept.caches), histories))
 
-    def give_back(self) -> None:
+    def compact(self) -> None:
         kept = self.pick()
         if self.rng.random() < 0.5:
-            Sequences.of(kept.caches).give_back()
+            Sequences.of(kept.caches).compact()
             return
         for cache in kept.lists()[0]:
             if cache.layer and cache.layer.body:
@@ -334,7 +334,7 @@ KINDS = ["leankv:window=32", LEAN]
 @pytest.mark.parametrize("kv", KINDS)
 def test_a_random_walk(kv: str) -> None:
     walk = Walk(kv, seed=1)
-    walk.run(400)
+    walk.run(500)
     assert len(walk.counts) == 12
 
 
