@@ -275,7 +275,7 @@ def writer(place: Path, seed: int) -> Iterator[subprocess.Popen[str]]:
             process.send_signal(signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_killed_server_loses_nothing_else(tmp_path: Path, kills: int) -> None:
     """Two servers share the folder, and one is killed at any moment."""
     rng = random.Random(kills)
