@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from leankv_mlx.cache import CompressedKVCache, entries
 
@@ -72,7 +73,7 @@ def _stock(cache: Any, side: Any) -> Usage:
     arrays: list[mx.array] = list(side) if isinstance(side, list | tuple) else [side]
     allocated = sum(array.nbytes for array in arrays)
     rows, _, slots = arrays[0].shape[:3]
-    offsets = cache.offset.tolist() if isinstance(cache.offset, mx.array) else [cache.offset]
+    offsets: list[int] = np.array(cache.offset).reshape(-1).tolist()
     held = sum(min(offset, slots) for offset in offsets)  # a rotating one has seen more than that
     bits = getattr(cache, "bits", None)
     elements = arrays[0].size * (32 // bits if bits else 1)
