@@ -5,23 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 WORTH = 64
 """Tokens in common from which on it is worth to wait; also what a waiting prompt may lose by
 going on from a cut that another one needs."""
-_PIECE = 4096
-"""Tokens that are compared at a time."""
+_PIECE = 16
+"""Tokens that are compared at first."""
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two prompts have in common from their beginning on."""
-    end = min(len(a), len(b))
-    for start in range(0, end, _PIECE):
-        stop = min(end, start + _PIECE)
+    end, start, piece = min(len(a), len(b)), 0, _PIECE
+    while start < end:  # most part soon, and those that do not are long
+        stop = min(end, start + piece)
         if a[start:stop] != b[start:stop]:
-            return start + int(np.argmin(np.equal(a[start:stop], b[start:stop])))
-    return end
+            break
+        start, piece = stop, 4 * piece
+    else:
+        return end
+    while stop - start > 1:
+        middle = (start + stop) // 2
+        same = a[start:middle] == b[start:middle]
+        start, stop = (middle, stop) if same else (start, middle)
+    return start
 
 
 @dataclass

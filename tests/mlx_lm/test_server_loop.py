@@ -242,6 +242,22 @@ def test_an_error_that_nobody_can_be_blamed_for_does_not_end_the_loop(
     assert server.ask(prompt).wait().reply == server.alone(prompt)
 
 
+def test_long_prompts_are_read_one_or_two_at_a_time(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, reading = Batch.step, [0]
+
+    def step(self: Any) -> Any:
+        found = original(self)
+        reading.append(len(self._prompts.uids))
+        return found
+
+    monkeypatch.setattr(Batch, "step", step)
+    asked = [server.ask(drawn(500), 2) for _ in range(6)]
+    assert all(len(one.wait().reply) == 2 for one in asked)
+    assert max(reading) <= 2
+
+
 # Those who leave.
 
 
