@@ -68,6 +68,22 @@ class ContextLengthError(UsageError, ValueError):
     """A prompt does not fit the model's context."""
 
 
+class RequestError(UsageError):
+    """A client of the server asks for something that has no meaning."""
+
+
+class MemoryLimitError(RequestError):
+    """A request takes more KV cache than the server may hold."""
+
+
+class ServingError(LeanKVError):
+    """A request of the server failed after it had begun."""
+
+
+class ClientLeftError(LeanKVError):
+    """Nobody waits for the answer any more."""
+
+
 def error_line(error: LeanKVError) -> str:
     """What a command prints to stderr about an error."""
     return f"leankv: error: {line(str(error))}"

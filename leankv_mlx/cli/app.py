@@ -20,6 +20,7 @@ from leankv_mlx.cli import (
     generate,
     models,
     plan,
+    serve,
     summarize,
 )
 from leankv_mlx.cli.reading import Version
@@ -43,6 +44,7 @@ eval.register(app)
 generate.register(app)
 models.register(app)
 plan.register(app)
+serve.register(app)
 summarize.register(app)
 
 

@@ -11,13 +11,16 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from leankv_mlx.cache import entries
-from leankv_mlx.cache.memory import planned
+from leankv_mlx.cache.memory import CacheMemory, planned
+from leankv_mlx.codec.format import TILE
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.mlx_lm.attachment import Attachment, own_caches
 from leankv_mlx.mlx_lm.machine import memory_size
 from leankv_mlx.mlx_lm.precision import weights_dtype
 from leankv_mlx.projections import Relaid
 
+_SIDE_BYTES = 5
+"""Position and score of a slot, where a policy drops tokens: 3 bytes up to 65,536 tokens."""
 _SPARE = 0.75
 """Share of the machine's memory that model and cache may take, if no budget is given."""
 
@@ -36,12 +39,13 @@ class _Layer:
     bound: int
     config: CompressionConfig | None
 
+    def memory(self, tokens: int) -> CacheMemory:
+        """Of a layer that is compressed."""
+        assert self.config is not None
+        return planned(self.config, tokens, self.heads, self.k_dim, self.v_dim, self.exact_bytes)
+
     def used(self, tokens: int) -> int:
-        if self.config is None:
-            return self.uncompressed(tokens)
-        return planned(
-            self.config, tokens, self.heads, self.k_dim, self.v_dim, self.exact_bytes
-        ).used
+        return self.memory(tokens).used if self.config else self.uncompressed(tokens)
 
     def uncompressed(self, tokens: int) -> int:
         held = min(tokens, self.bound) if self.bound else tokens
@@ -80,6 +84,22 @@ class Footprint:
     def used(self, tokens: int) -> int:
         """Bytes that `tokens` tokens take."""
         return sum(layer.used(tokens) for layer in self.layers)
+
+    def most(self, tokens: int) -> int:
+        """Bytes that up to `tokens` tokens take at most, in whatever steps they come; without the
+        queries that a policy which drops tokens looks at while a prompt is read."""
+        total = 0
+        for layer in self.layers:
+            total += layer.used(tokens)
+            if layer.config is not None:
+                total += min(tokens, TILE) * layer.memory(1).exact
+                total += _SIDE_BYTES * layer.heads * tokens if layer.config.policy.drops else 0
+        return total
+
+    def shared(self, tokens: int) -> int:
+        """Bytes of `tokens` tokens that a copy never has for itself, however it goes on."""
+        found = [layer.memory(tokens) for layer in self.layers if layer.config is not None]
+        return sum(memory.codes + memory.scales for memory in found)
 
     def uncompressed(self, tokens: int) -> int:
         """Bytes that they take in the model's own caches."""

@@ -83,8 +83,10 @@ class Batch:
 
     def run(self) -> None:
         """Until every prompt has its reply."""
-        while len(self.generator._unprocessed_sequences) + len(self.generator._prompt_batch) + len(
-            self.generator._generation_batch
+        while (
+            len(self.generator._unprocessed_sequences)
+            + len(self.generator._prompt_batch)
+            + len(self.generator._generation_batch)
         ):
             self.step()
 

@@ -8,7 +8,7 @@ from leankv_mlx.mlx_lm.commands.benchmark import Benchmark
 from leankv_mlx.mlx_lm.commands.cache_prompt import CachePrompt
 from leankv_mlx.mlx_lm.commands.chat import Chat
 from leankv_mlx.mlx_lm.commands.generate import Generate, run_generate
-from leankv_mlx.mlx_lm.commands.server import Server
+from leankv_mlx.mlx_lm.commands.server import Server, run_serve
 from leankv_mlx.mlx_lm.commands.session import Session, hooked, print_summary
 
 SESSIONS: dict[str, type[Session]] = {
@@ -20,4 +20,4 @@ SESSIONS: dict[str, type[Session]] = {
 }
 """What a run of each command is; their names are those of `hook.COMMANDS`."""
 
-__all__ = ["SESSIONS", "Session", "hooked", "print_summary", "run_generate"]
+__all__ = ["SESSIONS", "Session", "hooked", "print_summary", "run_generate", "run_serve"]

@@ -114,13 +114,16 @@ class Session:
         path = resolve_model(name)
         projections = self.config.projections if self.config else "auto"
         loaded = load_from(lambda p, **o: original(p, *args, **o), path, projections, **options)
-        draft = self.main_model is not None and name == getattr(self.args, "draft_model", None)
-        self._attach(loaded.model, draft)
+        self._attach(loaded.model, self.is_draft(name))
         if self.main_model is None:  # the draft model comes second
             self.main_model = LoadedModel(*loaded, path)
             self.fingerprint = fingerprint(path)
             self.check_model(name, self.main_model)
         return loaded if with_config else loaded[:2]
+
+    def is_draft(self, name: str) -> bool:
+        """Whether the model that is loaded by this name is to draft for the main one."""
+        return self.main_model is not None and name == getattr(self.args, "draft_model", None)
 
     def sharded_load(
         self,

@@ -1,0 +1,36 @@
+"""What several machines that run one model have to agree on; a single one agrees with itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import mlx.core as mx
+
+Told = TypeVar("Told")
+
+
+class Machines:
+    """The machines of a server. Every call of theirs has to be made by all, in the same order.
+
+    Args:
+        generator: mlx-lm's `ResponseGenerator`, whose messages these are.
+    """
+
+    def __init__(self, generator: Any) -> None:
+        self.several: bool = generator._is_distributed
+        self._leads: bool = generator._rank == 0
+        self._share: Callable[[Any], Any] = generator._share_object
+
+    def told(self, find: Callable[[], Told]) -> Told:
+        """What the first machine finds; `find` is called on no other."""
+        found: Told = self._share(find() if self._leads else None)
+        return found
+
+    def agree(self, number: int) -> bool:
+        """Whether all have the same number."""
+        if not self.several:
+            return True
+        mine = mx.array(number)
+        most, least = mx.distributed.all_max(mine), mx.distributed.all_min(mine)
+        return bool(most.item() == least.item())
