@@ -47,8 +47,15 @@ def add_flags(
             action.help = "Folder, GGUF file or hub id of the model (default: the bundled one)"
 
 
-def add_serving_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what `mlx_lm.server` has beside `--kv`; the texts become numbers in its session."""
+def add_serving_flags(parser: argparse.ArgumentParser, short: bool = False) -> None:
+    """Add what `mlx_lm.server` has beside `--kv`; the texts become numbers in its session.
+
+    Args:
+        short: whether the model can be named by `-m`, as in our own commands.
+    """
+    if short:
+        default = argparse.SUPPRESS  # that of --model stands
+        parser.add_argument("-m", dest="model", default=default, help="Short for --model")
     parser.add_argument("--kv-memory", metavar="SIZE", help=_KV_MEMORY)
     parser.add_argument("--kv-store", metavar="FOLDER", help=_KV_STORE)
     parser.add_argument("--kv-store-size", metavar="SIZE", help=_KV_STORE_SIZE)
@@ -79,7 +86,7 @@ def serve_help(prog: str, default_kv: str) -> str:
     assert isinstance(parser, argparse.ArgumentParser)
     parser.prog = prog
     add_flags(parser, default_kv, demo=True)
-    add_serving_flags(parser)
+    add_serving_flags(parser, short=True)
     return parser.format_help()
 
 

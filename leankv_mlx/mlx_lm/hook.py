@@ -28,7 +28,7 @@ from leankv_mlx.mlx_lm.flags import add_flags
 
 COMMANDS = ("benchmark", "cache_prompt", "chat", "generate", "server")
 REFUSED = {
-    "evaluate": "it runs whole batches, and a compressed cache holds one sequence",
+    "evaluate": "it reads whole batches into one cache, which holds one sequence",
     "perplexity": "it runs the model without a cache",
 }
 """Commands that `--kv` would not reach, and why."""

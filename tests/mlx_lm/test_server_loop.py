@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import socket
 import time
 from collections.abc import Callable, Iterator
+from threading import Timer
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +23,9 @@ from leankv_mlx.errors import (
 )
 from leankv_mlx.mlx_lm.serving import report, running
 from leankv_mlx.mlx_lm.serving.batch import Batch, rest_of
+from leankv_mlx.mlx_lm.serving.client import Client
 from leankv_mlx.mlx_lm.serving.request import Guarded
+from leankv_mlx.serving import Held, PromptStore
 from tests.mlx_lm.loops import Server, serving, stream_numbers
 from tests.models import TINY, VOCAB
 
@@ -238,6 +242,22 @@ def test_an_error_that_nobody_can_be_blamed_for_does_not_end_the_loop(
     assert server.ask(prompt).wait().reply == server.alone(prompt)
 
 
+def test_long_prompts_are_read_one_or_two_at_a_time(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, reading = Batch.step, [0]
+
+    def step(self: Any) -> Any:
+        found = original(self)
+        reading.append(len(self._prompts.uids))
+        return found
+
+    monkeypatch.setattr(Batch, "step", step)
+    asked = [server.ask(drawn(500), 2) for _ in range(6)]
+    assert all(len(one.wait().reply) == 2 for one in asked)
+    assert max(reading) <= 2
+
+
 # Those who leave.
 
 
@@ -355,7 +375,69 @@ def test_a_reader_that_leaves_is_followed_by_the_next(model: nn.Module) -> None:
         until(lambda: idle(server))
 
 
+@pytest.mark.parametrize("kind", ["gemma3", "gpt_oss", "qwen3_next"])
+def test_models_whose_caches_are_not_all_ours(kind: str) -> None:
+    model = TINY[kind](dtype=mx.float32)
+    document = drawn(300)
+    prompts = [[*document, *drawn(9)] for _ in range(4)] + [drawn(n) for n in (1, 33, 140)]
+    with serving(model) as server:
+        asked = [server.ask(prompt) for prompt in prompts]
+        reused = [one.wait().context.prompt_cache_count for one in asked]
+        assert [one.error or one.refused for one in asked] == [None] * 7
+        assert sorted(reused[:4])[1] >= 300 - 64 and reused[4:] == [0] * 3
+        for prompt, one in zip(prompts[4:], asked[4:], strict=True):
+            assert one.reply == server.alone(prompt)
+        until(lambda: idle(server))
+        leaves = server.ask(drawn(20), 2000)
+        until(lambda: leaves.reply)
+        leaves.client.left = True
+        until(lambda: idle(server))
+
+
 # The parts.
+
+
+def test_a_connection_that_was_closed_has_left() -> None:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(60)
+    client = Client(ours)
+    client.put(1)
+    answers = client.answers(lambda: True)
+    assert next(answers) == 1
+    theirs.sendall(b"more")  # what is sent is no end
+    Timer(0.6, lambda: client.put(2)).start()
+    assert next(answers) == 2
+    ours.recv(4)
+    theirs.close()
+    with pytest.raises(ClientLeftError):
+        next(answers)
+    assert client.left
+    client.put(3)
+    client.strict = True
+    with pytest.raises(ClientLeftError):
+        client.put(4)
+    client.put(ValueError())
+    with pytest.raises(RuntimeError, match="died"):
+        list(Client().answers(lambda: False))
+
+
+def test_a_line_a_minute_while_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    found = report.Report(facts={"limit": 8_000_000_000}, _line_at=1000.0)
+    store = PromptStore()
+    store.hits, store.misses = 3, 4
+    found.look(Held(12, 40_960, 120_000_000, 480_000_000, 60_000_000), 9, 3, store)
+    assert found.line() is None
+    clock[0] += 61
+    assert found.line() == (
+        "leankv: 9 sequences run, 3 wait, 0 stored; 40,960 tokens, KV 120.0 MB of 8,000 MB "
+        "(fp16 480.0 MB, shared 60.0 MB), 3 of 7 prompts began as one before"
+    )
+    assert found.line() is None
+    clock[0] += 61
+    found.look(Held(), 0, 0, store)
+    assert found.line() is None
 
 
 def test_rest_of() -> None:

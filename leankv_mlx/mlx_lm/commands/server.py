@@ -59,7 +59,7 @@ class Server(Session):
     def add_flags(self, parser: argparse.ArgumentParser, default_kv: str) -> None:
         """Also what bounds and keeps the caches."""
         add_flags(parser, default_kv, self._demo)
-        add_serving_flags(parser)
+        add_serving_flags(parser, short=self._demo)
         for action in parser._actions:
             if action.dest == "prompt_cache_bytes":
                 action.type = parse_bytes

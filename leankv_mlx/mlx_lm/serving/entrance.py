@@ -31,8 +31,9 @@ class Entrance:
         self._served, self._running, self._store = served, running, store
         self._machines, self._args = machines, args
         self._room: Room[Request] = Room()
-        # Counts of changes: when the store was last held to its limits, and when nobody fitted.
-        self._settled = self._futile = -1
+        # Counts of changes: when the store was last held to its limits, when nobody fitted, and
+        # when it was last seen where prompts are to stop.
+        self._settled = self._futile = self._cut = -1
 
     def __len__(self) -> int:
         return len(self._room)
@@ -114,27 +115,37 @@ class Entrance:
         return found.number
 
     def _has_place(self) -> bool:
-        """Whether mlx-lm's batch would begin with one more at once."""
+        """Whether mlx-lm's batch would begin with one more at once, and should: a step that reads
+        many long prompts holds up all replies, and who leaves, for as long as they take together.
+        """
         reading = [request for request, _ in self._running.reading]
         if any(request.by_itself for request in reading):
             return False
         at_once: int = self._args.prompt_concurrency
         most: int = max(self._args.decode_concurrency, at_once)
-        return len(self._running) < most and len(reading) < at_once
+        step: int = self._args.prefill_step_size
+        ahead = sum(min(step, len(request.prompt) - request.tokens) for request in reading)
+        return len(self._running) < most and len(reading) < at_once and ahead < step
 
     def _judge(self, request: Request, balance: Balance) -> Verdict:
         if request.missed == self._running.changes:
             return Verdict.WAITS
         if request.by_itself and self._running.reading:
             return Verdict.HOLDS
-        have = max(self._stored(request.prompt), self._running.nearest(request.prompt)[1])
+        have = self._at_hand(request.prompt)
+        if self._holds(request, have):
+            return Verdict.HOLDS
+        wanted = request.most - self._served.shared(have)
+        return Verdict.FITS if balance.could_fit(wanted) else Verdict.WAITS
+
+    def _holds(self, request: Request, have: int) -> bool:
+        """Whether a request waits for what another one reads, which then stops there."""
         for _, reading in self._running.reading:
             cut = reading.cut_for(request.prompt, have)
             if cut is not None:
                 reading.add(cut)
-                return Verdict.HOLDS
-        wanted = request.most - self._served.shared(have)
-        return Verdict.FITS if balance.could_fit(wanted) else Verdict.WAITS
+                return True
+        return False
 
     def _let_in(self, request: Request) -> None:
         """Let a request run if it fits with what the store really has of its prompt."""
@@ -174,7 +185,17 @@ class Entrance:
     def _stored(self, prompt: list[int]) -> int:
         return self._store.longest(self._served.key, prompt)
 
+    def _at_hand(self, prompt: list[int]) -> int:
+        """Tokens of a prompt that the store or somebody who runs has."""
+        return max(self._stored(prompt), self._running.nearest(prompt)[1])
+
     def _cuts(self) -> dict[int, list[int]] | None:
-        """Where prompts stop because others go on from there."""
+        """Where prompts stop because others go on from there, also those there is no place for
+        yet."""
+        if self._cut == self._running.changes or not self._running.reading:
+            return None
+        self._cut = self._running.changes
+        for request in self._room:
+            self._holds(request, self._at_hand(request.prompt))
         wanted = {x.uid: sorted(reading.cuts) for x, reading in self._running.reading}
         return {uid: places for uid, places in wanted.items() if places} or None
