@@ -9,6 +9,7 @@ from leankv_mlx.benchmarks import static, static_project
 from leankv_mlx.benchmarks.fill import DTYPES, STOCK
 from leankv_mlx.benchmarks.projections import DENSE, MLX
 from leankv_mlx.benchmarks.real import RealReport
+from leankv_mlx.benchmarks.serving import ServingReport
 from leankv_mlx.benchmarks.settings import Row
 from leankv_mlx.benchmarks.skip import NONE
 from leankv_mlx.benchmarks.suite import Report
@@ -210,6 +211,45 @@ def real_tables(report: RealReport) -> list[Grid]:
     return [
         _plain(f"Speed, {report.model}", report.speed, _SPEED, note),
         _plain(f"Fidelity, {report.model}", report.fidelity, _LOSS, loss),
+    ]
+
+
+_BATCHES: tuple[_Column, ...] = (
+    ("KV limit", lambda row: _mb(row["limit_bytes"]) if row["limit_bytes"] else "none"),
+    ("cache", lambda row: row["cache"]),
+    ("at a time", lambda row: f"{row['at_a_time']}"),
+    ("KV", lambda row: _mb(row["kv_bytes"])),
+    ("prefill tokens/s", lambda row: f"{row['prefill_tokens_s']:.1f}"),
+    ("", lambda row: _times(row["prefill_speedup"])),
+    ("decode tokens/s", lambda row: f"{row['decode_tokens_s']:.1f}"),
+    ("", lambda row: _times(row["decode_speedup"])),
+    ("total tokens/s", lambda row: f"{row['total_tokens_s']:.2f}"),
+    ("", lambda row: _times(row["total_speedup"])),
+)
+_DOCUMENT: tuple[_Column, ...] = (
+    ("cache", lambda row: row["cache"]),
+    ("first token", lambda row: f"{row['first_s']:.2f} s"),
+    ("of the others", lambda row: f"{row['others_s']:.3f} s"),
+    ("", lambda row: f"{row['others_share']:.1%}"),
+    ("KV of one", lambda row: _mb(row["kv_bytes_one"])),
+    ("of all", lambda row: _mb(row["kv_bytes"])),
+    ("", lambda row: _times(row["kv_ratio"])),
+)
+_BATCHES_NOTE = (
+    "x: times as fast as the uncompressed cache, medians of interleaved runs; total: generated "
+    "tokens by the time of prompts and replies; what is not compressed counts two bytes an element"
+)
+
+
+def serving_tables(report: ServingReport) -> list[Grid]:
+    """Requests at once, and on one document."""
+    size = f"{report.requests} requests"
+    each = f"{size} of {report.tokens} tokens, {report.generate} generated"
+    shared = f"{size} on {report.document[0]['document_tokens']} tokens"
+    note = "seconds to the first token, medians; bytes that sequences share count once"
+    return [
+        _plain(f"{each}, {report.model}", report.batches, _BATCHES, _BATCHES_NOTE),
+        _plain(f"{shared}, {report.model}", report.document, _DOCUMENT, note),
     ]
 
 

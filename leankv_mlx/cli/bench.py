@@ -98,7 +98,28 @@ _Context = Annotated[
 ]
 _Chunks = Annotated[int | None, typer.Option(help="Chunks of them.", show_default="4")]
 _Rounds = Annotated[
-    int | None, typer.Option(help="Turns of each cache with --model.", show_default="3")
+    int | None,
+    typer.Option(help="Turns of each cache with --model and --serving.", show_default="3"),
+]
+_Serving = Annotated[
+    bool,
+    typer.Option(
+        "--serving",
+        help="Instead, many requests at once, with and without a limit of KV bytes, and on one "
+        "document.",
+    ),
+]
+_Requests = Annotated[
+    int | None, typer.Option(help="How many of --serving, of --tokens each.", show_default="16")
+]
+_Generate = Annotated[
+    int | None, typer.Option(help="Tokens of each reply of --serving.", show_default="64")
+]
+_Fits = Annotated[
+    int | None,
+    typer.Option(
+        help="Uncompressed sequences that the limit of --serving has room for.", show_default="4"
+    ),
 ]
 
 
@@ -125,22 +146,26 @@ def bench(
     context: _Context = None,
     chunks: _Chunks = None,
     rounds: _Rounds = None,
+    serving: _Serving = False,
+    requests: _Requests = None,
+    generate: _Generate = None,
+    fits: _Fits = None,
     as_json: LastJson = False,
 ) -> None:
     """Measure speed: medians and ratios of interleaved runs."""
+    common = _given(model=model, kv=tuple(kv or ()), text=text, rounds=rounds)
+    if serving:
+        own = _given(requests=requests, generate=generate, fits=fits)
+        if tokens is not None:
+            own["tokens"] = _one(tokens)
+        _serve(common | own, fast, as_json)
+        return
+    contexts = () if tokens is None else _tokens(tokens)
     if model is not None or peer is not None:
-        given: dict[str, Any] = {
-            "model": model,
-            "peer": peer,
-            "peer_python": peer_python,
-            "kv": tuple(kv) if kv else None,
-            "text": text,
-            "tokens": None if tokens is None else _tokens(tokens),
-            "context": context,
-            "chunks": chunks,
-            "rounds": rounds,
-        }
-        _real(given, as_json)
+        own = _given(
+            peer=peer, peer_python=peer_python, tokens=contexts, context=context, chunks=chunks
+        )
+        _real(common | own, as_json)
         return
     if static or ui or documents:
         _instead(static, ui, documents, as_json)
@@ -148,18 +173,19 @@ def bench(
     from leankv_mlx.benchmarks.settings import FAST, FULL
     from leankv_mlx.benchmarks.shapes import Heads
 
-    given = {
-        "only": tuple(part.strip().lower() for part in only) if only else None,
-        "kv": tuple(kv) if kv else None,
-        "heads": tuple(map(Heads.parse, heads)) if heads else None,
-        "shape": shape,
-    }
-    settings = replace(
-        FAST if fast else FULL,
-        backend=backend,
-        **{name: value for name, value in given.items() if value is not None},
+    own = _given(
+        only=tuple(part.strip().lower() for part in only or ()),
+        kv=tuple(kv or ()),
+        heads=tuple(map(Heads.parse, heads or ())),
+        shape=shape,
     )
-    _measure(settings if tokens is None else settings.with_tokens(_tokens(tokens)), as_json)
+    settings = replace(FAST if fast else FULL, backend=backend, **own)
+    _measure(settings.with_tokens(contexts) if contexts else settings, as_json)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those of the options that were given."""
+    return {name: value for name, value in options.items() if value not in (None, ())}
 
 
 def _tokens(text: str) -> tuple[int, ...]:
@@ -167,6 +193,13 @@ def _tokens(text: str) -> tuple[int, ...]:
         return tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise UsageError(f"--tokens {text} is not understood; use for example 512,4096.") from None
+
+
+def _one(text: str) -> int:
+    found = _tokens(text)
+    if len(found) != 1:
+        raise UsageError(f"--tokens {text} with --serving is one number, for example 2048.")
+    return found[0]
 
 
 def _measure(settings: Settings, as_json: bool) -> None:
@@ -185,11 +218,24 @@ def _real(given: dict[str, Any], as_json: bool) -> None:
     from leankv_mlx.benchmarks.real import RealSettings, run_real
     from leankv_mlx.benchmarks.tables import real_tables
 
-    settings = RealSettings(**{name: value for name, value in given.items() if value is not None})
+    settings = RealSettings(**given)
     with console(stderr=True).status("") as status:
         report = run_real(settings, lambda what: status.update(f"{what} ..."))
     title = f"{report.machine}; {report.peer}" if report.peer else report.machine
     show(real_tables(report), title, to_stderr=as_json)
+    if as_json:
+        say_json(report.as_dict(), indent=None)
+
+
+def _serve(given: dict[str, Any], fast: bool, as_json: bool) -> None:
+    """Measure many requests at once."""
+    from leankv_mlx.benchmarks.serving import FAST, ServingSettings, run_serving
+    from leankv_mlx.benchmarks.tables import serving_tables
+
+    settings = replace(FAST if fast else ServingSettings(), **given)
+    with console(stderr=True).status("") as status:
+        report = run_serving(settings, lambda what: status.update(f"{what} ..."))
+    show(serving_tables(report), report.machine, to_stderr=as_json)
     if as_json:
         say_json(report.as_dict(), indent=None)
 

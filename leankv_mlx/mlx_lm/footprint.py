@@ -39,26 +39,13 @@ class _Layer:
     bound: int
     config: CompressionConfig | None
 
-    def memory(self, config: CompressionConfig, tokens: int) -> CacheMemory:
-        return planned(config, tokens, self.heads, self.k_dim, self.v_dim, self.exact_bytes)
+    def memory(self, tokens: int) -> CacheMemory:
+        """Of a layer that is compressed."""
+        assert self.config is not None
+        return planned(self.config, tokens, self.heads, self.k_dim, self.v_dim, self.exact_bytes)
 
     def used(self, tokens: int) -> int:
-        if self.config is None:
-            return self.uncompressed(tokens)
-        return self.memory(self.config, tokens).used
-
-    def most(self, tokens: int) -> int:
-        total = self.used(tokens)
-        if self.config is not None:
-            total += min(tokens, TILE) * self.memory(self.config, 1).exact
-            total += _SIDE_BYTES * self.heads * tokens if self.config.policy.drops else 0
-        return total
-
-    def shared(self, tokens: int) -> int:
-        if self.config is None:
-            return 0
-        memory = self.memory(self.config, tokens)
-        return memory.codes + memory.scales
+        return self.memory(tokens).used if self.config else self.uncompressed(tokens)
 
     def uncompressed(self, tokens: int) -> int:
         held = min(tokens, self.bound) if self.bound else tokens
@@ -101,11 +88,18 @@ class Footprint:
     def most(self, tokens: int) -> int:
         """Bytes that up to `tokens` tokens take at most, in whatever steps they come; without the
         queries that a policy which drops tokens looks at while a prompt is read."""
-        return sum(layer.most(tokens) for layer in self.layers)
+        total = 0
+        for layer in self.layers:
+            total += layer.used(tokens)
+            if layer.config is not None:
+                total += min(tokens, TILE) * layer.memory(1).exact
+                total += _SIDE_BYTES * layer.heads * tokens if layer.config.policy.drops else 0
+        return total
 
     def shared(self, tokens: int) -> int:
         """Bytes of `tokens` tokens that a copy never has for itself, however it goes on."""
-        return sum(layer.shared(tokens) for layer in self.layers)
+        found = [layer.memory(tokens) for layer in self.layers if layer.config is not None]
+        return sum(memory.codes + memory.scales for memory in found)
 
     def uncompressed(self, tokens: int) -> int:
         """Bytes that they take in the model's own caches."""

@@ -7,13 +7,14 @@ settings are the same everywhere, and policies decide on each machine for what i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 from mlx import nn
 
-from leankv_mlx.mlx_lm.usage import Usage
+Counted = TypeVar("Counted")
 
 _GROUPS = "group", "sharding_group"
 """What MLX's layers and mlx-lm's call the machines that have the other heads."""
@@ -62,18 +63,19 @@ def place(model: nn.Module, layers: int) -> tuple[int, int]:
     return sum(counts[later:]), sum(counts)
 
 
-def summed(usage: Usage, stream: mx.Stream | None = None) -> Usage:
-    """The bytes of all machines.
+def summed(own: Counted, *names: str, stream: mx.Stream | None = None) -> Counted:
+    """The same with what this machine counted replaced by what all of them did.
 
     Every machine has to ask at the same point of its work, where a step of the model could stand:
     one that does not lets the others wait for ever. So nothing asks on the way out of a process.
 
     Args:
+        own: a dataclass.
+        names: of those of its fields, integers, that are summed.
         stream: that the model runs in, because messages of two streams would mix; None for that of
             mlx-lm's `stream_generate`.
     """
     with mx.stream(stream or vars(import_module("mlx_lm.generate"))["generation_stream"]):
-        numbers = mx.array([usage.used, usage.fp16, usage.allocated], mx.int64)
-        found: Any = mx.distributed.all_sum(numbers).tolist()
-    used, fp16, allocated = found
-    return Usage(usage.tokens, used, fp16, allocated)
+        mine = mx.array([getattr(own, name) for name in names], mx.int64)
+        found: Any = mx.distributed.all_sum(mine).tolist()
+    return cast(Counted, replace(cast(Any, own), **dict(zip(names, found, strict=True))))

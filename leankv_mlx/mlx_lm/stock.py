@@ -37,6 +37,13 @@ def stock_cache(bits: int | None = None) -> Any:
     return KVCache() if bits is None else QuantizedKVCache(bits=bits)
 
 
+def stock_store(size: int) -> Any:
+    """mlx-lm's store of so many prompts."""
+    from mlx_lm.models.cache import LRUPromptCache
+
+    return LRUPromptCache(size)
+
+
 def stock_attention(queries: mx.array, cache: Any, scale: float) -> mx.array:
     """Attention of one token's queries [1, Hq, 1, D] over a cache, as mlx-lm computes it."""
     from mlx_lm.models.base import scaled_dot_product_attention

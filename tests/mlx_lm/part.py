@@ -43,7 +43,7 @@ def main(model: str, split: str, prompt: str, tokens: str, results: str, *texts:
                 "machines": machines_of(part),
                 "reply": reply,
                 "own": asdict(own),
-                "all": asdict(summed(own)),
+                "all": asdict(summed(own, "used", "fp16", "allocated")),
                 "layers": [asdict(row) for row in attachment.report],
                 "bits": [cache.config.k_bits for cache in caches],
             }

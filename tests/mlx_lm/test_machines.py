@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -128,7 +129,8 @@ def alone(
     return replies(folder, "whole", environment, results, "leankv", LAYERS, BUDGET)[0]
 
 
-@pytest.mark.parametrize("split", ["heads", pytest.param("layers", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("split", SPLITS)
 def test_machines_reply_as_one_and_share_its_bytes(
     split: str, folder: Path, environment: dict[str, str], alone: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -186,12 +188,29 @@ def test_a_server_answers_alone_and_together(
     command = [script("mlx_lm.server"), "--model", str(folder), "--kv", "leankv"]
     with server(command, environment) as address:
         expected = [ask(address, question) for question in questions]
+        alone = report(address, len(questions))
     several = [*launch(), *command, *(["--pipeline"] if split == "layers" else [])]
     with server(several, environment) as address:
         assert ask(address, questions[0]) == expected[0]
         with ThreadPoolExecutor() as threads:
             found = list(threads.map(lambda question: ask(address, question), questions))
+        told = report(address, 1 + len(questions))
     assert found == expected
+    assert told["machines"] == 2 and told["bytes"] <= told["limit"]
+    for name in ("bytes", "fp16_bytes"):  # one more prompt is kept, or began as another
+        assert 0.8 * alone[name] < told[name] < 1.5 * alone[name]
+
+
+def report(address: str, requests: int) -> dict[str, Any]:
+    """What the server says that it holds, once it has looked after so many requests."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with urllib.request.urlopen(f"{address}/v1/kv", timeout=10) as response:
+            found: dict[str, Any] = json.load(response)
+        if found["hits"] + found["misses"] == requests and not found["sequences"]["running"]:
+            return found
+        time.sleep(0.1)
+    raise TimeoutError("the server did not look at what it holds")
 
 
 def ask(address: str, question: str) -> str:

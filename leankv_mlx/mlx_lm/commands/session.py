@@ -178,7 +178,7 @@ class Session:
         the end of the process one of them may be gone."""
         yield from original(*args, **options)
         if self.machines > 1:
-            self._counted = summed(self._usage())
+            self._counted = summed(self._usage(), "used", "fp16", "allocated")
 
     def _usage(self) -> Usage:
         """What the caches of this machine hold."""

@@ -262,15 +262,19 @@ class Loop:
         left = any(request.client.left for request in self._running.requests)
         return left or not self._generator.requests.empty() or self._report.is_due()
 
-    def _look(self) -> None:
-        """Note what is held, once a second while anything changes."""
+    def _is_to_look(self) -> bool:
+        """Once a second while anything changes."""
         if self._looked == self._running.changes and not self._running:
-            return
-        if not self._report.is_due() and self._busy:
+            return False
+        return self._report.is_due() or not self._busy
+
+    def _look(self) -> None:
+        """Note what all machines hold, when the first one thinks that it is time."""
+        if not self._machines.told(self._is_to_look):
             return
         self._looked = self._running.changes
         waiting = len(self._entrance) + len(self._arrivals)
-        held = self._store.held(self._running.lists)
+        held = self._machines.total(self._store.held(self._running.lists))
         self._report.look(held, len(self._running), waiting, self._store)
         if (line := self._report.line()) is not None:
             logging.info(line)

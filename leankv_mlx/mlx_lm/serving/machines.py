@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from leankv_mlx.mlx_lm.group import summed
+from leankv_mlx.serving import Held
+
 Told = TypeVar("Told")
 
 
@@ -34,3 +37,10 @@ class Machines:
         mine = mx.array(number)
         most, least = mx.distributed.all_max(mine), mx.distributed.all_min(mine)
         return bool(most.item() == least.item())
+
+    def total(self, held: Held) -> Held:
+        """What all of them hold of the same sequences."""
+        if not self.several:
+            return held
+        stream = mx.default_stream(mx.default_device())  # that of the model's steps, see `Loop`
+        return summed(held, "used", "fp16", "shared", "allocated", stream=stream)

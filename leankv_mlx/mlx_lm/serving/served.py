@@ -75,7 +75,8 @@ class Served:
                 "setting": first.config.spec(),
                 "backend": first.backend,
                 "layers": {"compressed": first.compressed_layers, "all": len(first.report)},
-                "limit": limit,
+                "limit": limit * first.machines,
+                **({"machines": first.machines} if first.machines > 1 else {}),
             },
             disk=disk,
         )
