@@ -181,7 +181,9 @@ class BatchedKVCache:
     @classmethod
     def merge(cls, caches: Iterable[CompressedKVCache]) -> BatchedKVCache:
         """A batch of copies of the caches, one of each sequence; they share blocks."""
-        return cls([cache.fork() for cache in caches])
+        caches = list(caches)
+        # The same one may be the beginning of several rows.
+        return cls([cache.fork(caches[:i].count(cache)) for i, cache in enumerate(caches)])
 
     def extend(self, other: BatchedKVCache) -> None:
         """Copies of another batch's rows come behind these."""
@@ -196,7 +198,8 @@ class BatchedKVCache:
             batch_indices = batch_indices.tolist()  # type: ignore[assignment]
         kept = [self.rows[i] for i in batch_indices]
         # One that is kept twice goes on as two.
-        self.rows = [row if row not in kept[:i] else row.fork() for i, row in enumerate(kept)]
+        before = [kept[:i].count(row) for i, row in enumerate(kept)]
+        self.rows = [row.fork(n) if n else row for row, n in zip(kept, before, strict=True)]
         self._left = [self._left[i] for i in batch_indices]
         self._right = [self._right[i] for i in batch_indices]
 

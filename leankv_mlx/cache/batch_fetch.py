@@ -13,6 +13,7 @@ import mlx.core as mx
 from leankv_mlx.cache.fetch import Arrays, Fetch, Withheld, hand_out
 from leankv_mlx.cache.layer import Shape
 from leankv_mlx.cache.together import attend_all
+from leankv_mlx.errors import DroppedTokensError
 from leankv_mlx.kernels import MAX_DECODE_TOKENS, Mask
 
 
@@ -107,6 +108,8 @@ class BatchFetch:
         """The part of a mask over all columns that is about the tokens of one row."""
         if not isinstance(mask, mx.array):
             return mask
+        if fetch.layer.ragged:
+            raise DroppedTokensError
         if mask.ndim == 4:  # [B or 1, 1 or Hq, L, N]
             mask = mask[min(row, mask.shape[0] - 1)]
         end = self._end(row)

@@ -264,9 +264,9 @@ class CompressedKVCache:
         memo[id(self)] = copy
         return copy
 
-    def fork(self) -> CompressedKVCache:
+    def fork(self, which: int = 0) -> CompressedKVCache:
         """Such a copy, of one cache of a list at a time, see `Sequence.fork`."""
-        return self._copy(self._sequence.fork(self))
+        return self._copy(self._sequence.fork(self, which))
 
     def _copy(self, sequence: Sequence) -> CompressedKVCache:
         copy = CompressedKVCache(self.config, self.keep_fetched, self._exact_dtype, sequence)

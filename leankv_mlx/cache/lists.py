@@ -8,6 +8,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
+
 from leankv_mlx.cache.compressed import CompressedKVCache
 from leankv_mlx.cache.sequence import Sequence
 from leankv_mlx.policies import Policy
@@ -99,6 +101,15 @@ class Sequences:
         """Another prompt begins, see `Sequence.forget_queries`."""
         for sequence in self.sequences:
             sequence.forget_queries()
+
+    def compact(self) -> None:
+        """Give up the blocks that copies left behind which have ended, where they are many. A cache
+        that goes on does that when it next takes blocks; this is for one that is kept."""
+        bodies = [cache.layer.body for cache in self.ours if cache.layer and cache.layer.body]
+        pools = {table.pool for body in bodies for table in body.tables if table.pool.wasteful}
+        for pool in pools:
+            pool.compact()
+        mx.eval([pool.array for pool in pools])
 
     def is_prefix(self, tokens: int) -> bool:
         """Whether the caches can be cut to their first `tokens` tokens for a prompt that begins

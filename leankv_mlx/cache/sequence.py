@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,14 @@ from leankv_mlx.cache.placement import Placement
 from leankv_mlx.errors import DroppedTokensError
 from leankv_mlx.policies import Policy
 from leankv_mlx.scorers import Scorer
+
+
+@dataclass(frozen=True)
+class _Fork:
+    """A copy of a sequence on its way, and the caches whose copies are layers of it."""
+
+    made: weakref.ref[Sequence]
+    caches: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
 
 class Sequence:
@@ -41,8 +50,7 @@ class Sequence:
         self.layers: list[Layer] = []
         self.phase = phase or Phase()
         self._placement = Placement(policy, scorer, self.layers, self.phase)
-        self._fork: weakref.ref[Sequence] | None = None
-        self._forked: weakref.WeakSet[Any] = weakref.WeakSet()  # whose copies are layers of it
+        self._forks: dict[int, _Fork] = {}
 
     @property
     def offset(self) -> int:
@@ -78,16 +86,20 @@ class Sequence:
         memo[id(self)] = other
         return other
 
-    def fork(self, cache: Any) -> Sequence:
+    def fork(self, cache: Any, which: int = 0) -> Sequence:
         """Where a copy of one of its caches belongs, if they are copied one by one, as mlx-lm does
-        in and out of batches: with those that were copied since this one last was."""
-        fork = self._fork() if self._fork else None
-        if fork is None or cache in self._forked:
-            fork = deepcopy(self)
-            self._fork = weakref.ref(fork)
-            self._forked.clear()
-        self._forked.add(cache)
-        return fork
+        in and out of batches: with those that were copied since this one last was.
+
+        Args:
+            which: of several copies that each cache gets at once.
+        """
+        fork = self._forks.get(which)
+        made = fork.made() if fork else None
+        if fork is None or made is None or cache in fork.caches:
+            made = deepcopy(self)
+            fork = self._forks[which] = _Fork(weakref.ref(made))
+        fork.caches.add(cache)
+        return made
 
     # What callers know.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from leankv_mlx.cache import CompressedKVCache, entries
 
@@ -16,8 +17,8 @@ class Usage:
     """Keys and values of one model; recurrent states are in none of the numbers.
 
     Attributes:
-        tokens: tokens seen.
-        used: bytes in use.
+        tokens: tokens seen; of several sequences the most that one has.
+        used: bytes in use; what sequences share counts in each.
         fp16: bytes that the same keys and values take at two bytes an element.
         allocated: bytes of the buffers, unused space included.
     """
@@ -67,13 +68,16 @@ def _measure(cache: Any) -> Usage:
 
 
 def _stock(cache: Any, side: Any) -> Usage:
-    """Keys or values of one of mlx-lm's caches: one array, or (codes, scales, biases)."""
+    """Keys or values of one of mlx-lm's caches: one array, or (codes, scales, biases); of several
+    sequences, `offset` is an array."""
     arrays: list[mx.array] = list(side) if isinstance(side, list | tuple) else [side]
     allocated = sum(array.nbytes for array in arrays)
-    slots = arrays[0].shape[2]
-    held = min(cache.offset, slots)  # a rotating cache has seen more than it holds
+    rows, _, slots = arrays[0].shape[:3]
+    offsets: list[int] = np.array(cache.offset).reshape(-1).tolist()
+    held = sum(min(offset, slots) for offset in offsets)  # a rotating one has seen more than that
     bits = getattr(cache, "bits", None)
     elements = arrays[0].size * (32 // bits if bits else 1)
-    if not slots:
-        return Usage(cache.offset)
-    return Usage(cache.offset, allocated * held // slots, 2 * elements * held // slots, allocated)
+    seen, there = max(offsets, default=0), rows * slots
+    if not there:
+        return Usage(seen)
+    return Usage(seen, allocated * held // there, 2 * elements * held // there, allocated)

@@ -125,6 +125,26 @@ def test_a_pool_that_is_mostly_free_is_left() -> None:
     assert table.pool.capacity == table.pool.used == 4
 
 
+def test_what_ended_copies_left_is_given_up_when_blocks_are_next_taken() -> None:
+    table = BlockTable(BlockPool(WORDS), heads=2)
+    pool = table.pool
+    for i, each in enumerate([table, *(copies := [table.copy() for _ in range(5)])]):
+        ids = each.append(100)
+        pool.write(ids.ravel(), filled(ids, i))
+    kept = copies.pop(2)
+    named, view = kept.ids.copy(), kept.arrays()
+    old = pool.array
+    del each, copies
+    assert pool.used == 400 and pool.capacity >= 1200
+    ids = table.append(1)
+    pool.write(ids.ravel(), filled(ids, 9))
+    assert pool.capacity <= 402 * 9 // 8
+    assert content(table) == [[0] * 100 + [9]] * 2 and content(kept) == [[3] * 100] * 2
+    assert (kept.ids == named).all(), "blocks keep their ids"
+    assert (np.array(old)[np.array(view[0]), 0] == 3).all(), "whoever reads is not disturbed"
+    check_owners([table, kept])
+
+
 class Tables(RuleBasedStateMachine):
     """Random appends, truncations and copies of tables that share a pool, against plain lists."""
 

@@ -88,6 +88,15 @@ def test_benchmark(env: dict[str, str]) -> None:
     assert tokens in (303, 304) and ratio > 2
 
 
+def test_benchmark_of_a_batch(env: dict[str, str]) -> None:
+    sizes = ["-p", "300", "-g", "4", "-n", "1", "-b", "3"]
+    ran = run(["mlx_lm.benchmark", "--kv=leankv:k2v2", "--model", MODEL, *sizes], env)
+    assert ran.returncode == 0, ran.stderr
+    assert "batch_size=3" in ran.stdout and "Averages: " in ran.stdout
+    tokens, ratio, _ = summary_of(ran.stderr)
+    assert tokens == 304 and ratio > 2  # of each, and of all
+
+
 @pytest.mark.parametrize(
     ("command", "code", "text"),
     [
@@ -98,7 +107,6 @@ def test_benchmark(env: dict[str, str]) -> None:
         (["chat", "--kv", "leankv", "--nosuch"], 2, "unrecognized arguments: --nosuch"),
         (["generate", "--kv", "leankv", "--model", "/no/model"], 1, "no model folder /no/model"),
         (["server", "--kv", "leankv", "--model", "/no/model"], 1, "no model folder /no/model"),
-        (["benchmark", "--kv", "leankv", "--model", MODEL, "-b", "2"], 2, "--batch-size 2"),
         (
             ["cache_prompt", "--kv", "leankv", "--prompt", "x", "--prompt-cache-file", "/no/x/y"],
             2,

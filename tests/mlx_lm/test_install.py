@@ -75,7 +75,7 @@ def test_a_prompt_cache_file(scripts: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_refused(scripts: Path) -> None:
-    for line in ("benchmark -b 2", "perplexity", "evaluate --tasks x"):
+    for line in ("perplexity", "evaluate --tasks x"):
         command = f"mlx_lm.{line} --kv leankv --model {MODEL}".split()
         ran = run(command, ENVIRONMENT, folder=scripts)
         assert ran.returncode == 2

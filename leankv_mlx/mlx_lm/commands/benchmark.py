@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Callable
+from typing import Any
 
-from leankv_mlx.config import UNCOMPRESSED
-from leankv_mlx.errors import UsageError
-from leankv_mlx.mlx_lm.commands.session import Session
+from leankv_mlx.mlx_lm.commands.session import Method, Session
 
 
 class Benchmark(Session):
     """One run of it."""
 
-    def accept(self, args: argparse.Namespace) -> None:
-        """A compressed cache holds one sequence."""
-        super().accept(args)
-        if self.config is not None and args.batch_size != 1:
-            raise UsageError(
-                f"--batch-size {args.batch_size} does not work with --kv {args.kv}: a compressed "
-                f"cache holds one sequence; use --batch-size 1, or --kv {UNCOMPRESSED}."
-            )
+    @property
+    def methods(self) -> dict[str, Method]:
+        """See `Session`."""
+        return super().methods | {"batch_generate": self.batch_generate}
+
+    def batch_generate(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """mlx-lm's `batch_generate`; the caches of a trial are kept, so that their bytes can be
+        counted, until the next one begins."""
+        self.caches = []
+        response = original(*args, **options, return_prompt_caches=True)
+        self.caches = response.caches
+        return response
