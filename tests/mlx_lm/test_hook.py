@@ -196,7 +196,7 @@ def test_the_openai_client_streams_an_answer(env: dict[str, str]) -> None:
         def ask(_: int) -> Any:
             return client.chat.completions.create(messages=messages, **options)
 
-        with ThreadPoolExecutor(3) as pool:  # the server takes them one after the other
+        with ThreadPoolExecutor(3) as pool:  # the server takes them together
             for repeated in pool.map(ask, range(3)):
                 assert repeated.choices[0].message.content == again.choices[0].message.content
 
