@@ -36,7 +36,7 @@ def counted(lists: list[list[Any]]) -> int:
         if not isinstance(cache, CompressedKVCache):
             total += cache.nbytes
         elif (layer := cache.layer) is not None:
-            arrays |= {id(x): x.nbytes for x in layer.exact}
+            arrays |= {id(x): x.nbytes for x in layer.exact_arrays}
             if layer.body is None:
                 continue
             arrays |= {id(x): x.nbytes for x in layer.body.centers}
