@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
 
+from leankv_mlx.cache import Sequences
 from leankv_mlx.serving.held import Held, Ledger, Share
 from leankv_mlx.serving.tree import Node, Tree, as_tokens
 
@@ -182,6 +183,11 @@ class PromptStore:
         with self._beside(running):
             while self.nbytes > max(0, n_bytes) and len(self):
                 self._remove(self._oldest())
+
+    def compact(self) -> None:
+        """Give up what copies of entries left in their pools when they ended."""
+        for caches in self.lists:
+            Sequences.of(caches).compact()
 
     def stats_by_type(self) -> dict[str, dict[str, int]]:
         """Sequences and bytes of each kind; what kinds share counts in each of them."""

@@ -273,6 +273,7 @@ class Loop:
         if not self._machines.told(self._is_to_look):
             return
         self._looked = self._running.changes
+        self._store.compact()
         waiting = len(self._entrance) + len(self._arrivals)
         held = self._machines.total(self._store.held(self._running.lists))
         self._report.look(held, len(self._running), waiting, self._store)
