@@ -91,14 +91,34 @@ class BlockTable:
         Raises:
             ValueError: a head ends inside a block.
         """
+        fresh = self.pool.allocate(self.heads * blocks).reshape(self.heads, blocks)
+        self._extend(fresh)
+        return fresh
+
+    def append_copies(self, other: "BlockTable") -> None:
+        """Give every head the blocks of a full table of the same pool, too; none is copied.
+
+        Raises:
+            ValueError: a head ends inside a block.
+        """
+        self.pool.retain(other.owned)
+        self._extend(other.ids)
+
+    def last(self, blocks: int) -> "BlockTable":
+        """A table of the last `blocks` blocks of each head, which are full; none is copied."""
+        ends = self._lengths[:, None] // TILE
+        ids = np.take_along_axis(self._ids, ends - blocks + np.arange(blocks), axis=1)
+        self.pool.retain(ids.ravel())
+        return BlockTable.holding(self.pool, ids, np.full(self.heads, TILE * blocks, np.int32))
+
+    def _extend(self, more: np.ndarray) -> None:
+        """Own full blocks [H, n] behind its own."""
         if (self._lengths % TILE).any():
             raise ValueError("[BlockTable.append] expected heads that end with a full block.")
-        fresh = self.pool.allocate(self.heads * blocks).reshape(self.heads, blocks)
-        used = self._lengths // TILE
+        used, blocks = self._lengths // TILE, more.shape[1]
         ids = np.pad(self._ids, ((0, 0), (0, int(used.max()) + blocks - self._ids.shape[1])))
-        np.put_along_axis(ids, used[:, None] + np.arange(blocks), fresh, axis=1)
+        np.put_along_axis(ids, used[:, None] + np.arange(blocks), more, axis=1)
         self._set(ids, self._lengths + TILE * blocks)
-        return fresh
 
     def truncate(self, lengths: np.ndarray) -> None:
         """Keep the first `lengths` [H] slots of each head and release the blocks behind them."""

@@ -177,6 +177,19 @@ class CompressedBody:
         marks = np.full(shape, 255, np.uint8) if scores is None else marks_of(scores)
         self._rewrite(tier, tier.used, _Extra(blocks, positions.astype(np.int32), marks))
 
+    def last(self, tokens: int) -> BlockTable | None:
+        """The blocks of the last `tokens` that were appended, a multiple of 32; None once heads may
+        have lost some."""
+        return None if self.ragged else self._tiers[0].table.last(tokens // TILE)
+
+    def append_known(self, blocks: BlockTable) -> bool:
+        """Add tokens that a copy has encoded, see `last`; returns whether they can be shared."""
+        table = self._tiers[0].table
+        shared = not self.ragged and blocks.pool is table.pool
+        if shared:
+            table.append_copies(blocks)
+        return shared
+
     def describe(self) -> Slots:
         """Every slot on the host. Scores are those of the last `judge`, to within 5%."""
         tiers = [

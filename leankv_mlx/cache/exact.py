@@ -6,15 +6,19 @@ import weakref
 
 import mlx.core as mx
 
+from leankv_mlx.blocks import BlockTable
 from leankv_mlx.codec.format import TILE
 from leankv_mlx.kernels import Rows
 
 
 class _Common:
-    """Rows that several layers begin with."""
+    """Rows that several layers begin with, and the blocks that some of them have become: by the
+    first that left and how many did, while a copy holds them."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
+        self.stored: weakref.WeakValueDictionary[tuple[int, int], BlockTable]
+        self.stored = weakref.WeakValueDictionary()
         self.users: weakref.WeakSet[ExactRows] = weakref.WeakSet()
 
 
@@ -24,7 +28,8 @@ class ExactRows:
     A copy of a layer goes on from the same rows. A window of 64 tokens in 16 bits takes as much as
     250 tokens of 4-bit codes, so among many short replies to one document it is what counts. What
     was there when the copy was made stays in one array for all, of which each leaves out what has
-    left its window since, and what came then is each one's own.
+    left its window since, and what came then is each one's own. Common rows are encoded once, by
+    the first copy whose window they leave.
 
     Args:
         rows: all of them.
@@ -37,12 +42,18 @@ class ExactRows:
         self._common: _Common | None = None
         self._start = self._stop = 0  # of the common rows behind the sink tokens those in use
         self._made: tuple[weakref.ref[mx.array], weakref.ref[mx.array]] | None = None
+        self.stored: list[BlockTable] = []  # what common rows have become, for other copies
 
     @property
     def count(self) -> int:
         """E."""
         own = _count(self._own)
         return own if self._common is None else self._sinks + self._stop - self._start + own
+
+    @property
+    def common(self) -> bool:
+        """Whether it has some in common with copies."""
+        return self._common is not None
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -73,7 +84,7 @@ class ExactRows:
         self._own, self._made = rows, None
         if self._common is not None:
             self._common.users.discard(self)
-            self._common = None
+            self._common, self.stored = None, []
 
     @property
     def tail(self) -> Rows:
@@ -86,9 +97,16 @@ class ExactRows:
         """Take the tail with new rows behind it."""
         self._own, self._made = tail, None
 
-    def leave(self, n: int) -> None:
-        """The oldest n rows of the window go."""
+    def known(self, n: int) -> BlockTable | None:
+        """What a copy stored the oldest n rows of the window as, if they are common."""
+        return self._common.stored.get((self._start, n)) if self._common else None
+
+    def leave(self, n: int, stored: BlockTable | None = None) -> None:
+        """The oldest n rows of the window go; they were stored as these blocks."""
         if self._common is not None and self._start + n < self._stop:
+            if stored is not None:
+                self._common.stored[self._start, n] = stored
+                self.stored.append(stored)
             self._start, self._made = self._start + n, None
             return
         start, stop = self._sinks, self._sinks + n

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from leankv_mlx.blocks import BlockTable
 from leankv_mlx.cache.body import CompressedBody
 from leankv_mlx.cache.exact import ExactRows, owned
 from leankv_mlx.cache.memory import CacheMemory
@@ -102,6 +103,11 @@ class Layer:
         return self._exact.arrays
 
     @property
+    def tables(self) -> list[BlockTable]:
+        """All that own blocks: those of the body, and what copies find common rows in."""
+        return [*(self.body.tables if self.body else ()), *self._exact.stored]
+
+    @property
     def tail(self) -> Rows:
         """The exact rows that new ones come behind, see `appended`."""
         return self._exact.tail
@@ -182,9 +188,13 @@ class Layer:
             self.body = self._new_body(
                 Centers(*(x if self.config.center else mx.zeros_like(x) for x in means))
             )
-        position = self.offset - (self._exact.count - start)
-        self.body.append(moved, position, scores)
-        self._exact.leave(stop - start)
+        stored = self._exact.known(stop - start)
+        if stored is None or not self.body.append_known(stored):
+            position = self.offset - (self._exact.count - start)
+            self.body.append(moved, position, scores)
+            shares = self._exact.common and not self.config.policy.drops
+            stored = self.body.last(stop - start) if shares else None
+        self._exact.leave(stop - start, stored)
 
     def trim(self, n: int) -> None:
         """Remove the last n tokens; see `CompressedKVCache.trim`."""

@@ -14,10 +14,10 @@ def check_owners(tables: Iterable[BlockTable], pools: Iterable[BlockPool] = ()) 
     """Assert that every block has as many references as tables name it, and a place of its own.
 
     Args:
-        tables: all that there are.
+        tables: all that there are; one that is named twice counts once.
         pools: further ones that none of the tables may be in any more.
     """
-    tables = list(tables)
+    tables = list({id(table): table for table in tables}.values())
     found = {id(pool): pool for pool in (*pools, *(table.pool for table in tables))}
     for pool in found.values():
         named = [np.zeros(0, np.int32)]

@@ -195,8 +195,8 @@ class Walk:
             for kept in self.kept
             for caches in kept.lists()
             for cache in caches
-            if cache.layer and cache.layer.body
-            for table in cache.layer.body.tables
+            if cache.layer
+            for table in cache.layer.tables
         ]
         self.pools.update(table.pool for table in tables)
         check_owners(tables, self.pools)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 
 import mlx.core as mx
 import numpy as np
@@ -112,3 +113,22 @@ def test_replies_to_one_document_hold_its_window_once() -> None:
     arrays = {id(x): x.nbytes for layer in layers if layer for x in layer.exact_arrays}
     of_row = layers[0].row_nbytes if layers[0] else 0
     assert sum(arrays.values()) == of_row * (document.layer.exact.k.shape[1] + 4 * 3)  # type: ignore[union-attr]
+
+
+def test_common_rows_that_leave_are_stored_once() -> None:
+    document = CompressedKVCache("leankv")
+    drawn = mx.random.normal((1, 2, 1000, 64))
+    document.update_and_fetch(drawn, drawn)
+    replies = [document.fork() for _ in range(4)]
+    alone = [deepcopy(reply) for reply in replies[:1]]
+    for reply in (*replies, *alone):
+        for _ in range(40):  # a block leaves the window of each
+            reply.update_and_fetch(drawn[:, :, :1], drawn[:, :, :1])
+    tables = [reply.layer.body.tables[0] for reply in replies if reply.layer and reply.layer.body]
+    before = document.layer.body.tables[0]  # type: ignore[union-attr]
+    assert {table.ids.shape[1] for table in tables} == {before.ids.shape[1] + 1}
+    assert before.pool.used == before.blocks + 2 * 1  # a block for each head, not for each reply
+    for one, other in zip(replies[0].keys_and_values(), replies[3].keys_and_values(), strict=True):
+        assert mx.array_equal(one, other)
+    del replies, alone, tables, reply
+    assert before.pool.used == before.blocks
