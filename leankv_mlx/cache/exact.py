@@ -135,6 +135,7 @@ class ExactRows:
         if self._common is not None:
             other._common, other._start, other._stop = self._common, self._start, self._stop
             self._common.users.add(other)
+            other.stored = list(self.stored)
         return other
 
 

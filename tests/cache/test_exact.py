@@ -130,5 +130,9 @@ def test_common_rows_that_leave_are_stored_once() -> None:
     assert before.pool.used == before.blocks + 2 * 1  # a block for each head, not for each reply
     for one, other in zip(replies[0].keys_and_values(), replies[3].keys_and_values(), strict=True):
         assert mx.array_equal(one, other)
-    del replies, alone, tables, reply
+    later, first = document.fork(), replies[0].fork()
+    del replies[:], alone[:]
+    later.update_and_fetch(drawn[:, :, :40], drawn[:, :, :40])
+    assert before.pool.used == before.blocks + 2 * 1  # a copy of a reply holds it, too
+    del replies, alone, later, first, tables, reply
     assert before.pool.used == before.blocks
