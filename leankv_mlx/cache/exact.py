@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from functools import lru_cache
+from threading import get_ident
 
 import mlx.core as mx
 
@@ -41,7 +43,8 @@ class ExactRows:
         self._own = rows  # all, or those behind what is common
         self._common: _Common | None = None
         self._start = self._stop = 0  # of the common rows behind the sink tokens those in use
-        self._made: tuple[weakref.ref[mx.array], weakref.ref[mx.array]] | None = None
+        # What `rows` put together last, and in which thread: what is lazy belongs to one.
+        self._made: tuple[int, weakref.ref[mx.array], weakref.ref[mx.array]] | None = None
         self.stored: list[BlockTable] = []  # what common rows have become, for other copies
 
     @property
@@ -65,13 +68,13 @@ class ExactRows:
         somebody holds them."""
         if self._common is None:
             return self._own
-        if self._made is not None:
-            k, v = (array() for array in self._made)
+        if self._made is not None and self._made[0] == get_ident():
+            k, v = (array() for array in self._made[1:])
             if k is not None and v is not None:
                 return Rows(k, v)
         parts = zip(self._common.rows, self._own, strict=True)
         made = Rows(*(mx.concatenate([*self._used(x), own], axis=1) for x, own in parts))
-        self._made = weakref.ref(made.k), weakref.ref(made.v)
+        self._made = get_ident(), weakref.ref(made.k), weakref.ref(made.v)
         return made
 
     def _used(self, common: mx.array) -> list[mx.array]:
@@ -150,4 +153,11 @@ def owned(x: mx.array) -> mx.array:
 
 def _none(rows: Rows) -> Rows:
     """No rows of the same kind; a slice without rows would keep what it comes from."""
-    return Rows(*(mx.zeros((x.shape[0], 0, x.shape[2]), x.dtype) for x in rows))
+    return Rows(*(_no_rows(x.shape[0], x.shape[2], x.dtype) for x in rows))
+
+
+@lru_cache(maxsize=64)
+def _no_rows(heads: int, dim: int, dtype: mx.Dtype) -> mx.array:
+    rows = mx.zeros((heads, 0, dim), dtype)
+    mx.eval(rows)  # copies of what was evaluated can be read in any thread
+    return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from copy import deepcopy
 
 import mlx.core as mx
@@ -136,3 +137,22 @@ def test_common_rows_that_leave_are_stored_once() -> None:
     assert before.pool.used == before.blocks + 2 * 1  # a copy of a reply holds it, too
     del replies, alone, later, first, tables, reply
     assert before.pool.used == before.blocks
+
+
+def test_copies_of_what_was_evaluated_can_be_read_in_any_thread() -> None:
+    document = CompressedKVCache("leankv")
+    drawn = mx.random.normal((1, 2, 1000, 64))
+    document.update_and_fetch(drawn, drawn)
+    mx.eval(document.state)
+    copies = [document.fork() for _ in range(2)]
+    wanted = np.array(document.layer.exact.k)  # type: ignore[union-attr]
+    found: list[np.ndarray] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(np.array(copies[0].layer.exact.k)))  # type: ignore[union-attr]
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(np.array_equal(x, wanted) for x in found)
