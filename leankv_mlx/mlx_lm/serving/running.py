@@ -73,9 +73,7 @@ class Running:
         lists = [*self.lists, beside or []]
         growth = 0
         for request in self._requests.values():
-            # Until it takes further tokens, its exact rows are those of the copy in the store.
-            moved = request.tokens > request.kept
-            has = (self._served.used if moved else self._served.shared)(request.tokens)
+            has = self._served.own(request.tokens, request.tokens - request.kept)
             growth += max(0, request.most - has)
         return Balance(
             limit=self._served.limit,

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from leankv_mlx.codec.format import TILE
 from leankv_mlx.mlx_lm.attachment import Attachment, own_caches
 from leankv_mlx.mlx_lm.footprint import Footprint, spare_memory
 from leankv_mlx.serving.prefixes import Prefixes
@@ -24,6 +25,7 @@ class Served:
         vocabulary: tokens that it gives logits for.
         footprints: of its caches, and of those of the model that drafts for it.
         limit: bytes that the caches of all requests may take.
+        window: the most exact rows that a sequence has of what it read last.
         facts: about it, for whoever asks the server.
         disk: where prefixes of its prompts survive a restart.
     """
@@ -36,6 +38,7 @@ class Served:
     vocabulary: int
     footprints: tuple[Footprint, ...]
     limit: int
+    window: int
     facts: dict[str, Any]
     disk: Prefixes | None = None
 
@@ -70,6 +73,7 @@ class Served:
             vocabulary=int(logits.shape[-1]),
             footprints=tuple(map(Footprint.of, models, attachments)),
             limit=limit,
+            window=first.config.window + TILE,
             facts={
                 "model": str(provider.model_key[0]),
                 "setting": first.config.spec(),
@@ -88,6 +92,11 @@ class Served:
     def used(self, tokens: int) -> int:
         """Bytes that one takes once it was read."""
         return sum(footprint.used(tokens) for footprint in self.footprints)
+
+    def own(self, tokens: int, since: int) -> int:
+        """Bytes of such a sequence that will not come on top, `since` tokens after a copy of it was
+        made: until its window has passed that place, exact rows are the copy's, too."""
+        return self.used(tokens) if since > self.window else self.shared(tokens)
 
     def shared(self, tokens: int) -> int:
         """Bytes of its first tokens that whoever goes on from them does not take again."""
