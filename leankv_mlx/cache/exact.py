@@ -102,11 +102,17 @@ class ExactRows:
 
     def known(self, n: int) -> BlockTable | None:
         """What a copy stored the oldest n rows of the window as, if they are common."""
-        return self._common.stored.get((self._start, n)) if self._common else None
+        if self._common is None or not self._all_common(n):
+            return None
+        return self._common.stored.get((self._start, n))
+
+    def _all_common(self, n: int) -> bool:
+        """Whether the oldest n rows of the window are common, and not the last of those."""
+        return self._start + n < self._stop
 
     def leave(self, n: int, stored: BlockTable | None = None) -> None:
         """The oldest n rows of the window go; they were stored as these blocks."""
-        if self._common is not None and self._start + n < self._stop:
+        if self._common is not None and self._all_common(n):
             if stored is not None:
                 self._common.stored[self._start, n] = stored
                 self.stored.append(stored)

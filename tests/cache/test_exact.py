@@ -156,3 +156,17 @@ def test_copies_of_what_was_evaluated_can_be_read_in_any_thread() -> None:
     for thread in threads:
         thread.join()
     assert len(found) == 4 and all(np.array_equal(x, wanted) for x in found)
+
+
+def test_what_a_copy_has_cut_off_is_not_taken_for_what_others_stored() -> None:
+    document = CompressedKVCache("leankv")
+    drawn = mx.random.normal((1, 2, 1000, 64))
+    document.update_and_fetch(drawn, drawn)
+    first, second = document.fork(), document.fork()
+    first.update_and_fetch(drawn[:, :, :40], drawn[:, :, :40])  # common rows are stored
+    second.trim(document.layer.recent - 7)  # type: ignore[union-attr]
+    alone = CompressedKVCache.from_state(second.state)
+    for each in (second, alone):
+        each.update_and_fetch(drawn[:, :, 300:400], drawn[:, :, 300:400])
+    for ours, theirs in zip(second.keys_and_values(), alone.keys_and_values(), strict=True):
+        assert mx.array_equal(ours, theirs)
