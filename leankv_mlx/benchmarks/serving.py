@@ -30,11 +30,10 @@ from leankv_mlx.evaluation.fidelity import corpus, read_text
 from leankv_mlx.mlx_lm.loading import LoadedModel, check_context, load
 from leankv_mlx.mlx_lm.usage import measure
 
+_FIRST = 32
+"""Tokens of two prompts that are read before anything is timed."""
 READ_TOGETHER = 8
 """Prompts at a time, as mlx-lm's server reads them by default."""
-QUESTION = 32
-"""Tokens that follow a shared document."""
-
 Ids = list[int]
 
 
@@ -48,6 +47,7 @@ class ServingSettings:
         text: file that prompts are cut from; None for generated text.
         requests, tokens: so many prompts of so many tokens; a shared document has twice as many.
         generate: tokens of each reply.
+        question: tokens that follow the shared document, of each request.
         fits: uncompressed sequences that the limit of KV bytes has room for.
         rounds: how often replies are generated.
     """
@@ -58,6 +58,7 @@ class ServingSettings:
     requests: int = 16
     tokens: int = 2048
     generate: int = 64
+    question: int = 32
     fits: int = 4
     rounds: int = 3
 
@@ -70,7 +71,9 @@ class ServingSettings:
         parse_arms(self.kv)
         if self.tokens < 128:
             raise UsageError("--tokens is too small; use at least 128.")
-        for name, least in (("requests", 2), ("generate", 2), ("fits", 1), ("rounds", 1)):
+        for name, least in (
+            ("requests", 2), ("generate", 2), ("question", 2), ("fits", 1), ("rounds", 1),
+        ):  # fmt: skip
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} {getattr(self, name)} is too small.")
 
@@ -129,10 +132,10 @@ def run_serving(settings: ServingSettings, advance: Advance = lambda what: None)
     text = None if settings.text is None else read_text(settings.text)
     advance("loading")
     loaded = load(settings.model)
-    check_context(loaded.config, 2 * settings.tokens + QUESTION + settings.generate, 0)
+    check_context(loaded.config, 2 * settings.tokens + settings.question + settings.generate, 0)
     prompts = _cut(loaded, text, settings.tokens, settings.requests)
     (document,) = _cut(loaded, text, 2 * settings.tokens, 1)
-    questions = [prompt[1 : 1 + QUESTION] for prompt in prompts]  # without a BOS
+    questions = [prompt[1 : 1 + settings.question] for prompt in prompts]  # without a BOS
     arms = parse_arms(settings.kv)
     return ServingReport(
         loaded.path.name,
@@ -200,7 +203,7 @@ def _read_all(
             advance(f"prompts from {start + 1}, {arm.kv}")
             with arm.attached(model):
                 if not i:
-                    _read(model, [prompt[:QUESTION] for prompt in group[:2]])  # compiles kernels
+                    _read(model, [prompt[:_FIRST] for prompt in group[:2]])  # compiles kernels
                 caches, found[arm.kv].seconds[i] = _read(model, group)
             found[arm.kv].caches += caches
             mx.clear_cache()

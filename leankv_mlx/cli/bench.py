@@ -115,6 +115,10 @@ _Requests = Annotated[
 _Generate = Annotated[
     int | None, typer.Option(help="Tokens of each reply of --serving.", show_default="64")
 ]
+_Question = Annotated[
+    int | None,
+    typer.Option(help="Tokens behind the one document of --serving.", show_default="32"),
+]
 _Fits = Annotated[
     int | None,
     typer.Option(
@@ -149,13 +153,14 @@ def bench(
     serving: _Serving = False,
     requests: _Requests = None,
     generate: _Generate = None,
+    question: _Question = None,
     fits: _Fits = None,
     as_json: LastJson = False,
 ) -> None:
     """Measure speed: medians and ratios of interleaved runs."""
     common = _given(model=model, kv=tuple(kv or ()), text=text, rounds=rounds)
     if serving:
-        own = _given(requests=requests, generate=generate, fits=fits)
+        own = _given(requests=requests, generate=generate, question=question, fits=fits)
         if tokens is not None:
             own["tokens"] = _one(tokens)
         _serve(common | own, fast, as_json)

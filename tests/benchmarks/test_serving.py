@@ -99,6 +99,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--requests", "1"], "--requests 1"),
         (["--generate", "1"], "--generate 1"),
         (["--fits", "0"], "--fits 0"),
+        (["--question", "1"], "--question 1"),
         (["--rounds", "0"], "--rounds 0"),
         (["--kv", "k5v5"], "k_bits=5"),
         (["--text", "no-such-text"], "cannot read no-such-text"),
