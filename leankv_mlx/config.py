@@ -15,9 +15,11 @@ from leankv_mlx.settings import (
     BLOCK_SLOTS,
     Bits,
     Groups,
+    Mask,
     Setting,
     Sparse,
     check_bits,
+    check_mask,
     check_sparse,
     check_words,
     settings_of,
@@ -54,6 +56,8 @@ class CompressionConfig:
             `kernels.types.Centers`).
         equalize: also scale the channels of the keys before encoding, and those of the queries by
             the inverse (exact too, see `codec.equalize`).
+        mask: which key channels codes keep, by a mask that was learned for the model; "" for all,
+            see `codec.channels`.
         policy: which tokens are kept, with its own settings, see `leankv_mlx.policies`.
         scorer: what tokens are judged by, see `leankv_mlx.scorers`.
         skip: attention weight below which a token's value may be taken for its center, see
@@ -79,6 +83,7 @@ class CompressionConfig:
     rotation: RotationName = "hadamard"
     center: bool = True
     equalize: bool = True
+    mask: Mask = field(default=Mask())
     policy: Policy = field(default=KeepAll())
     scorer: Scorer = field(default=Queries())
     skip: float = 0.0
@@ -102,6 +107,7 @@ class CompressionConfig:
         if not 0 <= self.skip < 1:
             raise ConfigError(f"skip={self.skip:g} is no attention weight; use 0, or 0.001.")
         check_sparse(self.sparse)
+        check_mask(self.mask)
         check_words(self)
 
     @property

@@ -28,6 +28,7 @@ Size = Annotated[int, "bytes"]
 
 NAME_FORM = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 """Names of profiles and calibrations."""
+_DIGEST = re.compile(r"[0-9a-f]{8}")
 BITS_FORM = re.compile(r"k(\d+)v(\d+)")
 
 MOST_SPARSE = 0.9
@@ -51,6 +52,26 @@ class Sparse:
 
     def __bool__(self) -> bool:
         return self.share > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Which key channels codes keep: a mask that was learned for a model.
+
+    Attributes:
+        name: of the mask; "" for none, and all channels are kept.
+        digest: of its content, 8 hex digits, so that what was stored with one mask is never read
+            with another of the same name; "" for whatever has the name.
+    """
+
+    name: str = ""
+    digest: str = ""
+
+    def __str__(self) -> str:
+        return self.name + (f"@{self.digest}" if self.digest else "")
+
+    def __bool__(self) -> bool:
+        return bool(self.name)
 
 
 _FOUND: dict[type[Any], dict[str, Setting]] = {}  # looking at types takes long
@@ -153,6 +174,17 @@ def check_sparse(sparse: Sparse) -> None:
         raise ConfigError(f"sparse={sparse} names no calibration; use letters, digits, - and _.")
 
 
+def check_mask(mask: Mask) -> None:
+    """Whether a mask can be called so.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    named = NAME_FORM.fullmatch(mask.name) and (not mask.digest or _DIGEST.fullmatch(mask.digest))
+    if (mask.name or mask.digest) and not named:
+        raise ConfigError(f"mask={mask} names no mask; use letters, digits, - and _.")
+
+
 def _short(value: float) -> str:
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
@@ -184,6 +216,13 @@ def _sparse(name: str, text: str) -> Sparse:
     if share.endswith("%"):
         return Sparse(_number(name, share[:-1]) / 100, calibration.strip())
     return Sparse(_number(name, share), calibration.strip())
+
+
+def _mask(name: str, text: str) -> Mask:
+    called, at, digest = (part.strip() for part in text.partition("@"))
+    if not called or (at and not digest):
+        raise ConfigError(f"{name}={text} names no mask; use the name of one, or drop it.")
+    return Mask(called, digest)
 
 
 def _size(name: str, text: str) -> int:
@@ -221,5 +260,6 @@ _READERS: dict[Any, Callable[[str, str], Any]] = {
     Groups: _groups,
     LowBits: _low,
     Sparse: _sparse,
+    Mask: _mask,
     tuple[Bits, ...]: _layers,
 }

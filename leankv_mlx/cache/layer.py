@@ -16,7 +16,6 @@ from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.state import BodyState, LayerState
 from leankv_mlx.codec.equalize import Equalizer
 from leankv_mlx.codec.format import TILE, Format, padded
-from leankv_mlx.codec.rotation import rotation
 from leankv_mlx.codec.space import Space
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.kernels import Backend, Centers, Rows, View, resolve_backend
@@ -75,9 +74,7 @@ class Layer:
         self.placed = 0
         self._seen: list[tuple[mx.array, int]] = []
         self._fitted = False
-        self.space = Space(
-            (rotation(config.rotation, shape.k_dim), rotation(config.rotation, shape.v_dim))
-        )
+        self.space = Space.of(config.rotation, shape.k_dim, shape.v_dim, None)
         dims = padded(shape.k_dim), padded(shape.v_dim)
         empty = (mx.zeros((shape.heads, 0, d), t) for d, t in zip(dims, dtypes, strict=True))
         self._exact = ExactRows(Rows(*empty), config.sink_tokens)

@@ -33,14 +33,15 @@ class Rotation(Protocol):
 class Hadamard:
     """Fixed random signs, then an orthonormal Walsh-Hadamard transform of each block.
 
-    A block is the largest power of two that divides `dim`, the head_dim padded with zero
-    channels to a multiple of 32.
+    Args:
+        head_dim: padded with zero channels to `dim`, a multiple of 32.
+        block: channels of a block, a power of two from 32 that divides `dim`; 0 for the largest.
     """
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, head_dim: int, block: int = 0) -> None:
         self.head_dim = head_dim
         self.dim = padded(head_dim)
-        self.block = self.dim & -self.dim
+        self.block = block or self.dim & -self.dim
 
     @cached_property
     def signs(self) -> mx.array:
@@ -87,12 +88,12 @@ def signs(dim: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def rotation(name: RotationName, head_dim: int) -> Rotation:
-    """The rotation of a config's name; all layers share one."""
-    return hadamard(head_dim) if name == "hadamard" else Identity(head_dim)
+def rotation(name: RotationName, head_dim: int, block: int = 0) -> Rotation:
+    """The rotation of a config's name; all layers share one. `block` as in `Hadamard`."""
+    return hadamard(head_dim, block) if name == "hadamard" else Identity(head_dim)
 
 
 @lru_cache(maxsize=64)
-def hadamard(head_dim: int) -> Hadamard:
-    """The Hadamard rotation of a head_dim."""
-    return Hadamard(head_dim)
+def hadamard(head_dim: int, block: int = 0) -> Hadamard:
+    """The Hadamard rotation of a head_dim, see there."""
+    return Hadamard(head_dim, block)
