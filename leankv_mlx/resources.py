@@ -20,3 +20,8 @@ def metal_sources() -> Path:
     """Folder of the GPU kernels' sources."""
     packaged = _PACKAGE / "metal"
     return packaged if packaged.exists() else _PACKAGE.parent / "metal"
+
+
+def masks() -> Path:
+    """Folder of the channel masks that ship with the package, which need not exist."""
+    return _PACKAGE / "masks"

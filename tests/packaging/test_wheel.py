@@ -9,6 +9,8 @@ from zipfile import ZipFile
 
 import pytest
 
+from leankv_mlx.resources import masks
+
 REPOSITORY = Path(__file__).parents[2]
 HOOK = "leankv_mlx_hook.pth"
 
@@ -76,6 +78,13 @@ def test_folders_outside_the_package_go_into_the_wheel(project: Path, tmp_path: 
         "leankv_app/__init__.py",
         HOOK,
     }
+
+
+def test_masks_of_the_package_go_into_the_wheel(project: Path, tmp_path: Path) -> None:
+    name = f"leankv_mlx/{masks().name}/demo.safetensors"
+    add(project, name)
+    assert masks().parent.name == "leankv_mlx"
+    assert name in contents(build(project, "standard", tmp_path / "out"))
 
 
 def test_the_hook_is_found_after_the_package_in_an_editable_install(

@@ -1,0 +1,223 @@
+"""Learned masks of key channels (LeanK, arXiv 2508.02215) of a whole model, and their files.
+
+A file is named as `mask=NAME` names it and says which model it is for: what a head of one model can
+do without means nothing for another. It is looked for in the user's folder, then among those that
+ship with the package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from leankv_mlx.cache import container
+from leankv_mlx.codec.channels import Channels
+from leankv_mlx.codec.format import TILE
+from leankv_mlx.errors import CacheFileError, CalibrationError, ConfigError
+from leankv_mlx.folders import folder
+from leankv_mlx.resources import masks as shipped
+from leankv_mlx.settings import NAME_FORM, Mask
+
+KIND = container.Kind("leankv-mask", 1, (), "mask")
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """Which key channels the layers of one model keep.
+
+    Attributes:
+        layers: of each compressed layer, in order; all have the same number of KV heads and the
+            same head_dim.
+        alphas: what each channel is worth, 0 to 1, in the model's order of channels, float32
+            [layers, H, head_dim].
+        ratio: share of all groups of channels that was to be left out, 0 to 1.
+        model: what tells it from others, see `mlx_lm.loading.fingerprint`.
+        name: what to call the model.
+        notes: how the mask came to be, by name.
+
+    Raises:
+        ConfigError: the parts do not fit each other, or a number is out of range.
+    """
+
+    layers: tuple[Channels, ...]
+    alphas: NDArray[np.float32]
+    ratio: float
+    model: str = ""
+    name: str = ""
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shapes = {(layer.heads, layer.head_dim) for layer in self.layers}
+        if len(shapes) != 1 or self.alphas.shape != (len(self.layers), *shapes.pop()):
+            raise ConfigError("the layers of a mask have one number for each channel of each head.")
+        if self.alphas.dtype != np.float32 or not ((self.alphas >= 0) & (self.alphas <= 1)).all():
+            raise ConfigError("the channels of a mask are worth float32 numbers from 0 to 1.")
+        _check_ratio(self.ratio)
+
+    @classmethod
+    def of(
+        cls,
+        alphas: NDArray[np.float32],
+        ratio: float,
+        model: str = "",
+        name: str = "",
+        notes: Mapping[str, str] | None = None,
+    ) -> Masks:
+        """The mask that keeps the best groups of the whole model, round((1 - ratio) * groups) of
+        them. The channels of a head are sorted by what they are worth, 32 of them are a group (the
+        last one of a head_dim that is no multiple has fewer), and a group is worth the mean of its
+        channels. Of equals the first is kept, so the same numbers give the same mask.
+
+        Args:
+            alphas: float32 [layers, H, head_dim], each 0 to 1.
+            ratio: share of the groups that is left out.
+
+        Raises:
+            ConfigError: a number is out of range, or there are none.
+        """
+        if alphas.ndim != 3 or not alphas.size:
+            raise ConfigError("a mask needs the worth of each channel, [layers, H, head_dim].")
+        _check_ratio(ratio)
+        order = np.argsort(-alphas, axis=-1, kind="stable")
+        ranked = np.take_along_axis(alphas, order, axis=-1).astype(np.float64)
+        starts = np.arange(0, alphas.shape[-1], TILE)
+        sizes = np.diff(np.append(starts, alphas.shape[-1]))
+        worth = np.add.reduceat(ranked, starts, axis=-1) / sizes
+        worth = np.minimum.accumulate(worth, axis=-1)  # rounding could put a later group first
+        best = np.argsort(-worth, axis=None, kind="stable")[: round((1 - ratio) * worth.size)]
+        kept = np.zeros(worth.size, np.int64)
+        kept[best] = 1
+        groups = kept.reshape(worth.shape).sum(axis=-1)
+        layers = tuple(map(Channels.of, order, groups))
+        return cls(layers, alphas, ratio, model, name, dict(notes or {}))
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the channels that are kept and their order, 8 hex digits."""
+        parts = [self.order.astype("<i4"), self.groups.astype("<i4")]
+        digest = hashlib.blake2b(repr(self.alphas.shape).encode(), digest_size=4)
+        for part in parts:
+            digest.update(part.tobytes())
+        return digest.hexdigest()
+
+    @property
+    def order(self) -> NDArray[np.int32]:
+        """The channels of each head, those that it keeps first, [layers, H, head_dim]."""
+        return np.array([layer.order for layer in self.layers], np.int32)
+
+    @property
+    def groups(self) -> NDArray[np.int32]:
+        """How many groups of 32 channels each head keeps, [layers, H]."""
+        return np.array([layer.groups for layer in self.layers], np.int32)
+
+
+def save(masks: Masks, name: str) -> Path:
+    """Write a mask under a name, atomically; an older file of that name is replaced.
+
+    Raises:
+        ConfigError: a mask cannot be called so.
+        CalibrationError: it cannot be written.
+        UnsupportedError: its notes are too long.
+    """
+    path = _own(name)
+    tensors = {
+        "order": mx.array(masks.order),
+        "groups": mx.array(masks.groups),
+        "alphas": mx.array(masks.alphas),
+    }
+    texts = {
+        "model": masks.model,
+        "name": masks.name,
+        "ratio": repr(float(masks.ratio)),
+        "notes": json.dumps(dict(masks.notes)),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        container.write(path, tensors, texts, KIND)
+    except OSError as error:
+        raise CalibrationError(f"cannot write {path}: {error.strerror or error}.") from error
+    except CacheFileError as error:
+        raise CalibrationError(str(error)) from error
+    return path
+
+
+def load(name: str) -> Masks:
+    """The mask of a name, whatever model it is for.
+
+    Raises:
+        ConfigError: a mask cannot be called so.
+        CalibrationError: there is none, or its file is damaged.
+    """
+    own, learn = _own(name), f"run leankv learn masks MODEL -o {name}"
+    for path in (own, shipped() / own.name):
+        try:
+            return _checked(*container.read(path, KIND))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise CalibrationError(f"cannot read {path}: {error.strerror or error}.") from error
+        except (container.DamagedError, ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = str(error) if isinstance(error, container.DamagedError) else "it is damaged"
+            raise CalibrationError(f"{path} cannot be used: {reason}; {learn}.") from error
+    raise CalibrationError(f"there is no mask '{name}'; {learn}.")
+
+
+def find(model: str, called: str, mask: Mask) -> Masks:
+    """The mask of a model that a setting names.
+
+    Args:
+        model: its fingerprint.
+        called: what to call it in a message.
+
+    Raises:
+        CalibrationError: there is none, it is damaged or of another model, or was learned anew
+            since its digest was written down.
+    """
+    found = load(mask.name)
+    if found.model != model:
+        raise CalibrationError(
+            f"the mask '{mask.name}' is for {found.name}, not for {called}; "
+            "run leankv learn masks MODEL -o NAME with this one."
+        )
+    if mask.digest not in ("", found.digest):
+        raise CalibrationError(
+            f"mask={mask} was learned anew since and is {mask.name}@{found.digest} now; "
+            f"use mask={mask.name}@{found.digest}, or mask={mask.name} for the latest."
+        )
+    return found
+
+
+def _own(name: str) -> Path:
+    if not NAME_FORM.fullmatch(name):
+        raise ConfigError(f"a mask cannot be called {name!r}; use letters, digits, - and _.")
+    return folder("config") / "masks" / f"{name}{_SUFFIX}"
+
+
+def _check_ratio(ratio: float) -> None:
+    if not 0 <= ratio <= 1:
+        raise ConfigError(f"a mask leaves out a share from 0 to 1 of its channels, not {ratio:g}.")
+
+
+def _checked(tensors: dict[str, mx.array], texts: dict[str, str]) -> Masks:
+    """What a file says, if it can be what `save` wrote."""
+    order, groups, alphas = (np.array(tensors.pop(name)) for name in ("order", "groups", "alphas"))
+    _require(not tensors and order.ndim == 3 and order.size > 0)
+    _require(order.dtype == groups.dtype == np.int32 and groups.shape == order.shape[:2])
+    notes = json.loads(texts["notes"])
+    _require(isinstance(notes, dict) and all(isinstance(note, str) for note in notes.values()))
+    layers = tuple(map(Channels.of, order, groups))
+    return Masks(layers, alphas, float(texts["ratio"]), texts["model"], texts["name"], notes)
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError
