@@ -1,249 +1,142 @@
-"""Masks of key channels: what is kept of what is learned, the file, and what is refused."""
+"""Layers whose codes keep some key channels of some heads, against NumPy that knows no tier."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from leankv_mlx.cache import container, masks
-from leankv_mlx.cache.masks import KIND, Masks, find, load, save
+from leankv_mlx.cache import CompressedKVCache
+from leankv_mlx.cache.layer import Layer
 from leankv_mlx.codec.channels import Channels
-from leankv_mlx.errors import CalibrationError, ConfigError
-from leankv_mlx.settings import Mask
+from leankv_mlx.codec.rotation import signs
+from leankv_mlx.errors import ConfigError
+from leankv_mlx.kernels import available_backends
+from tests import oracle
 
-MODEL = "model-1"
+HEADS, GROUP, DIM, V_DIM = 4, 2, 96, 64
+GROUPS = (2, 0, 3, 2)
+SINKS, WINDOW = 4, 64
+BACKENDS = [name for name in ("reference", "cpu") if available_backends()[name] is None]
+BITS = {"k8v4": (8, 4), "k4v4": (4, 4), "k2v3": (2, 3)}
 
-
-def made(shape: tuple[int, int, int] = (2, 3, 64), ratio: float = 0.5, seed: int = 0) -> Masks:
-    alphas = np.random.default_rng(seed).uniform(0, 1, shape).astype(np.float32)
-    return Masks.of(alphas, ratio, MODEL, "small", {"seed": str(seed), "text": "a \u00fc\n"})
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LEANKV_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(masks, "shipped", lambda: tmp_path / "shipped")
-    return tmp_path / "home"
+Array = NDArray[Any]
 
 
-# Which groups are kept.
+def channels(groups: tuple[int, ...] = GROUPS, dim: int = DIM, seed: int = 5) -> Channels:
+    """Some order of each head."""
+    draw = np.random.default_rng(seed)
+    order = np.stack([draw.permutation(dim) for _ in groups])
+    return Channels.of(order, np.array(groups))
 
 
-def test_the_best_groups_of_the_whole_model_are_kept() -> None:
-    alphas = np.zeros((2, 2, 64), np.float32)
-    alphas[0, 0] = 0.1
-    alphas[0, 1, 1::2] = 0.9  # every other channel
-    alphas[1, 0, 32:] = 0.8
-    alphas[1, 1, :] = np.linspace(1, 0, 64)  # means 0.75 and 0.25
-    found = Masks.of(alphas, 0.5)
-    assert found.groups.tolist() == [[0, 1], [1, 2]]
-    assert found.order[0, 1].tolist() == [*range(1, 64, 2), *range(0, 64, 2)]
-    assert found.order[1, 0].tolist() == [*range(32, 64), *range(32)]
-    assert Masks.of(alphas, 0.875).groups.tolist() == [[0, 1], [0, 0]]
+def drawn(seed: int, heads: int, tokens: int, dim: int) -> Array:
+    """Rows [1, heads, tokens, dim] whose channels have means and sizes of their own."""
+    draw = np.random.default_rng(seed)
+    size, mean = (np.random.default_rng(dim + i).gamma(2, 0.5, dim) for i in range(2))
+    rows = draw.standard_normal((1, heads, tokens, dim)) * size + mean
+    return rows.astype(np.float16).astype(np.float32)
 
 
-@pytest.mark.parametrize("dim", [32, 48, 64, 80, 128])
-@pytest.mark.parametrize("ratio", [0, 0.3, 0.7, 1])
-def test_so_many_groups_are_kept_and_none_is_worse_than_one_that_is_not(
-    dim: int, ratio: float
-) -> None:
-    found = made((3, 2, dim), ratio, seed=dim)
-    groups = -(-dim // 32)
-    assert found.groups.sum() == round((1 - ratio) * 3 * 2 * groups)
-    ranked = np.take_along_axis(found.alphas, found.order, axis=-1)
-    assert (np.diff(ranked, axis=-1) <= 0).all()
-    kept, left = [], []
-    for head, count in zip(ranked.reshape(-1, dim), found.groups.ravel(), strict=True):
-        for group in range(groups):
-            worth = head[32 * group : 32 * group + 32].mean()
-            (kept if group < count else left).append(worth)
-    assert min(kept, default=1) >= max(left, default=0) - 1e-6
+class Run:
+    """A masked cache, and all that came to it."""
+
+    def __init__(self, kv: str, kept: Channels | None = None) -> None:
+        self.channels = kept or channels()
+        self.bits = BITS[kv.split(":")[1].split(",")[0]]
+        self.cache = CompressedKVCache(kv, exact_dtype=mx.float32, channels=self.channels)
+        self.keys, self.values = (np.zeros((HEADS, 0, d), np.float32) for d in (DIM, V_DIM))
+
+    @property
+    def layer(self) -> Layer:
+        assert self.cache.layer is not None
+        return self.cache.layer
+
+    @property
+    def left(self) -> int:
+        """Tokens that have left the window."""
+        layer = self.cache.layer
+        return layer.offset - layer.exact.k.shape[1] if layer and layer.body else 0
+
+    def step(self, tokens: int, seed: int) -> tuple[Array, Array]:
+        """What attention gives, [Hq, L, Dv], and what the plain rules give."""
+        q = drawn(seed, HEADS * GROUP, tokens, DIM) / 4
+        k, v = drawn(seed + 1, HEADS, tokens, DIM), drawn(seed + 2, HEADS, tokens, V_DIM)
+        before = self.left
+        fetch = self.cache.update(mx.array(k), mx.array(v))
+        left = self.left if tokens <= 8 else before
+        out = fetch.attend(mx.array(q), scale=DIM**-0.5, mask="causal" if tokens > 1 else None)
+        mx.eval(out)
+        self.keys = np.concatenate([self.keys, k[0]], axis=1)
+        self.values = np.concatenate([self.values, v[0]], axis=1)
+        return np.array(out[0]), self.attention(q[0], left)
+
+    def trim(self, n: int) -> None:
+        self.cache.trim(n)
+        self.keys, self.values = (x[:, : x.shape[1] - n] for x in (self.keys, self.values))
+
+    def attention(self, queries: Array, left: int) -> Array:
+        """Of the last tokens over all, where so many behind the sink tokens are codes."""
+        length, total = queries.shape[1], self.keys.shape[1]
+        seen = np.arange(total) <= np.arange(total - length, total)[:, None]
+        out = []
+        for head in range(HEADS):
+            k, v = self.head(head, left)
+            there = np.ones(total, bool)
+            if not self.channels.groups[head]:
+                there[SINKS : SINKS + left] = False
+            for q in queries[head * GROUP : (head + 1) * GROUP].astype(np.float64):
+                scores = np.where(seen & there, q @ k.T * DIM**-0.5, -np.inf)
+                weights = np.exp(scores - scores.max(-1, keepdims=True))
+                out.append(weights / weights.sum(-1, keepdims=True) @ v)
+        return np.stack(out)
+
+    def head(self, head: int, left: int) -> tuple[Array, Array]:
+        """Keys and values of a head, those that are codes as they are decoded: what is dropped of
+        a key is its center."""
+        k, v = (x[head].astype(np.float64) for x in (self.keys, self.values))
+        kept, stored = 32 * self.channels.groups[head], slice(SINKS, SINKS + left)
+        if not kept or not left:
+            return k, v
+        body, space = self.layer.body, self.layer.space
+        assert body is not None
+        mu_k, mu_v = (np.array(x[head], np.float64) for x in body.centers)
+        scales = np.array(space.equalizer.scales[head]) if space.equalizer else np.ones(DIM)
+        order = np.array(self.channels.order[head])
+        centered = (k[stored] / scales)[:, order] @ ROTATION.T - mu_k
+        coded = np.zeros_like(centered)
+        codes = oracle.encode(centered[:, :kept], self.bits[0])
+        coded[:, :kept] = oracle.decode(*codes, self.bits[0])
+        k[stored.start : stored.stop, order] = ((coded + mu_k) @ ROTATION) * scales[order]
+        turn = oracle.rotation(V_DIM)
+        centered = v[stored] @ turn.T - mu_v
+        coded = oracle.decode(*oracle.encode(centered, self.bits[1]), self.bits[1])
+        v[stored] = (coded + mu_v) @ turn
+        return k, v
 
 
-@pytest.mark.parametrize("dim", [64, 80])
-def test_of_equals_the_first_is_kept(dim: int) -> None:
-    alphas = np.full((2, 2, dim), 0.1, np.float32)  # whose means differ by rounding
-    found = Masks.of(alphas, 0.5)
-    groups = -(-dim // 32)
-    assert found.groups.tolist() == [[groups, groups], [0, 0]]
-    assert (found.order == np.arange(dim)).all()
+ROTATION = np.kron(np.eye(DIM // 32), oracle.hadamard_matrix(32) / 32**0.5) * signs(DIM)
 
 
-def test_digests_tell_masks_apart_and_nothing_else() -> None:
-    mask = made()
-    assert mask.digest == made().digest and len(mask.digest) == 8
-    assert mask.digest == replace(mask, model="other", notes={}).digest
-    others = [made(ratio=0.4), made(seed=1), made((3, 2, 64))]
-    swapped = mask.order.copy()
-    swapped[0, 0, :2] = swapped[0, 0, 1::-1]
-    layers = tuple(map(Channels.of, swapped, mask.groups))
-    others.append(replace(mask, layers=layers))
-    assert len({mask.digest, *(other.digest for other in others)}) == 5
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kv", BITS)
+def test_codes_keep_some_channels_and_exact_rows_all(kv: str, backend: str) -> None:
+    run = Run(f"leankv:{kv},mask=some,backend={backend}")
+    sizes = (150, 200, 7, *(1,) * 70, 3, 40, 1)
+    for i, tokens in enumerate(sizes):
+        found, wanted = run.step(tokens, 10 * i)
+        assert np.abs(found - wanted).max() < 2e-3 * np.abs(wanted).max(), (i, tokens)
+    lengths = sum(np.array(tier.lengths) for tier in run.layer.view().tiers)
+    assert lengths.tolist() == [run.left if kept else 0 for kept in GROUPS]
+    assert run.left > 350
 
 
-REFUSED = {
-    "no layers": lambda: Masks((), np.zeros((0, 1, 32), np.float32), 0.5),
-    "alphas of another shape": lambda: replace(made(), alphas=np.zeros((2, 3, 32), np.float32)),
-    "layers of two kinds": lambda: replace(
-        made(), layers=(made().layers[0], made((1, 2, 64)).layers[0])
-    ),
-    "alphas that are no numbers": lambda: Masks.of(np.full((1, 1, 32), np.nan, np.float32), 0.5),
-    "alphas above 1": lambda: Masks.of(np.full((1, 1, 32), 1.5, np.float32), 0.5),
-    "alphas below 0": lambda: Masks.of(np.full((1, 1, 32), -0.5, np.float32), 0.5),
-    "doubles": lambda: Masks.of(np.zeros((1, 1, 32)), 0.5),  # type: ignore[arg-type]
-    "a ratio above 1": lambda: made(ratio=1.1),
-    "a ratio that is no number": lambda: made(ratio=float("nan")),
-    "no channels": lambda: Masks.of(np.zeros((1, 1, 0), np.float32), 0.5),
-    "no heads": lambda: Masks.of(np.zeros((4, 32), np.float32), 0.5),
-}
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_makes_no_mask(what: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        REFUSED[what]()
-    assert "\n" not in str(error.value)
-
-
-# Files.
-
-
-def test_a_file_holds_all_of_it(own_home: Path) -> None:
-    mask = made((2, 3, 48))
-    path = save(mask, "mine")
-    assert path == own_home / "masks" / "mine.safetensors"
-    found = find(MODEL, "small", Mask("mine", mask.digest))
-    assert found.layers == mask.layers and found.digest == mask.digest
-    assert (found.alphas == mask.alphas).all() and found.alphas.dtype == np.float32
-    assert (found.ratio, found.model, found.name) == (0.5, MODEL, "small")
-    assert found.notes == {"seed": "0", "text": "a \u00fc\n"}
-    assert not list(path.parent.glob(".*"))
-    save(made(ratio=0.7), "mine")  # replaces it
-    assert find(MODEL, "small", Mask("mine")).ratio == 0.7
-
-
-def refused(model: str, mask: Mask) -> str:
-    with pytest.raises(CalibrationError) as error:
-        find(model, "large", mask)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_what_is_missing_or_for_another_model_is_told_with_the_way_out() -> None:
-    assert "no mask 'mine'; run leankv learn masks MODEL -o mine" in refused(MODEL, Mask("mine"))
-    save(made(), "mine")
-    told = refused("model-2", Mask("mine"))
-    assert "is for small, not for large; run leankv learn masks MODEL" in told
-
-
-def test_a_mask_that_was_learned_anew_is_not_taken_for_the_old_one() -> None:
-    old, new = made(), made(seed=1)
-    save(new, "mine")
-    told = refused(MODEL, Mask("mine", old.digest))
-    assert f"mask=mine@{old.digest} was learned anew" in told
-    assert f"use mask=mine@{new.digest}, or mask=mine" in told
-    assert load("mine").digest == new.digest
-
-
-def test_the_users_own_come_before_those_of_the_package(tmp_path: Path) -> None:
-    mask = made()
-    (tmp_path / "shipped").mkdir()
-    save(mask, "mine").rename(tmp_path / "shipped" / "mine.safetensors")
-    assert load("mine").digest == mask.digest
-    save(made(seed=1), "mine")
-    assert load("mine").digest == made(seed=1).digest
-
-
-def test_names_are_no_paths(own_home: Path) -> None:
-    for name in ("../mine", "", "a/b", "a.b"):
-        with pytest.raises(ConfigError):
-            save(made(), name)
-        with pytest.raises(ConfigError):
-            load(name)
-    assert not own_home.exists()
-
-
-def test_a_file_that_is_damaged_anywhere_is_refused() -> None:
-    path = save(made((1, 1, 32)), "mine")
-    good = path.read_bytes()
-    for place in range(0, len(good), 7):
-        path.write_bytes(good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :])
-        assert "cannot be used" in refused(MODEL, Mask("mine"))
-    for size in (0, 7, 200, len(good) - 1):
-        path.write_bytes(good[:size])
-        told = refused(MODEL, Mask("mine"))
-        assert "cannot be used" in told and "leankv learn masks MODEL -o mine" in told
-    path.write_bytes(good)
-    assert load("mine").groups.shape == (1, 1)
-
-
-def arrays() -> dict[str, np.ndarray]:
-    mask = made((2, 2, 64))
-    return {"order": mask.order, "groups": mask.groups, "alphas": mask.alphas}
-
-
-def twice(order: np.ndarray) -> np.ndarray:
-    order = order.copy()
-    order[1, 1, 0] = order[1, 1, 1]
-    return order
-
-
-TEXTS = {"model": MODEL, "name": "small", "ratio": "0.5", "notes": "{}"}
-WRONG: dict[str, tuple[dict[str, np.ndarray], dict[str, str]]] = {
-    "a channel twice": ({"order": twice(arrays()["order"])}, {}),
-    "a channel that is not there": ({"order": arrays()["order"] + 1}, {}),
-    "more groups than there are": ({"groups": arrays()["groups"] + 3}, {}),
-    "fewer than none": ({"groups": arrays()["groups"] - 3}, {}),
-    "groups of too few heads": ({"groups": arrays()["groups"][:, :1]}, {}),
-    "groups of too few layers": ({"groups": arrays()["groups"][:1]}, {}),
-    "floats for an order": ({"order": arrays()["order"].astype(np.float32)}, {}),
-    "floats for groups": ({"groups": arrays()["groups"].astype(np.float32)}, {}),
-    "no heads": ({name: array[:, :0] for name, array in arrays().items()}, {}),
-    "an order of one layer": ({"order": arrays()["order"][0]}, {}),
-    "alphas that are no numbers": ({"alphas": arrays()["alphas"] * np.float32("nan")}, {}),
-    "alphas above 1": ({"alphas": arrays()["alphas"] + np.float32(1)}, {}),
-    "alphas of fewer layers": ({"alphas": arrays()["alphas"][:1]}, {}),
-    "a tensor more": ({"more": np.zeros(3, np.float32)}, {}),
-    "a ratio above 1": ({}, {"ratio": "1.5"}),
-    "a ratio that is no number": ({}, {"ratio": "half"}),
-    "notes that are none": ({}, {"notes": "[]"}),
-    "notes that are no texts": ({}, {"notes": '{"seed": 1}'}),
-    "notes without an end": ({}, {"notes": "{"}),
-}
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_a_file_whose_content_contradicts_itself_is_refused(what: str) -> None:
-    path = save(made(), "mine")
-    tensors = {name: mx.array(array) for name, array in (arrays() | WRONG[what][0]).items()}
-    container.write(path, tensors, TEXTS | WRONG[what][1], KIND)
-    assert "it is damaged" in refused(MODEL, Mask("mine"))
-
-
-@pytest.mark.parametrize("name", ["order", "groups", "alphas", *TEXTS])
-def test_a_file_that_lacks_a_part_is_refused(name: str) -> None:
-    path = save(made(), "mine")
-    tensors = {n: mx.array(array) for n, array in arrays().items() if n != name}
-    container.write(path, tensors, {n: text for n, text in TEXTS.items() if n != name}, KIND)
-    assert "it is damaged" in refused(MODEL, Mask("mine"))
-
-
-def test_files_of_another_kind_or_none_at_all() -> None:
-    path = save(made(), "mine")
-    container.write(path, {}, {})
-    assert "no mask of leankv" in refused(MODEL, Mask("mine"))
-    path.unlink()
-    path.mkdir()
-    assert "mine.safetensors" in refused(MODEL, Mask("mine"))
-
-
-def test_a_place_that_cannot_be_written(own_home: Path) -> None:
-    own_home.mkdir()
-    (own_home / "masks").write_text("a file")
-    with pytest.raises(CalibrationError, match="cannot write"):
-        save(made(), "mine")
-    assert "cannot read" in refused(MODEL, Mask("mine"))
+def test_a_mask_needs_its_channels_and_channels_their_shape() -> None:
+    with pytest.raises(ConfigError, match="mask=some is known by its name alone"):
+        CompressedKVCache("leankv:mask=some")
+    run = Run("leankv:k4v4,mask=some", channels((2, 0, 3)))
+    with pytest.raises(ConfigError, match="for 3 heads of 96 key channels, but this layer has 4"):
+        run.step(9, 0)
