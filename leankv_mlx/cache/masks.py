@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -102,12 +102,8 @@ class Masks:
 
     @cached_property
     def digest(self) -> str:
-        """Of the channels that are kept and their order, 8 hex digits."""
-        parts = [self.order.astype("<i4"), self.groups.astype("<i4")]
-        digest = hashlib.blake2b(repr(self.alphas.shape).encode(), digest_size=4)
-        for part in parts:
-            digest.update(part.tobytes())
-        return digest.hexdigest()
+        """See `digest_of`."""
+        return digest_of(self.layers)
 
     @property
     def order(self) -> NDArray[np.int32]:
@@ -118,6 +114,22 @@ class Masks:
     def groups(self) -> NDArray[np.int32]:
         """How many groups of 32 channels each head keeps, [layers, H]."""
         return np.array([layer.groups for layer in self.layers], np.int32)
+
+
+def digest_of(layers: Iterable[Channels]) -> str:
+    """What tells a mask from others, 8 hex digits: of the channels that its layers keep, and of
+    their order, which is that of stored keys."""
+    content = json.dumps([(layer.order, layer.groups) for layer in layers])
+    return hashlib.blake2b(content.encode(), digest_size=4).hexdigest()
+
+
+def share_of(layers: Iterable[Channels]) -> float:
+    """Of the key channels, that layers keep."""
+    kept = total = 0
+    for layer in layers:
+        kept += sum(min(TILE * groups, layer.head_dim) for groups in layer.groups)
+        total += layer.heads * layer.head_dim
+    return kept / total
 
 
 def save(masks: Masks, name: str) -> Path:

@@ -37,7 +37,8 @@ class Opener:
     """Opens prefixes for one model with one setting.
 
     Attributes:
-        config: what the model's caches are compressed with, None if they are not.
+        config: what the model's caches are compressed with, as an attachment has it; None if they
+            are not.
         store: where they are kept; None to keep nothing.
     """
 

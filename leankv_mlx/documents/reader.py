@@ -63,6 +63,7 @@ class Reader:
     """Use it as a context manager; the model is given back at the end.
 
     Attributes:
+        config: as the attachment has it; None for the uncompressed cache.
         budget: bytes that the KV cache may take.
         context: tokens that the model was made for.
         footprint: what caches take.
@@ -77,12 +78,12 @@ class Reader:
     ) -> None:
         """A budget of 0 is what the machine has to spare."""
         self.loaded = loaded
-        self.config = config
         self.attachment: Attachment | None = attach(loaded.model, config) if config else None
+        self.config = self.attachment.config if self.attachment else None
         self.footprint = Footprint.of(loaded.model, self.attachment)
         self.budget = budget or spare_memory(loaded.model)
         self.context = longest_context(loaded.config)
-        self._opener = Opener(loaded, config, store)
+        self._opener = Opener(loaded, self.config, store)
 
     def __enter__(self) -> Reader:
         if self.attachment is not None:

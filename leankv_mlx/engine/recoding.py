@@ -16,6 +16,8 @@ def can_become(cache: Any, config: CompressionConfig | None) -> bool:
         return True
     if config is None or (cache.layer and cache.layer.ragged):
         return False
+    if cache.config.mask and cache.config.mask != config.mask:
+        return False  # the other one may keep what this one left out
     pairs: list[tuple[Any, Any]] = [
         (config.k_bits, cache.config.k_bits),
         (config.v_bits, cache.config.v_bits),

@@ -72,7 +72,7 @@ class Session:
             if attachment is not None:
                 attachment.stop()
             raise
-        opener = Opener(loaded, config, store)
+        opener = Opener(loaded, attachment.config if attachment else None, store)
         return cls(model, loaded, attachment, conversation, opener, room)
 
     def close(self) -> None:
@@ -140,6 +140,7 @@ class Session:
         conversation, model = self.conversation, self.loaded.model
         attachment = attach(model, config) if config else None
         footprint = Footprint.of(model, attachment)
+        config = attachment.config if attachment else None  # with the digest of its mask
         self.close()
         self.attachment = attachment
         if attachment is not None:

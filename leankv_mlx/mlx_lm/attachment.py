@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import count
@@ -14,11 +14,13 @@ import mlx.core as mx
 from mlx import nn
 
 from leankv_mlx.cache import CompressedKVCache, Sequence
+from leankv_mlx.codec.channels import Channels
 from leankv_mlx.config import UNCOMPRESSED, CompressionConfig
 from leankv_mlx.errors import ModelError, UnsupportedError
 from leankv_mlx.kernels import resolve_backend
 from leankv_mlx.mlx_lm import patches
 from leankv_mlx.mlx_lm.group import machines_of, place, stages_of
+from leankv_mlx.mlx_lm.masks import kept, masked
 from leankv_mlx.mlx_lm.precision import weights_dtype
 from leankv_mlx.mlx_lm.projecting import projections_of
 from leankv_mlx.mlx_lm.quirks import left_alone, quirks_of
@@ -82,13 +84,21 @@ class Attachment:
 
     The list of caches that was made last is held until the next one is made or the attachment
     ends, so that `report` can tell how attention ran.
+
+    Attributes:
+        config: the settings, with the digest of their mask: what is stored is named by them.
+        channels: of each entry of the model's cache list, what its keys keep; None for all.
     """
 
     def __init__(
-        self, model: nn.Module, config: CompressionConfig, sparsity: Sparsity | None = None
+        self,
+        model: nn.Module,
+        config: CompressionConfig,
+        sparsity: Sparsity | None = None,
+        channels: Iterable[Channels] | None = None,
     ) -> None:
         self.model = model
-        self.config = config
+        self.config = config  # a mask in it gets its digest below
         self.backend: str = resolve_backend(config.backend).name
         quirks = quirks_of(model)
         self._refusal = next((quirk.reason for quirk in quirks if not quirk.compress), None)
@@ -100,6 +110,8 @@ class Attachment:
         self._final: list[str] = []
         self._exact_dtype = weights_dtype(model)
         self._entries = own_caches(model)
+        compressed = [self._reason(entry) is None for entry in self._entries]
+        self.config, self.channels = masked(model, config, own_caches(model), compressed, channels)
         self.machines = machines_of(model)
         layers = self.compressed_layers
         self._place = place(model, layers) if config.layer_bits else (0, layers)
@@ -159,10 +171,14 @@ class Attachment:
     def _make(self, entries: list[Any]) -> list[Any]:
         sequence = Sequence(self.config.policy, self.config.scorer)
         self._caches = [
-            CompressedKVCache(config, self._keep_fetched, self._exact_dtype, sequence)
+            CompressedKVCache(
+                config, self._keep_fetched, self._exact_dtype, sequence, channels=channels
+            )
             if config
             else entry
-            for entry, config in zip(entries, self.layer_configs, strict=True)
+            for entry, config, channels in zip(
+                entries, self.layer_configs, self.channels, strict=True
+            )
         ]
         return self._caches
 
@@ -201,6 +217,8 @@ class Attachment:
         for index, (entry, path) in enumerate(zip(self._entries, attention, strict=True)):
             refused = self._reason(entry)
             reason = self.config.spec() if refused is None else refused
+            if channels := self.channels[index]:
+                reason += f"; {kept(channels)}"
             if refused is None and path == "fallback" and self.config.policy.drops:
                 reason += "; keeps every token, because its attention does not go through the cache"
             if refused is None and self.machines > 1 and self.config.policy.limit:
@@ -252,6 +270,7 @@ def attach(
     model: nn.Module,
     config: CompressionConfig | str = "leankv",
     sparsity: Sparsity | None = None,
+    channels: Iterable[Channels] | None = None,
 ) -> Attachment:
     """Make `model` use compressed KV caches while the result is active.
 
@@ -259,27 +278,32 @@ def attach(
         model: a model of mlx-lm.
         config: settings, or their text form as in `--kv`.
         sparsity: what decode steps leave out, in place of the calibration that `sparse` names.
+        channels: of each layer that is compressed, in order, in place of those of the mask that
+            `mask` names.
 
     Returns:
         A context manager; outside of `with`, call `start()` and `stop()`.
 
     Raises:
-        ConfigError: the text is not understood.
+        ConfigError: the text is not understood, or the channels are not those of its mask.
         BackendUnavailableError: the configured backend cannot run here.
-        CalibrationError: the model was not calibrated for what `sparse` leaves out.
+        CalibrationError: the model was not calibrated for what `sparse` leaves out, or has no such
+            mask.
         ModelError: the heads of the model cannot be split over so many machines.
-        UnsupportedError: `sparse` on a model that is split over several machines.
+        UnsupportedError: `sparse` or `mask` on a model that is split over several machines, or
+            `mask` on one whose attention does not ask the cache.
     """
     if isinstance(config, str):
         config = CompressionConfig.parse(config)
     if (machines := machines_of(model)) > 1:
-        if config.sparse:
-            raise UnsupportedError(
-                f"sparse={config.sparse} works with a whole model; drop it, or use one machine."
-            )
+        for name, value in (("sparse", config.sparse), ("mask", config.mask)):
+            if value:
+                raise UnsupportedError(
+                    f"{name}={value} works with a whole model; drop it, or use one machine."
+                )
         if stages_of(model) == 1:
             _check_split(model, machines)
-    return Attachment(model, config, sparsity)
+    return Attachment(model, config, sparsity, channels)
 
 
 def _check_split(model: nn.Module, machines: int) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from leankv_mlx import __version__
 from leankv_mlx.cache import container
 from leankv_mlx.config import CompressionConfig, kv_text
+from leankv_mlx.errors import ConfigError
 
 _NAME = re.compile(r"[0-9a-f]{32}(?:-([1-9][0-9]{0,8}))?")
 """A digest and the number of tokens; earlier releases named entries by the digest alone."""
@@ -68,7 +69,16 @@ class Key:
 
 def kv_name(config: CompressionConfig | None) -> str:
     """The setting as a key has it: "none" for the uncompressed cache, and what computes it is no
-    part of it."""
+    part of it.
+
+    Raises:
+        ConfigError: its mask has no digest, so that another one may have the name later.
+    """
+    if config is not None and config.mask and not config.mask.digest:
+        raise ConfigError(
+            f"mask={config.mask} names nothing that is stored; use the settings of an attachment, "
+            "which have its digest."
+        )
     return kv_text(None if config is None else config.portable)
 
 

@@ -1,4 +1,4 @@
-"""Masks of key channels: what is kept of what is learned, the file, and what is refused."""
+"""Masks of a model: which groups are kept of what was learned, their files, what is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from leankv_mlx.cache import container, masks
-from leankv_mlx.cache.masks import KIND, Masks, find, load, save
+from leankv_mlx.cache.masks import KIND, Masks, digest_of, find, load, save
 from leankv_mlx.codec.channels import Channels
 from leankv_mlx.errors import CalibrationError, ConfigError
 from leankv_mlx.settings import Mask
@@ -83,6 +83,7 @@ def test_digests_tell_masks_apart_and_nothing_else() -> None:
     layers = tuple(map(Channels.of, swapped, mask.groups))
     others.append(replace(mask, layers=layers))
     assert len({mask.digest, *(other.digest for other in others)}) == 5
+    assert digest_of([Channels(((*range(32),),), (1,))]) == "98f4ae2d"  # names what was stored
 
 
 REFUSED = {

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from leankv_mlx.cache import CompressedKVCache
+from leankv_mlx.codec.channels import Channels
 from leankv_mlx.config import UNCOMPRESSED
 from leankv_mlx.errors import CacheFileError, UsageError
 from leankv_mlx.mlx_lm.cache_files import PromptCache, has_magic, load_prompt_cache
@@ -102,7 +103,8 @@ class Generate(Session):
         wanted = options.get("max_tokens", -1)
         options["max_tokens"] = check_context(self.context, past + len(prompt), wanted)
         if self._document and self.main_model:
-            opened = self._document.opened(self.main_model, self.config, prompt)
+            config = self.attachments[0].config if self.attachments else None
+            opened = self._document.opened(self.main_model, config, prompt)
             if opened is not None:
                 given, prompt = opened
                 options["prompt_cache"] = given
@@ -139,12 +141,21 @@ class Generate(Session):
                 projections=ours.projections,
                 sparse=ours.sparse,
             )
+            if not ours.mask.digest and ours.mask.name == config.mask.name:
+                ours = self.config = replace(ours, mask=config.mask)  # the file has its own
             if self.args.kv == BARE:
                 self.config = config
-            elif config != self.config:
+            elif config != ours:
                 raise UsageError(
                     f"{file} holds {config.spec()}, not {self.args.kv}; use --kv {BARE}."
                 )
+
+    @property
+    def channels(self) -> list[Channels] | None:
+        """See `Session`; a file has them with it."""
+        caches = self._loaded.caches if self._loaded else []
+        found = [c.channels for c in caches if isinstance(c, CompressedKVCache)]
+        return [channels for channels in found if channels] or None
 
     def _check_metadata(self, file: str, metadata: dict[str, str]) -> None:
         """What mlx-lm's command reads from it: the model's name and how its tokenizer was made."""

@@ -10,6 +10,7 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any, NoReturn
 
+from leankv_mlx.codec.channels import Channels
 from leankv_mlx.config import UNCOMPRESSED, CompressionConfig, parse_kv
 from leankv_mlx.errors import UsageError
 from leankv_mlx.kernels import resolve_backend
@@ -26,7 +27,7 @@ from leankv_mlx.mlx_lm.loading import (
 from leankv_mlx.mlx_lm.patches import printing, replaced
 from leankv_mlx.mlx_lm.projecting import is_native
 from leankv_mlx.mlx_lm.usage import Usage, measure, summary_line
-from leankv_mlx.settings import Sparse
+from leankv_mlx.settings import Mask, Sparse
 
 BARE = "leankv"
 """`--kv` without a setting."""
@@ -149,9 +150,15 @@ class Session:
 
     def _attach(self, model: Any, draft: bool = False) -> None:
         if self.config is not None:
-            # Thresholds are of one model, and a draft is checked by the other one anyway.
-            config = replace(self.config, sparse=Sparse()) if draft else self.config
-            self.keep(attach(model, config).start())
+            config, channels = self.config, self.channels
+            if draft:  # thresholds and masks are of one model, and a draft is checked by the other
+                config, channels = replace(config, sparse=Sparse(), mask=Mask()), None
+            self.keep(attach(model, config, channels=channels).start())
+
+    @property
+    def channels(self) -> list[Channels] | None:
+        """What the compressed layers of the main model keep; None for what its mask says."""
+        return None
 
     def keep(self, attachment: Attachment) -> None:
         """A model was attached; it stays so until the run ends."""
