@@ -51,6 +51,11 @@ class Share:
             for kept, heads in channels.holders()
         ]
 
+    @property
+    def rows(self) -> NDArray[np.intp] | slice:
+        """Which of the layer's KV heads they are, as an index."""
+        return slice(None) if self.among is None else self.among.heads
+
 
 def _keeping(format: Format, kept: int) -> Format:
     """The same with only the first `kept` groups of the keys."""
