@@ -18,6 +18,7 @@ from leankv_mlx.cli import (
     doctor,
     eval,
     generate,
+    learn,
     models,
     plan,
     serve,
@@ -42,6 +43,7 @@ demo.register(app)
 doctor.register(app)
 eval.register(app)
 generate.register(app)
+learn.register(app)
 models.register(app)
 plan.register(app)
 serve.register(app)

@@ -111,13 +111,8 @@ class _Layer:
         return int(self.module[self.source(side)].weight.shape[0])
 
     def pairs(self) -> NDArray[np.int64]:
-        """Channels of a head by RoPE pair, fastest first, [pairs, 2]."""
-        rope = getattr(self.module, "rope", None)
-        dims = int(getattr(rope, "dims", self.head_dim))
-        channels = np.arange(dims)
-        if getattr(rope, "traditional", False):
-            return channels.reshape(-1, 2)
-        return channels.reshape(2, -1).T
+        """See `rope_pairs`."""
+        return rope_pairs(getattr(self.module, "rope", None), self.head_dim)
 
     def chosen(self, rng: np.random.Generator, stress: Stress) -> list[NDArray[np.int64]]:
         """The pairs to change in each head of the keys, as channels [pairs, 2]."""
@@ -133,6 +128,19 @@ class _Layer:
         groups = self.width(side) // factor.size  # query heads of a KV head, side by side
         wide = (np.repeat(x, groups, axis=0).ravel() for x in (factor, bias))
         self.module[self.source(side)] = _Changed(inner, *wide)
+
+
+def rope_pairs(rope: Any, head_dim: int) -> NDArray[np.int64]:
+    """Channels of a head by RoPE pair, fastest first, [pairs, 2]; those that are not turned are in
+    none.
+
+    Args:
+        rope: of mlx-lm or MLX; None for one of all channels, of which each half has one of a pair.
+    """
+    channels = np.arange(int(getattr(rope, "dims", head_dim)))
+    if getattr(rope, "traditional", False):
+        return channels.reshape(-1, 2)
+    return channels.reshape(2, -1).T
 
 
 @contextmanager

@@ -196,12 +196,6 @@ class Attachment:
             for entry in self._entries
         ]
 
-    @property
-    def channels(self) -> list[Channels | None]:
-        """Of each entry of the model's cache list the key channels that codes keep; None for
-        all."""
-        return [None] * len(self._entries)
-
     def _reason(self, entry: Any) -> str | None:
         """Why a cache of the model is left alone; None if it is replaced."""
         from mlx_lm.models.cache import KVCache
