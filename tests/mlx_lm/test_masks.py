@@ -21,6 +21,7 @@ from leankv_mlx.engine.plan import plan
 from leankv_mlx.engine.recoding import can_become
 from leankv_mlx.engine.session import Session
 from leankv_mlx.errors import CalibrationError, ConfigError, LeanKVError, UnsupportedError
+from leankv_mlx.folders import folder
 from leankv_mlx.mlx_lm import LoadedModel, attach, attachment, load
 from leankv_mlx.mlx_lm.attachment import own_caches
 from leankv_mlx.mlx_lm.commands.session import Session as Command
@@ -30,6 +31,7 @@ from leankv_mlx.profiles import save_profile, user_profiles
 from leankv_mlx.serving.keys import kv_name
 from leankv_mlx.settings import Mask
 from tests.documents.shelf import TOKENS, Shelf
+from tests.mlx_lm.commands import LONG, MODEL, ONE_ERROR, Here
 from tests.models import TINY
 
 LAYERS, HEADS, DIM = 5, 2, 64  # of the bundled model
@@ -254,3 +256,30 @@ def test_a_draft_has_no_mask_of_another_model(loaded: LoadedModel) -> None:
         assert [bool(each.config.mask) for each in command.attachments] == [True, False]
     finally:
         command.close()
+
+
+ASK = ["--prompt", "what?", "--max-tokens", "8", "--verbose", "F"]
+
+
+def test_a_prompt_cache_file_has_its_mask_with_it(
+    loaded: LoadedModel, here: Here, tmp_path: Path
+) -> None:
+    mask = learned(loaded)
+    file = str(tmp_path / "prompt")
+    made = ["--model", MODEL, "--prompt-cache-file", file, "--prompt", LONG]
+    assert here("cache_prompt", *made, "--kv", "leankv:k4v4,mask=mine")[0] == 0
+    flags = [*ASK, "--prompt-cache-file", file, "--kv"]
+    code, said, _ = here("generate", *flags, "leankv:k4v4,mask=mine")
+    assert code == 0
+    (folder("config") / "masks" / "mine.safetensors").unlink()
+    for kv in ("leankv", "leankv:k4v4,mask=mine", f"leankv:k4v4,mask=mine@{mask.digest}"):
+        assert here("generate", *flags, kv)[:2] == (0, said)
+    for kv in ("leankv:k4v4", "leankv:k4v4,mask=other", "leankv:k4v4,mask=mine@01234567"):
+        code, out, err = here("generate", *flags, kv)
+        assert (code, out) == (2, "") and f"holds leankv:k4v4,mask=mine@{mask.digest}" in err
+
+
+def test_a_mask_that_is_missing_is_one_line(here: Here) -> None:
+    code, out, err = here("generate", *ASK, "--model", MODEL, "--kv", "leankv:mask=mine")
+    assert (code, out) == (1, "") and ONE_ERROR.fullmatch(err)
+    assert "no mask 'mine'; run leankv learn masks MODEL -o mine" in err
