@@ -163,18 +163,18 @@ def measured(loaded: LoadedModel, title: str, masks: Masks, advance: Advance) ->
         ContextLengthError: a document does not fit its context.
     """
     model = loaded.model
-    channels = attach(model, f"k8v8,mask={title}", channels=masks.layers).channels
-    places = [i for i, layer in enumerate(channels) if layer]
-    document, asked = _questions(loaded)
-    caches, sums = own_caches(model), _Sums(places)
-    with watched(model, caches, sums.add):
-        prefill(model, document, caches)
-    advance("reading")
-    base = _loss(model, caches, asked)
-    losses = [
-        _losses_without(model, head, masks, places, caches, asked, advance)
-        for head in range(masks.groups.shape[1])
-    ]
+    with attach(model, f"k8v8,mask={title}", channels=masks.layers) as attached:
+        places = [i for i, layer in enumerate(attached.channels) if layer]
+        document, asked = _questions(loaded)
+        caches, sums = own_caches(model), _Sums(places)
+        with watched(model, caches, sums.add):
+            prefill(model, document, caches)
+        advance("reading")
+        base = _loss(model, caches, asked)
+        losses = [
+            _losses_without(model, head, masks, places, caches, asked, advance)
+            for head in range(masks.groups.shape[1])
+        ]
     loss = (np.array(losses, np.float32) - base).T
     pairs = _pairs(model, masks.alphas.shape[-1])
     return Look(title, masks, pairs, sums.sizes(len(document)), Heads(base, loss, len(document)))
