@@ -88,11 +88,11 @@ class Masks:
             raise ConfigError("a mask needs the worth of each channel, [layers, H, head_dim].")
         _check_ratio(ratio)
         order = np.argsort(-alphas, axis=-1, kind="stable")
+        # So few float32 numbers add up in float64 without putting a later group first.
         ranked = np.take_along_axis(alphas, order, axis=-1).astype(np.float64)
         starts = np.arange(0, alphas.shape[-1], TILE)
         sizes = np.diff(np.append(starts, alphas.shape[-1]))
         worth = np.add.reduceat(ranked, starts, axis=-1) / sizes
-        worth = np.minimum.accumulate(worth, axis=-1)  # rounding could put a later group first
         best = np.argsort(-worth, axis=None, kind="stable")[: round((1 - ratio) * worth.size)]
         kept = np.zeros(worth.size, np.int64)
         kept[best] = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from xml.etree.ElementTree import fromstring
 
@@ -17,6 +18,7 @@ from leankv_mlx.errors import UnsupportedError
 from leankv_mlx.evaluation import masks as looks
 from leankv_mlx.evaluation.masks import Look, look, measured, tables, work
 from leankv_mlx.mlx_lm import LoadedModel, attach, load
+from leankv_mlx.mlx_lm.reading import prefill
 from tests.models import TINY
 
 RETRIEVES = 4, 1
@@ -39,6 +41,7 @@ def seen(loaded: LoadedModel) -> Look:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(looks, "_TOKENS", 300)
         patch.setattr(looks, "_QUESTIONS", 2)
+        patch.setattr(looks, "prefill", partial(prefill, chunk=128))
         found = measured(loaded, "mine", mask(), told.append)
     assert len(told) == work(mask()) and told[0] == "reading"
     return found
