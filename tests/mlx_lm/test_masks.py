@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx import nn
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 from leankv_mlx.cache.masks import Masks, save
 from leankv_mlx.codec.channels import Channels
@@ -256,6 +256,18 @@ def test_a_draft_has_no_mask_of_another_model(loaded: LoadedModel) -> None:
         assert [bool(each.config.mask) for each in command.attachments] == [True, False]
     finally:
         command.close()
+
+
+def test_mlx_lms_own_files_hold_channels_too(loaded: LoadedModel, tmp_path: Path) -> None:
+    mask, file = learned(loaded), str(tmp_path / "cache.safetensors")
+    with attach(loaded.model, "k4v4,window=32,mask=mine"):
+        caches = make_prompt_cache(loaded.model)
+        loaded.model(mx.array([TOKENS]), cache=caches)
+        save_prompt_cache(file, caches)
+        again = load_prompt_cache(file)
+        logits = [loaded.model(mx.array([[7]]), cache=each) for each in (caches, again)]
+    assert mx.array_equal(*logits)
+    assert [cache.channels for cache in again] == list(mask.layers)
 
 
 ASK = ["--prompt", "what?", "--max-tokens", "8", "--verbose", "F"]
