@@ -21,7 +21,7 @@ an attention call, after RoPE."""
 
 @dataclass(eq=False)
 class _Fetched:
-    """Attention over what one cache handed out."""
+    """Attention over what one cache has."""
 
     arrays: Arrays
     see: Callable[[mx.array, mx.array], None]
@@ -67,7 +67,8 @@ def _watching(
     original: Callable[..., Arrays], index: int, see: See
 ) -> Callable[[mx.array, mx.array], Arrays]:
     def update_and_fetch(keys: mx.array, values: mx.array) -> Arrays:
-        arrays = original(keys, values)
-        return hand_out(arrays, _Fetched(arrays, lambda q, k: see(index, q, k)))
+        keys, values = original(keys, values)
+        fetched = _Fetched((keys, values), lambda q, k: see(index, q, k))
+        return hand_out((keys[...], values[...]), fetched)  # it lives until those objects die
 
     return update_and_fetch

@@ -13,6 +13,7 @@ import pytest
 from mlx import nn
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
+from leankv_mlx.cache import fetch
 from leankv_mlx.cache.masks import Masks, save
 from leankv_mlx.codec.channels import Channels
 from leankv_mlx.config import CompressionConfig
@@ -193,7 +194,7 @@ def test_models_that_cannot_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_looking_leaves_the_model_and_its_caches_as_they_were() -> None:
     model = TINY["gpt_oss"]()
     namespace = vars(__import__(type(model).__module__, fromlist=["x"]))
-    before, tokens = dict(namespace), mx.arange(50)[None]
+    before, tokens, living = dict(namespace), mx.arange(50)[None], len(fetch._FETCHES)
     expected = model(tokens, cache=own_caches(model))
     seen: list[tuple[int, tuple[int, ...], int]] = []
     caches = own_caches(model)
@@ -201,6 +202,7 @@ def test_looking_leaves_the_model_and_its_caches_as_they_were() -> None:
         assert mx.allclose(model(tokens, cache=caches), expected, atol=1e-5)
     assert seen == [(i, (1, 4, 50, 64), 50) for i in range(4)]
     assert dict(namespace) == before
+    assert len(fetch._FETCHES) == living  # nothing lives on
     assert not any("update_and_fetch" in vars(cache) for cache in caches)
     step = model(tokens[:, :1], cache=deepcopy(caches))
     assert mx.allclose(step, model(tokens[:, :1], cache=caches))
