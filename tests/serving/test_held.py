@@ -93,7 +93,7 @@ def test_heads_that_are_stored_apart_count_once() -> None:
     gone_on = held([caches, *copies])
     assert gone_on.used == counted([caches, *copies]) and gone_on.shared >= 4 * codes
     batch = BatchedKVCache.merge([caches[0], copies[0][0]])
-    assert held([[batch]]).used == counted([[batch]]) == batch.nbytes
+    assert held([[batch]]).used == counted([[batch]])
 
 
 def test_rows_of_a_batch_are_sequences_each() -> None:
