@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from leankv_mlx.cache import BatchedKVCache, CompressedKVCache
+from leankv_mlx.cache.judging import judge, judge_window
 from leankv_mlx.cache.layer import Layer
 from leankv_mlx.cache.memory import planned
 from leankv_mlx.cache.persistence import load, save
@@ -21,6 +22,7 @@ from leankv_mlx.codec.rotation import signs
 from leankv_mlx.errors import ConfigError, DroppedTokensError
 from leankv_mlx.kernels import available_backends
 from leankv_mlx.policies import DROP, HIGH, LOW
+from leankv_mlx.sparsity import LargestReceived
 from tests import oracle
 
 HEADS, GROUP, DIM, V_DIM = 4, 2, 96, 64
@@ -200,6 +202,29 @@ def test_policies_demote_and_drop_what_a_mask_lets_heads_hold(policy: str, backe
     assert (tiers[1] == DROP).all()  # it keeps no channels
     bits = {tier.format for tier in run.layer.view().tiers}
     assert len(bits) == 2 * len(names)  # each of 2 and 3 groups
+
+
+def test_tokens_are_judged_as_they_are_without_a_mask() -> None:
+    """By heads that keep all channels, whose order changes nothing; the others have no tokens."""
+    kv, groups = "leankv:k8v8,policy=threshold,alpha_high=0,alpha_low=0", (3, 0, 3, 3)
+    masked, plain = Run(f"{kv},mask=some", channels(groups)), Run(kv)
+    plain.cache = CompressedKVCache(kv, exact_dtype=mx.float32)
+    found: list[list[Array]] = []
+    for run in (masked, plain):
+        run.step(400, 0)
+        run.layer.collector = LargestReceived()
+        run.step(70, 1)
+        collected = run.layer.collector.scores
+        assert collected is not None
+        for i in range(5):
+            run.step(1, 10 * i)
+        window = judge_window(run.layer)
+        assert window is not None
+        found.append([np.array(x) for x in (collected, window, *judge(run.layer))])
+    holding = [head for head in range(HEADS) if groups[head]]
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours[holding], theirs[holding], rtol=0.05, atol=1e-5)
+    assert not found[0][0][1].any() and not found[0][2][1].any()
 
 
 @pytest.mark.parametrize("groups", [GROUPS, (0, 0, 0, 0), (3, 3, 3, 0)], ids=str)
