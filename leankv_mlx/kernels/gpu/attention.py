@@ -29,6 +29,9 @@ from leankv_mlx.kernels.types import Attention, Mask, Scales, View
 
 MAX_ROWS = 8
 """Query rows of a KV head that one threadgroup takes: they live in registers."""
+MAX_PARTS = 12
+"""Launches whose splits one merge takes as they are: each is 2 of the 31 buffers that Metal has room
+for, its shape included, and a merge has up to 5 others."""
 _LOG2_E = log2(2.718281828459045)
 
 _INPUTS = (
@@ -326,6 +329,8 @@ class DecodeAttention:
         )
 
     def _merge(self, call: _Call, parts: list[mx.array]) -> Attention:
+        if len(parts) > MAX_PARTS:
+            parts = [mx.concatenate(parts, axis=1)]  # more splits of one
         query_heads, tokens, _ = call.queries.shape
         rotation = call.rotations[1] if call.rotations else None
         dim = call.views[0].exact.v.shape[2]
