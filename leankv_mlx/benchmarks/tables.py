@@ -255,7 +255,7 @@ def serving_tables(report: ServingReport) -> list[Grid]:
 
 def static_table(rows: Sequence[static.Row]) -> Grid:
     """What nvcc makes of the kernels."""
-    header = ("kv", "head_dim", "group", "strategy", "registers", "spilled", "shared",
+    header = ("kv", "head_dim", "group", "strategy", "bytes", "registers", "spilled", "shared",
               "per key code", "per value code")  # fmt: skip
     cells = [
         [
@@ -263,6 +263,7 @@ def static_table(rows: Sequence[static.Row]) -> Grid:
             f"{row.head_dim}",
             f"{row.group}",
             row.strategy,
+            f"{row.bytes}",
             f"{row.resources.registers}",
             f"{row.resources.spilled_bytes} B",
             f"{row.resources.shared_bytes} B",
@@ -270,8 +271,11 @@ def static_table(rows: Sequence[static.Row]) -> Grid:
         ]
         for row in rows
     ]
-    note = "instructions per code and thread, the multiply-adds of all query heads included"
-    if any(row.scores is None for row in rows):
+    note = (
+        "bytes: read of a token of one KV head; instructions per code and thread, the multiply-adds "
+        "of all query heads included, ? where they are no loop of their own"
+    )
+    if all(row.values is None for row in rows):
         note += "; ? needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump "
         note += "nvidia-cuda-nvdisasm"
     return Grid("Decode attention on CUDA, compiled and not run", header, cells, note)
