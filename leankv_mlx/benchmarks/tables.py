@@ -272,8 +272,8 @@ def static_table(rows: Sequence[static.Row]) -> Grid:
         for row in rows
     ]
     note = (
-        "bytes: read of a token of one KV head; instructions per code and thread, the multiply-adds "
-        "of all query heads included, ? where they are no loop of their own"
+        "bytes: read of a token of one KV head; instructions per code and thread, the "
+        "multiply-adds of all query heads included, ? where they are no loop of their own"
     )
     if all(row.values is None for row in rows):
         note += "; ? needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump "

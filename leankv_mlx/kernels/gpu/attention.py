@@ -30,8 +30,8 @@ from leankv_mlx.kernels.types import Attention, Mask, Scales, View
 MAX_ROWS = 8
 """Query rows of a KV head that one threadgroup takes: they live in registers."""
 MAX_PARTS = 12
-"""Launches whose splits one merge takes as they are: each is 2 of the 31 buffers that Metal has room
-for, its shape included, and a merge has up to 5 others."""
+"""Launches whose splits one merge takes as they are: each is 2 of the 31 buffers that Metal has
+room for, its shape included, and a merge has up to 5 others."""
 _LOG2_E = log2(2.718281828459045)
 
 _INPUTS = (
