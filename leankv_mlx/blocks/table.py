@@ -1,12 +1,33 @@
 """Which blocks of a pool hold the slots of one sequence, head by head."""
 
 import weakref
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from leankv_mlx.blocks.pool import BlockPool
 from leankv_mlx.codec.format import TILE
+
+
+@dataclass(frozen=True, eq=False)
+class Among:
+    """Those of a layer's KV heads that a table is of.
+
+    Attributes:
+        heads: their numbers, ascending, [H].
+        of: KV heads of the layer.
+    """
+
+    heads: NDArray[np.intp]
+    of: int
+
+    def spread(self, rows: np.ndarray) -> np.ndarray:
+        """A row for each head of the layer, those of others 0."""
+        spread = np.zeros((self.of, *rows.shape[1:]), rows.dtype)
+        spread[self.heads] = rows
+        return spread
 
 
 class BlockTable:
@@ -14,10 +35,14 @@ class BlockTable:
 
     Heads are ragged: head h owns the first ceil(lengths[h] / 32) entries of its row; the rest
     are 0. The table holds a reference to each of its blocks and gives them back when it dies.
+
+    Args:
+        among: which heads of the layer they are; None for all of them.
     """
 
-    def __init__(self, pool: BlockPool, heads: int) -> None:
+    def __init__(self, pool: BlockPool, heads: int, among: Among | None = None) -> None:
         self.pool = pool
+        self.among = among
         self._ids = np.zeros((heads, 0), np.int32)
         self._lengths = np.zeros(heads, np.int32)
         self._arrays: tuple[int, mx.array, mx.array] | None = None  # and the moves they are of
@@ -26,9 +51,11 @@ class BlockTable:
         self._finalizer = self._finalize()
 
     @classmethod
-    def holding(cls, pool: BlockPool, ids: np.ndarray, lengths: np.ndarray) -> "BlockTable":
+    def holding(
+        cls, pool: BlockPool, ids: np.ndarray, lengths: np.ndarray, among: Among | None = None
+    ) -> "BlockTable":
         """A table of blocks whose references the caller hands over."""
-        table = cls(pool, len(lengths))
+        table = cls(pool, len(lengths), among)
         table._set(ids.astype(np.int32), lengths.astype(np.int32))
         return table
 
@@ -67,7 +94,8 @@ class BlockTable:
     @property
     def nbytes(self) -> int:
         """Bytes of the table on the device."""
-        return int(self._ids.nbytes + self._lengths.nbytes)
+        rows = self.heads if self.among is None else self.among.of
+        return 4 * rows * (self._ids.shape[1] + 1)
 
     @property
     def allocated_nbytes(self) -> int:
@@ -76,13 +104,15 @@ class BlockTable:
         return (self.pool.capacity - others) * self.pool.block_nbytes
 
     def arrays(self) -> tuple[mx.array, mx.array]:
-        """(places of its blocks in the pool's array int32 [H, M], lengths int32 [H]) on the device;
-        uploaded after a change only."""
+        """(places of its blocks in the pool's array int32 [H, M], lengths int32 [H]) on the device,
+        for all KV heads of the layer; uploaded after a change only."""
         if self._arrays is None or self._arrays[0] != self.pool.moves:
-            places = np.zeros_like(self._ids)
-            mask = _owned_mask(self._ids.shape[1], self._lengths)
+            places, lengths = np.zeros_like(self._ids), self._lengths
+            mask = _owned_mask(self._ids.shape[1], lengths)
             places[mask] = self.pool.places(self.owned)
-            self._arrays = self.pool.moves, mx.array(places), mx.array(self._lengths)
+            if self.among is not None:
+                places, lengths = self.among.spread(places), self.among.spread(lengths)
+            self._arrays = self.pool.moves, mx.array(places), mx.array(lengths)
         return self._arrays[1:]
 
     def append(self, blocks: int) -> np.ndarray:
@@ -109,7 +139,8 @@ class BlockTable:
         ends = self._lengths[:, None] // TILE
         ids = np.take_along_axis(self._ids, ends - blocks + np.arange(blocks), axis=1)
         self.pool.retain(ids.ravel())
-        return BlockTable.holding(self.pool, ids, np.full(self.heads, TILE * blocks, np.int32))
+        lengths = np.full(self.heads, TILE * blocks, np.int32)
+        return BlockTable.holding(self.pool, ids, lengths, self.among)
 
     def _extend(self, more: np.ndarray) -> None:
         """Own full blocks [H, n] behind its own."""
@@ -159,7 +190,7 @@ class BlockTable:
     def copy(self) -> "BlockTable":
         """A table of the same blocks, each with one more reference; no block is copied."""
         self.pool.retain(self.owned)
-        return BlockTable.holding(self.pool, self._ids, self._lengths)
+        return BlockTable.holding(self.pool, self._ids, self._lengths, self.among)
 
     def _keep(self, lengths: np.ndarray) -> None:
         """Own no more than the blocks of the first `lengths` [H] slots of each head."""

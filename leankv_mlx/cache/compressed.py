@@ -15,7 +15,8 @@ from leankv_mlx.cache.layer import Layer, Shape
 from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.sequence import Sequence
 from leankv_mlx.cache.stage import Stage
-from leankv_mlx.cache.state import CacheState
+from leankv_mlx.cache.state import CacheState, ChannelsState
+from leankv_mlx.codec.channels import Channels
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError, DroppedTokensError, ShapeError, UnsupportedError
 from leankv_mlx.kernels import MAX_DECODE_TOKENS, Backend, Mask, Rows, View, resolve_backend
@@ -36,10 +37,12 @@ class CompressedKVCache(Stage):
         exact_dtype: of the rows that stay uncompressed, float16 or bfloat16 for a model whose
             weights had no more but which computes in float32; None for that of keys and values.
         sequence: that the layer is of, one for all caches of a model; None for one of its own.
+        channels: which key channels codes keep, by the mask that the config names; None for all.
 
     Raises:
         BackendUnavailableError: the configured backend cannot run here.
-        ConfigError: the sequence has another policy or scorer.
+        ConfigError: the sequence has another policy or scorer, or the config names a mask and no
+            channels came.
     """
 
     merge: ClassVar[Callable[[Iterable[CompressedKVCache]], Any]]
@@ -51,8 +54,15 @@ class CompressedKVCache(Stage):
         keep_fetched: bool = False,
         exact_dtype: mx.Dtype | None = None,
         sequence: Sequence | None = None,
+        channels: Channels | None = None,
     ) -> None:
         self.config = CompressionConfig.parse(config) if isinstance(config, str) else config
+        if self.config.mask and channels is None:
+            raise ConfigError(
+                f"mask={self.config.mask} is known by its name alone; attach the model that it was "
+                "learned for."
+            )
+        self.channels = channels
         self.keep_fetched = keep_fetched
         self._exact_dtype = exact_dtype
         self._backend: Backend = resolve_backend(self.config.backend)
@@ -78,15 +88,17 @@ class CompressedKVCache(Stage):
 
         Returns:
             Keys and values of all tokens, [1, H, N, head_dim]. Attention that is given these very
-            objects (see `owner_of`) reads the cache instead. Once a policy has dropped tokens
-            nothing else can: they are then `Withheld`.
+            objects (see `owner_of`) reads the cache instead. Once a policy has dropped tokens, or
+            heads whose codes keep other channels have stored some, nothing else can: they are then
+            `Withheld`.
 
         Raises:
             UnsupportedError: a batch above 1.
             DroppedTokensError: nothing attended to the tokens of the call before, although a policy
                 has dropped some.
             ShapeError: the arrays do not fit each other or earlier ones.
-            ConfigError: policy=budget with bytes that cannot be kept to.
+            ConfigError: policy=budget with bytes that cannot be kept to, or channels of another
+                shape.
         """
         return self._handed_out(self.update(keys, values))
 
@@ -180,7 +192,8 @@ class CompressedKVCache(Stage):
         """The mask of the next N tokens, as mlx-lm's own caches make it.
 
         Raises:
-            DroppedTokensError: an array is asked for although a policy has dropped tokens.
+            DroppedTokensError: an array is asked for although heads lack tokens, or are stored
+                apart.
         """
         if window_size is None and not return_array:
             return None if N == 1 else "causal"
@@ -237,7 +250,8 @@ class CompressedKVCache(Stage):
     def state(self) -> CacheState:
         """Everything that `from_state` needs."""
         layer = self._layer.state if self._layer else None
-        return CacheState(self.config.spec(), self.keep_fetched, layer)
+        channels = ChannelsState.of(self.channels) if self.channels else None
+        return CacheState(self.config.spec(), self.keep_fetched, layer, channels)
 
     @state.setter
     def state(self, value: Iterable[Any]) -> None:
@@ -255,9 +269,10 @@ class CompressedKVCache(Stage):
     def _restore(self, state: Iterable[Any]) -> None:
         value = CacheState.of(state)
         config = CompressionConfig.parse(value.kv, stored=True)
-        CompressedKVCache.__init__(self, config, value.keep_fetched)
+        channels = value.channels.read() if value.channels else None
+        CompressedKVCache.__init__(self, config, value.keep_fetched, channels=channels)
         if value.layer is not None:
-            self._begin(Layer.restored(value.layer, self.config, self._backend))
+            self._begin(Layer.restored(value.layer, self.config, self._backend, channels))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedKVCache:
         """An independent copy that shares the blocks until one of the two changes them."""
@@ -270,7 +285,9 @@ class CompressedKVCache(Stage):
         return self._copy(self._sequence.fork(self, which))
 
     def _copy(self, sequence: Sequence) -> CompressedKVCache:
-        copy = CompressedKVCache(self.config, self.keep_fetched, self._exact_dtype, sequence)
+        copy = CompressedKVCache(
+            self.config, self.keep_fetched, self._exact_dtype, sequence, self.channels
+        )
         if self._layer:
             copy._begin(self._layer.copy())
         return copy
@@ -362,7 +379,7 @@ class CompressedKVCache(Stage):
             raise ShapeError("[update_and_fetch] expected at least one token, got 0.")
         if self._layer is None:
             k, v = (self._exact_dtype or dtype for dtype in dtypes)
-            self._begin(Layer(shape, self.config, self._backend, (k, v)))
+            self._begin(Layer(shape, self.config, self._backend, (k, v), self.channels))
         assert self._layer is not None
         if shape != self._layer.shape:
             raise ShapeError(f"[update_and_fetch] expected {self._layer.shape}, got {shape}.")

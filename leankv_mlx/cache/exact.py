@@ -8,7 +8,7 @@ from threading import get_ident
 
 import mlx.core as mx
 
-from leankv_mlx.blocks import BlockTable
+from leankv_mlx.cache.tier import Encoded
 from leankv_mlx.codec.format import TILE
 from leankv_mlx.kernels import Rows
 
@@ -19,7 +19,7 @@ class _Common:
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
-        self.stored: weakref.WeakValueDictionary[tuple[int, int], BlockTable]
+        self.stored: weakref.WeakValueDictionary[tuple[int, int], Encoded]
         self.stored = weakref.WeakValueDictionary()
         self.users: weakref.WeakSet[ExactRows] = weakref.WeakSet()
 
@@ -45,7 +45,7 @@ class ExactRows:
         self._start = self._stop = 0  # of the common rows behind the sink tokens those in use
         # What `rows` put together last, and in which thread: what is lazy belongs to one.
         self._made: tuple[int, weakref.ref[mx.array], weakref.ref[mx.array]] | None = None
-        self.stored: list[BlockTable] = []  # what common rows have become, for other copies
+        self.stored: list[Encoded] = []  # what common rows have become, for other copies
 
     @property
     def count(self) -> int:
@@ -100,7 +100,7 @@ class ExactRows:
         """Take the tail with new rows behind it."""
         self._own, self._made = tail, None
 
-    def known(self, n: int) -> BlockTable | None:
+    def known(self, n: int) -> Encoded | None:
         """What a copy stored the oldest n rows of the window as, if they are common."""
         if self._common is None or not self._all_common(n):
             return None
@@ -110,7 +110,7 @@ class ExactRows:
         """Whether the oldest n rows of the window are common, and not the last of those."""
         return self._start + n < self._stop
 
-    def leave(self, n: int, stored: BlockTable | None = None) -> None:
+    def leave(self, n: int, stored: Encoded | None = None) -> None:
         """The oldest n rows of the window go; they were stored as these blocks."""
         if self._common is not None and self._all_common(n):
             if stored is not None:

@@ -14,10 +14,13 @@ from leankv_mlx.cache.body import CompressedBody
 from leankv_mlx.cache.exact import ExactRows, owned
 from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.state import BodyState, LayerState
+from leankv_mlx.cache.tier import Share
+from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.equalize import Equalizer
 from leankv_mlx.codec.format import TILE, Format, padded
 from leankv_mlx.codec.space import Space
 from leankv_mlx.config import CompressionConfig
+from leankv_mlx.errors import ConfigError
 from leankv_mlx.kernels import Backend, Centers, Rows, View, resolve_backend
 from leankv_mlx.kernels.append import append
 from leankv_mlx.kernels.gather import working_copy
@@ -39,6 +42,13 @@ class Shape:
 
 class Layer:
     """Everything that is stored of one layer, rotated.
+
+    Args:
+        dtypes: of the exact rows, keys and values.
+        channels: which key channels codes keep; None for all.
+
+    Raises:
+        ConfigError: the channels are those of another shape.
 
     Attributes:
         shape: of every token.
@@ -65,7 +75,14 @@ class Layer:
         config: CompressionConfig,
         backend: Backend,
         dtypes: tuple[mx.Dtype, mx.Dtype],
+        channels: Channels | None = None,
     ) -> None:
+        if channels and (channels.heads, channels.head_dim) != (shape.heads, shape.k_dim):
+            raise ConfigError(
+                f"mask={config.mask} is for {channels.heads} heads of {channels.head_dim} key "
+                f"channels, but this layer has {shape.heads} of {shape.k_dim}; learn one for this "
+                "model (leankv learn masks)."
+            )
         self.shape = shape
         self.offset = 0
         self.body: CompressedBody | None = None
@@ -74,16 +91,17 @@ class Layer:
         self.placed = 0
         self._seen: list[tuple[mx.array, int]] = []
         self._fitted = False
-        self.space = Space.of(config.rotation, shape.k_dim, shape.v_dim, None)
+        self.space = Space.of(config.rotation, shape.k_dim, shape.v_dim, channels)
         dims = padded(shape.k_dim), padded(shape.v_dim)
         empty = (mx.zeros((shape.heads, 0, d), t) for d, t in zip(dims, dtypes, strict=True))
         self._exact = ExactRows(Rows(*empty), config.sink_tokens)
         self.dtype = dtypes[0]
         self.config = config
-        self._formats = [Format.of(k, v, shape.k_dim, shape.v_dim) for k, v in config.tiers]
-        supported = all(map(backend.supports, self._formats))
+        formats = [Format.of(k, v, shape.k_dim, shape.v_dim) for k, v in config.tiers]
+        self._shares = Share.all_of(formats, channels)
+        supported = all(map(backend.supports, formats))
         self.backend = backend if supported else resolve_backend("reference")
-        self.kind = _kind(shape, config, self.backend.name, *dtypes)
+        self.kind = _kind(shape, config, self.backend.name, *dtypes, channels)
 
     @property
     def exact(self) -> Rows:
@@ -102,7 +120,8 @@ class Layer:
     @property
     def tables(self) -> list[BlockTable]:
         """All that own blocks: those of the body, and what copies find common rows in."""
-        return [*(self.body.tables if self.body else ()), *self._exact.stored]
+        stored = (table for encoded in self._exact.stored for table in encoded.tables)
+        return [*(self.body.tables if self.body else ()), *stored]
 
     @property
     def tail(self) -> Rows:
@@ -116,7 +135,8 @@ class Layer:
 
     @property
     def ragged(self) -> bool:
-        """Whether heads may have lost tokens."""
+        """Whether heads may lack tokens, or are stored apart: then nothing but attention of our own
+        can read the layer."""
         return self.body is not None and self.body.ragged
 
     @property
@@ -221,7 +241,7 @@ class Layer:
             plain = self._unequalized()
             if self.space.equalizer and self.offset:
                 keys, _ = self.space.undone(*exact)
-                exact = Rows(plain.rotations[0].apply(keys), exact.v)
+                exact = Rows(plain.rotations[0].apply(plain.scaled(keys)), exact.v)
             self.body, self.space = None, plain
             self._fitted, self.placed = False, 0
         self.exact = exact
@@ -244,7 +264,8 @@ class Layer:
     def copy(self) -> Layer:
         """An independent copy that shares the blocks until one of the two changes them."""
         k, v = self.tail
-        other = Layer(self.shape, self.config, self.backend, (k.dtype, v.dtype))
+        dtypes = k.dtype, v.dtype
+        other = Layer(self.shape, self.config, self.backend, dtypes, self.space.channels)
         other.offset, other._exact = self.offset, self._exact.copy()
         other.placed = self.placed
         other.dtype, other.space = self.dtype, self.space
@@ -276,7 +297,11 @@ class Layer:
             observed, self.body.stored(), exact, self.body.centers, self.backend
         )
         self.observations.settle(lse)
-        return mx.concatenate([mx.zeros((self.shape.heads, 0)), *of_stored], axis=1), of_exact
+        view = self.view()
+        scores = mx.zeros((self.shape.heads, view.slots))
+        for start, own in zip(view.starts, of_stored, strict=True):
+            scores[:, start : start + own.shape[1]] += own  # 0 for heads of other tiers
+        return scores, of_exact
 
     def judge_window(self) -> mx.array | None:
         """Significance of the exact rows, lazy [H, E], by what the queries saw when they came;
@@ -356,34 +381,46 @@ class Layer:
         return LayerState(self.offset, shape.heads, shape.k_dim, shape.v_dim, self.exact, body)
 
     @classmethod
-    def restored(cls, state: LayerState, config: CompressionConfig, backend: Backend) -> Layer:
-        """The layer that `state` came from."""
+    def restored(
+        cls,
+        state: LayerState,
+        config: CompressionConfig,
+        backend: Backend,
+        channels: Channels | None = None,
+    ) -> Layer:
+        """The layer that `state` came from.
+
+        Raises:
+            ConfigError: the channels are those of another shape.
+        """
         shape = Shape(state.heads, state.k_dim, state.v_dim)
-        layer = cls(shape, config, backend, (state.exact.k.dtype, state.exact.v.dtype))
+        dtypes = state.exact.k.dtype, state.exact.v.dtype
+        layer = cls(shape, config, backend, dtypes, channels)
         layer.offset, layer.exact = state.offset, state.exact
         if (body := state.body) is not None:
             if body.key_scales is not None:
                 layer.space = replace(layer.space, equalizer=Equalizer(body.key_scales))
             layer.body = layer._new_body(body.centers)
             layer.body.restore(body.tiers)
-            layer.placed = state.offset if layer.ragged else 0  # a file does not say when
+            chosen = layer.body.lost and config.policy.drops  # a file does not say when
+            layer.placed = state.offset if chosen else 0
         return layer
 
     def _new_body(self, centers: Centers) -> CompressedBody:
         return CompressedBody(
-            self.shape.heads, self._formats, centers, self.sinks, self.config.rounding,
+            self.shape.heads, self._shares, centers, self.sinks, self.config.rounding,
             self.backend,
         )  # fmt: skip
 
     def _equalize(self, start: int, stop: int) -> None:
         """Fit the equalizer on the first of the exact rows start..stop, and apply it to all."""
         rotation = self.space.rotations[0]
-        keys = rotation.undo(self.exact.k.astype(mx.float32))
+        keys = self.space.unscaled(rotation.undo(self.exact.k.astype(mx.float32)))
         squares = self._query_squares()
         self._seen, self._fitted = [], squares is not None
         equalizer = Equalizer.fit(keys[:, start : min(stop, start + CENTER_TOKENS)], squares)
         self.space = replace(self.space, equalizer=equalizer)
-        equal = rotation.apply(equalizer.apply(keys))
+        equal = rotation.apply(self.space.scaled(keys))
         self.exact = Rows(equal.astype(self.exact.k.dtype), self.exact.v)
 
     def _unequalized(self) -> Space:

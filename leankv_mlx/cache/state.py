@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
+from leankv_mlx.codec.channels import Channels
 from leankv_mlx.kernels import Centers, Rows
 
 
@@ -52,12 +54,39 @@ class LayerState(NamedTuple):
     body: BodyState | None = None
 
 
+class ChannelsState(NamedTuple):
+    """Which key channels codes keep: see `codec.channels.Channels`.
+
+    Attributes:
+        order: int32 [H, k_dim].
+        groups: int32 [H].
+    """
+
+    order: mx.array
+    groups: mx.array
+
+    @classmethod
+    def of(cls, channels: Channels) -> ChannelsState:
+        """Those of a cache."""
+        return cls(channels.forth, mx.array(channels.groups, mx.int32))
+
+    def read(self) -> Channels:
+        """What `of` was given.
+
+        Raises:
+            ConfigError: they are no channels of a layer.
+        """
+        return Channels.of(np.array(self.order), np.array(self.groups))
+
+
 class CacheState(NamedTuple):
-    """A cache: its `--kv` text, whether it holds what it fetched, and its layer, if it began."""
+    """A cache: its `--kv` text, whether it holds what it fetched, its layer, if it began, and its
+    channels, unless it keeps all."""
 
     kv: str
     keep_fetched: bool
     layer: LayerState | None = None
+    channels: ChannelsState | None = None
 
     @classmethod
     def of(cls, value: Iterable[Any]) -> CacheState:
@@ -66,8 +95,11 @@ class CacheState(NamedTuple):
         if isinstance(value, cls):
             return value
         kv, keep_fetched, *rest = value
+        channels = None
+        if len(rest) == 2 and rest[1] is not None:
+            channels = ChannelsState(*rest[1])
         if not rest or rest[0] is None:
-            return cls(kv, keep_fetched)
+            return cls(kv, keep_fetched, None, channels)
         if isinstance(rest[0], int):  # of an earlier version
             offset, heads, k_dim, v_dim, k, v, *middle = rest
             numbers, exact = (offset, heads, k_dim, v_dim), (k, v)
@@ -83,4 +115,4 @@ class CacheState(NamedTuple):
             centers, tiers, *scales = body
             made = BodyState(Centers(*centers), [TierState(*t) for t in tiers], *scales)
             layer = layer._replace(body=made)
-        return cls(kv, keep_fetched, layer)
+        return cls(kv, keep_fetched, layer, channels)

@@ -17,7 +17,9 @@ def gather_ops(
 ) -> Rows:
     """Ops-based reference implementation of `gather`; `decode` is how a tier is dequantized."""
     rows, sinks = Rows(*(x.astype(dtype) for x in view.exact)), view.sinks
-    if view.tiers:
+    if any(tier.heads is not None for tier in view.tiers):
+        rows = _side_by_side(view, dtype, decode)
+    elif view.tiers:
         assert view.centers is not None  # fitted before the first block was encoded
         decoded = [decode(tier, view.centers, dtype) for tier in view.tiers]
         parts = (
@@ -30,6 +32,30 @@ def gather_ops(
     return Rows(*(r.undo(x) for r, x in zip(view.rotations, rows, strict=True)))
 
 
+def _side_by_side(
+    view: View, dtype: mx.Dtype, decode: Callable[[Tier, Centers, mx.Dtype], Rows]
+) -> Rows:
+    """The rows of tiers that have heads of their own: each is decoded for those alone, and the
+    rows of other heads in the same place stay 0 until their tier comes."""
+    assert view.centers is not None
+    sinks, slots = view.sinks, view.slots
+    sides = []
+    for x in view.exact:
+        heads, exact, dim = x.shape
+        rows = mx.zeros((heads, exact + slots, dim), dtype)
+        rows[:, :sinks] = x[:, :sinks].astype(dtype)
+        rows[:, sinks + slots :] = x[:, sinks:].astype(dtype)
+        sides.append(rows)
+    for start, tier in zip(view.starts, view.tiers, strict=True):
+        decoded = decode(tier.own(), Centers(*map(tier.of, view.centers)), dtype)
+        here = slice(sinks + start, sinks + start + tier.slots)
+        heads_ = range(len(decoded.k)) if tier.heads is None else tier.heads.tolist()
+        for rows, own in zip(sides, decoded, strict=True):
+            for i, head in enumerate(heads_):
+                rows[head, here] = own[i]
+    return Rows(*sides)
+
+
 def working_copy(view: View, dtype: mx.Dtype, backend: Backend) -> Rows:
     """All tokens, decoded, in order and still rotated: [H, N, Dk] and [H, N, Dv].
 
@@ -40,10 +66,12 @@ def working_copy(view: View, dtype: mx.Dtype, backend: Backend) -> Rows:
 
 
 def gather(view: View, dtype: mx.Dtype, backend: Backend) -> Rows:
-    """The sink tokens, the tiers with all their slots, the window.
+    """The sink tokens, the tiers with all their slots (see `View.starts`), the window.
 
     Returns:
         Keys [H, N, Dk] and values [H, N, Dv] in `dtype`. If the view has rotations they are
         un-rotated, [H, N, head_dim]. Slots behind the length of a head are garbage.
     """
+    if any(tier.heads is not None for tier in view.tiers):
+        return gather_ops(view, dtype, backend.dequantize)
     return backend.gather(view, dtype)

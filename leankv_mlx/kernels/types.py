@@ -4,11 +4,15 @@ Shapes: H KV heads, Hq query heads, L new tokens, M blocks of the longest head, 
 Dk and Dv the stored channels of keys and values (multiples of 32). Everything is rotated.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from leankv_mlx.codec.codecs import CUBIC
 from leankv_mlx.codec.format import Format
@@ -42,6 +46,8 @@ class Tier:
         table: block ids int32 [H, M].
         lengths: slots in use int32 [H]; later slots of a head are garbage.
         full: every head uses all of its M * 32 slots.
+        heads: the KV heads that hold all of these tokens, ascending, where the others are stored in
+            other formats; None if any head may.
     """
 
     pool: mx.array
@@ -49,11 +55,21 @@ class Tier:
     lengths: mx.array
     format: Format
     full: bool
+    heads: NDArray[np.intp] | None = None
 
     @property
     def slots(self) -> int:
         """M * 32."""
         return 32 * int(self.table.shape[1])
+
+    def own(self) -> Tier:
+        """Over its heads alone."""
+        table, lengths = self.of(self.table), self.of(self.lengths)
+        return replace(self, table=table, lengths=lengths, heads=None)
+
+    def of(self, x: mx.array) -> mx.array:
+        """Of rows for each KV head, [H, ..], those of its heads."""
+        return x if self.heads is None else x[mx.array(self.heads)]
 
 
 Rotations = tuple[Rotation, Rotation]
@@ -83,9 +99,23 @@ class View:
     skip: float = 0.0
 
     @property
+    def starts(self) -> list[int]:
+        """Behind how many slots of other tiers those of each tier stand in the rows that `gather`
+        gives. Tiers of the same heads follow each other, those of other heads stand side by
+        side."""
+        ends = np.zeros(self.exact.k.shape[0], np.int64)
+        starts = []
+        for tier in self.tiers:
+            heads = slice(None) if tier.heads is None else tier.heads
+            starts.append(int(ends[heads].max()))
+            ends[heads] = starts[-1] + tier.slots
+        return starts
+
+    @property
     def slots(self) -> int:
-        """Of all tiers, used or not."""
-        return sum(tier.slots for tier in self.tiers)
+        """Those of a head in all tiers, used or not."""
+        pairs = zip(self.starts, self.tiers, strict=True)
+        return max((start + tier.slots for start, tier in pairs), default=0)
 
     @property
     def whole(self) -> bool:
@@ -97,10 +127,13 @@ class View:
         if all(tier.full for tier in self.tiers):
             return None
         heads, exact = self.exact.k.shape[:2]
-        parts = [mx.arange(tier.slots) < tier.lengths[:, None] for tier in self.tiers]
+        stored = mx.zeros((heads, self.slots), mx.bool_)
+        for start, tier in zip(self.starts, self.tiers, strict=True):
+            used = mx.arange(tier.slots) < tier.lengths[:, None]
+            stored[:, start : start + tier.slots] |= used
         before = mx.ones((heads, self.sinks), mx.bool_)
         behind = mx.ones((heads, exact - self.sinks), mx.bool_)
-        return mx.concatenate([before, *parts, behind], axis=1)
+        return mx.concatenate([before, stored, behind], axis=1)
 
 
 class Attention(NamedTuple):

@@ -93,7 +93,7 @@ class Budget(Dropping):
             used = layer.tiers != DROP
             scores[row : row + heads, :slots] = np.where(used, layer.scores, -np.inf)
             tiers[row : row + heads, :slots] = layer.tiers
-            prices[:, row : row + heads] = np.array(layer.slot_nbytes)[:, None]
+            prices[:, row : row + heads] = layer.slot_nbytes
             row += heads
         room = self._room(layers, float(prices[0].sum()), nbytes)
         share = self.high if isinstance(self.low, tuple) else 1.0

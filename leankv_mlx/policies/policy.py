@@ -29,8 +29,8 @@ class LayerSlots:
     Attributes:
         scores: significance of each slot, float32 [H, S].
         tiers: HIGH or LOW, DROP where a head has no such slot, int8 [H, S].
-        slot_nbytes: bytes of a slot in the high and in the low tier (the same where there is
-            none), side data included.
+        slot_nbytes: bytes of a slot of each head in the high and in the low tier (the same where
+            there is none), side data included, [2, H]; 0 for heads that hold no slots.
         fixed_nbytes: bytes of the layer that no policy touches: sink tokens, a full window,
             centers, observed queries.
         growth_nbytes: what further queries may add to that.
@@ -40,7 +40,7 @@ class LayerSlots:
 
     scores: Scores
     tiers: Tiers
-    slot_nbytes: tuple[float, float]
+    slot_nbytes: NDArray[np.float64]
     fixed_nbytes: int
     growth_nbytes: int
     fp16_nbytes: int

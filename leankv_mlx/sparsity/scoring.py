@@ -8,6 +8,7 @@ arXiv 2412.03131, section 4). What is made of it is a scorer's, see `leankv_mlx.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -32,8 +33,8 @@ Positions = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Stored:
-    """A tier: its body, and the positions of its slots, int32 [H, M * 32], -1 where there is no
-    token."""
+    """A tier: its body, and the positions of the slots of its heads, int32 [n, M * 32], -1 where
+    there is no token."""
 
     body: Tier
     positions: Positions
@@ -56,6 +57,15 @@ class _Scorer:
             heads, -1, observed.queries.shape[2]
         )
         self._at = observed.positions
+
+    def of(self, tier: Tier) -> _Scorer:
+        """For the heads of a tier alone."""
+        if tier.heads is None:
+            return self
+        scorer = copy(self)
+        scorer._queries = tier.of(self._queries)
+        scorer.shape = len(tier.heads), *self.shape[1:]
+        return scorer
 
     def scores(self, keys: mx.array, positions: Positions) -> tuple[mx.array, mx.array | None]:
         """Keys [H, n, D] at [H, n] -> scores [H, G, R, n], -inf where a query does not see the
@@ -105,6 +115,7 @@ def significance(
         for i, tier in enumerate(stored)
         for start in range(0, tier.body.table.shape[1], _SLAB)
     ]
+    scorers = [scorer.of(tier.body) for tier in stored]
     everywhere = _everywhere(exact.positions, heads)
     s = scorer.scores(exact.keys, everywhere)[0]
     # A trim may have left no exact row.
@@ -112,12 +123,15 @@ def significance(
     if observed.sink_logits is not None:
         logits = observed.sink_logits.astype(mx.float32).reshape(*scorer.shape[:2], 1)
         lse = mx.logaddexp(lse, logits)
-    for _, decode, where in slabs:
-        lse = mx.logaddexp(lse, mx.logsumexp(scorer.scores(decode(), where)[0], axis=-1))
+    for i, decode, where in slabs:
+        tier, more = stored[i].body, mx.logsumexp(scorers[i].scores(decode(), where)[0], axis=-1)
+        lse = _put(lse, tier, mx.logaddexp(tier.of(lse), more))
         mx.eval(lse)  # one slab at a time
     result: list[list[mx.array]] = [[mx.zeros((heads, 0))] for _ in stored]
     for i, decode, where in slabs:
-        result[i].append(scorer.received(decode(), where, lse))
+        tier = stored[i].body
+        weights = scorers[i].received(decode(), where, tier.of(lse))
+        result[i].append(_put(mx.zeros((heads, weights.shape[1])), tier, weights))
         mx.eval(result[i][-1])
     of_exact = scorer.received(exact.keys, everywhere, lse)
     flat = lse.reshape(-1, lse.shape[-1])
@@ -198,8 +212,17 @@ def _products(queries: mx.array, keys: mx.array) -> mx.array:
 
 
 def _slab(body: Tier, centers: Centers, backend: Backend, start: int) -> Callable[[], mx.array]:
-    part = replace(body, table=body.table[:, start : start + _SLAB])
-    return lambda: dequantize(part, centers, mx.float32, backend).k
+    part = replace(body, table=body.table[:, start : start + _SLAB]).own()
+    own = Centers(*map(body.of, centers))
+    return lambda: dequantize(part, own, mx.float32, backend).k
+
+
+def _put(rows: mx.array, tier: Tier, own: mx.array) -> mx.array:
+    """Rows for each KV head, [H, ..], with others for the heads of a tier, [n, ..]."""
+    if tier.heads is None:
+        return own
+    rows[mx.array(tier.heads)] = own
+    return rows
 
 
 def _where(positions: Positions, start: int) -> Positions:

@@ -31,7 +31,7 @@ def layer(scores: Any, tiers: Any = None, **numbers: Any) -> LayerSlots:
     scores = np.asarray(scores, np.float32)
     tiers = np.zeros(scores.shape, np.int8) if tiers is None else np.asarray(tiers, np.int8)
     defaults: dict[str, Any] = {
-        "slot_nbytes": (100.0, 50.0),
+        "slot_nbytes": np.array([[100.0] * len(scores), [50.0] * len(scores)]),
         "fixed_nbytes": 900,
         "growth_nbytes": 100,
         "fp16_nbytes": 400 * scores.size,
@@ -42,7 +42,7 @@ def layer(scores: Any, tiers: Any = None, **numbers: Any) -> LayerSlots:
 
 def cost(plan: np.ndarray, slots: LayerSlots) -> float:
     high, low = slots.slot_nbytes
-    return float((plan == HIGH).sum() * high + (plan == LOW).sum() * low)
+    return float((plan == HIGH).sum(axis=1) @ high + (plan == LOW).sum(axis=1) @ low)
 
 
 def test_keep_all_and_streaming() -> None:
