@@ -1,21 +1,23 @@
 """Layers of which codes keep some key channels, as kernels see them (`codec.channels`).
 
-A head that keeps n of its groups is in the tier whose format stores the first n, one for each level
-of bits, and has length 0 in all others. A head that keeps none has length 0 everywhere. Keys are
-rotated group by group, values as a whole.
+A head that keeps n of its groups is in the tiers whose formats store the first n, one for each
+level of bits, and has length 0 in all others. A head that keeps none has length 0 everywhere. Keys
+are put in order and rotated group by group, values are rotated as a whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.format import Format, padded
-from leankv_mlx.codec.rotation import hadamard
-from leankv_mlx.kernels import Centers, Rows, Tier
+from leankv_mlx.codec.rotation import hadamard, ordered
+from leankv_mlx.kernels import Centers, Rotations, Rows, Tier
 from tests.kernels import cases
 from tests.kernels.cases import Case, normal
 
@@ -68,18 +70,30 @@ def tiers(
     lengths: str,
     blocks: int,
 ) -> list[Tier]:
-    """Those of the heads that keep so many groups, level by level; dims as stored. A level of which
-    no head has anything is a tier all the same: the codes of its heads may all have moved."""
+    """Those of the heads that keep so many groups, the most first, and of each all levels; dims as
+    stored."""
     found = []
-    for level in range(levels):
-        k_bits, v_bits = (cases.bits_of(b, 32, level)[0] for b in bits)
-        for n in sorted({*kept} - {0}, reverse=True) or [1]:
-            format = Format((k_bits,) * n + (0,) * (dims[0] // 32 - n), (v_bits,) * (dims[1] // 32))
+    for n in sorted({*kept} - {0}, reverse=True):
+        mine = np.array(kept) == n
+        for level in range(levels):
+            k_bits, v_bits = (cases.bits_of(b, 32, level)[0] for b in bits)
+            dropped = dims[0] // 32 - n
+            format = Format((k_bits,) * n + (0,) * dropped, (v_bits,) * (dims[1] // 32))
             slots = np.full(len(kept), 32 * blocks)
             if lengths == "ragged" or level:
                 slots = draw.integers(1, 32 * blocks, len(kept))
-            found.append(cases.stored(draw, format, slots * (np.array(kept) == n), blocks))
+            tier = cases.stored(draw, format, slots * mine, blocks)
+            found.append(replace(tier, heads=np.flatnonzero(mine)))
     return found
+
+
+def rotations(
+    draw: np.random.Generator, kept: Sequence[int], head_dims: tuple[int, int]
+) -> Rotations:
+    """Those of heads that keep so many groups, of channels in any order."""
+    order = np.stack([draw.permutation(head_dims[0]) for _ in kept])
+    channels = Channels.of(order, np.array(kept))
+    return ordered("hadamard", channels), hadamard(head_dims[1])
 
 
 def case(
@@ -104,20 +118,18 @@ def case(
     draw = np.random.default_rng(abs(hash((k_bits, v_bits, head_dims, group, new, exact))) % 2**32)
     dims = padded(head_dims[0]), padded(head_dims[1])
     exact = max(exact, new if mask == "causal" else 0)
-    query_heads = HEADS * group
+    query_heads, of_heads = HEADS * group, groups(kept, head_dims[0])
     return Case(
         queries=normal(draw, (query_heads, new, head_dims[0] if rotated else dims[0])).astype(
             dtype
         ),
-        tiers=tiers(
-            draw, groups(kept, head_dims[0]), (k_bits, v_bits), dims, levels, lengths, blocks
-        ),
+        tiers=tiers(draw, of_heads, (k_bits, v_bits), dims, levels, lengths, blocks),
         exact=Rows(*(normal(draw, (HEADS, exact, dim)).astype(dtype) for dim in dims)),
         centers=Centers(*(normal(draw, (HEADS, dim)) for dim in dims)),
         scale=dims[0] ** -0.5,
         sinks=min(4, max(0, exact - new)),
         mask=mask,
         sink_logits=normal(draw, (query_heads,)).astype(dtype) if sink_logits else None,
-        rotations=(hadamard(head_dims[0], 32), hadamard(head_dims[1])) if rotated else None,
+        rotations=rotations(draw, of_heads, head_dims) if rotated else None,
         skip=skip,
     )

@@ -14,7 +14,6 @@ import pytest
 from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.equalize import Equalizer
 from leankv_mlx.codec.format import Format
-from leankv_mlx.codec.rotation import hadamard
 from leankv_mlx.codec.space import Space
 from leankv_mlx.kernels import Backend, Centers, Rows, Tier, View, resolve_backend
 from leankv_mlx.kernels.append import append, append_batch
@@ -57,8 +56,10 @@ def test_a_layer_that_keeps_nothing_attends_to_its_exact_rows(
 ) -> None:
     """The centers are there, and count with the mass of no token."""
     case = masked.case(**ONE | {"kept": "none", "rotated": rotated, "skip": 0.1})
-    if tiers == "none":
-        case = replace(case, tiers=[])
+    assert not case.tiers
+    if tiers == "without tokens":
+        (tier,) = masked.case(**ONE | {"kept": "one group each"}).tiers
+        case = replace(case, tiers=[replace(tier, lengths=mx.zeros_like(tier.lengths))])
     alone = replace(case, tiers=[], centers=None, skip=0.0)
     ours, wanted = attention(case, backend), attention(alone, REFERENCE)
     assert mx.isfinite(ours.out).all() and mx.isfinite(ours.lse).all()
@@ -77,14 +78,14 @@ def test_heads_of_very_different_lengths_share_the_threads(backend: Backend) -> 
 
 def test_more_tiers_than_a_launch_has_buffers(backend: Backend) -> None:
     """Eight numbers of kept groups on two levels, and a head for each."""
-    draw, dims = np.random.default_rng(1), (256, 64)
-    tiers = masked.tiers(draw, range(1, 9), (4, 4), dims, 2, "ragged", 1)
+    draw, dims, kept = np.random.default_rng(1), (256, 64), range(1, 9)
+    tiers = masked.tiers(draw, kept, (4, 4), dims, 2, "ragged", 1)
     assert len(tiers) == 16
     case = Case(
         queries=normal(draw, (8, 1, 256)), tiers=tiers,
         exact=Rows(*(normal(draw, (8, 5, dim)) for dim in dims)),
         centers=Centers(*(normal(draw, (8, dim)) for dim in dims)), scale=1 / 16, sinks=4,
-        mask=None, sink_logits=None, rotations=(hadamard(256, 32), hadamard(64)),
+        mask=None, sink_logits=None, rotations=masked.rotations(draw, kept, dims),
     )  # fmt: skip
     check_attention(case, backend)
 
@@ -99,9 +100,10 @@ def drawn(*, sequences: int, scaled: bool, **row: Any) -> tuple[list[Case], list
             **row, v_bits=4, lengths=("full", "ragged")[i % 2], exact=(40, 9, 103)[i % 3] + i,
             blocks=1 + 3 * i % 5,
         )  # fmt: skip
-        kinds = len(case.tiers) // row["levels"]
-        case = replace(case, tiers=case.tiers[: (len(case.tiers), 0, kinds)[i % 3]])
-        found.append(replace(case, sink_logits=(found or [case])[0].sink_logits))
+        first = (found or [case])[0]
+        tiers = (case.tiers, [], case.tiers[:: row["levels"]])[i % 3]
+        case = replace(case, tiers=tiers, rotations=first.rotations)
+        found.append(replace(case, sink_logits=first.sink_logits))
     size = HEADS, row["head_dims"][0]
     scales: list[mx.array | None] = [
         mx.array(draw.uniform(0.5, 2, size).astype(np.float32)) if scaled and i != 1 else None
@@ -134,11 +136,11 @@ def test_a_batch(row: dict[str, Any], backend: Backend) -> None:
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("head_dims", [(64, 64), (80, 80), (256, 128)])
-def test_append_rotates_keys_group_by_group(
+def test_append_puts_keys_in_order_and_rotates_them_by_group(
     head_dims: tuple[int, int], dtype: mx.Dtype, backend: Backend
 ) -> None:
     draw = np.random.default_rng(2)
-    rotations = hadamard(head_dims[0], 32), hadamard(head_dims[1])
+    rotations = masked.rotations(draw, (1, 0), head_dims)
     exact = [
         Rows(*(normal(draw, (2, n, r.dim)).astype(dtype) for r in rotations)) for n in (0, 70, 3)
     ]
@@ -192,15 +194,19 @@ def test_the_working_copy_of_a_prefill(dtype: mx.Dtype, kept: str, backend: Back
         **ONE | {"kept": kept, "levels": 2, "dtype": dtype, "head_dims": (80, 128), "new": 8}
     )
     assert case.rotations is not None
-    inside = replace(case.view, rotations=None)
-    found = [gather(inside, dtype, b) for b in (backend, REFERENCE)]
+    inside, wide = replace(case.view, rotations=None), 2 * 96 if any(KEPT[kept]) else 0
     present = inside.present()
-    assert present is not None
-    for ours, wanted in zip(*found, strict=True):
-        used = present[..., None]
-        zero = mx.array(0, dtype)
-        ours, wanted = (mx.where(used, x, zero) for x in (ours, wanted))
-        assert error(ours, wanted) < TOLERANCE[dtype]
+    lengths = sum((np.array(tier.lengths) for tier in case.tiers), np.zeros(HEADS))
+    assert inside.slots == wide  # tiers of other heads stand side by side
+    if present is not None:
+        assert np.array(present).sum(axis=1).tolist() == (lengths + 40).tolist()
+    for view in (case.view, inside):
+        found = [gather(view, dtype, b) for b in (backend, REFERENCE)]
+        for ours, wanted in zip(*found, strict=True):
+            assert ours.shape[1] == 40 + wide and mx.isfinite(ours).all()
+            used = mx.ones(ours.shape[:2], mx.bool_) if present is None else present
+            pair = (mx.where(used[..., None], x, mx.array(0, dtype)) for x in (ours, wanted))
+            assert error(*pair) < TOLERANCE[dtype]
     prefilled = prefill_attention(
         case.queries, found[0], scale=case.scale, mask="causal", present=present,
         sink_logits=None, rotations=case.rotations, backend=backend,

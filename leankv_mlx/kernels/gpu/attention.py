@@ -22,6 +22,7 @@ from leankv_mlx.kernels.gpu.launch import (
     constant,
     format_template,
     hadamards,
+    in_order,
     nothing,
 )
 from leankv_mlx.kernels.gpu.stored import Column, Stored, groups
@@ -239,7 +240,7 @@ class DecodeAttention:
                 self, queries, view, scale=scale, mask=mask, sink_logits=sink_logits
             )
         stored, rotations = Stored.of([view]), hadamards(view.rotations)
-        causal = mask == "causal"
+        causal, queries = mask == "causal", in_order(queries, view.rotations)
         return self._attend(_Call(queries, stored, scale, causal, sink_logits, rotations))
 
     def batch(
@@ -268,6 +269,7 @@ class DecodeAttention:
                 scale=scale, mask=mask, sink_logits=sink_logits, scales=[None] * len(views),
             )  # fmt: skip
             return attention._replace(out=v.undo(attention.out).astype(queries.dtype))
+        queries = in_order(queries, views[0].rotations)
         causal, heads = isinstance(mask, str), queries.shape[1]  # no array, see there
         found = []
         for group in groups(views):
