@@ -31,12 +31,13 @@ class UnsupportedError(LeanKVError, NotImplementedError):
 
 
 class DroppedTokensError(UnsupportedError):
-    """A model asks for all tokens of a cache that has dropped some."""
+    """A model asks for all tokens of a cache that has dropped some, or whose heads keep other
+    channels."""
 
     def __init__(self, asks: str = "attends with an array mask") -> None:
         super().__init__(
-            f"this model {asks}, which does not go with a policy that drops tokens; "
-            "use policy=keep_all."
+            f"this model {asks}, which does not go with a policy that drops tokens or a mask of "
+            "channels; use policy=keep_all, and no mask=."
         )
 
 

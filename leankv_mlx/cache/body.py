@@ -78,7 +78,7 @@ class CompressedBody:
         self._first = first
         self._rounding: Rounding = rounding
         self._backend = backend
-        self._hold([[BodyTier.empty(f, heads, s.among) for f in s.formats] for s in shares])
+        self._hold([_empty(share, heads) for share in shares])
 
     def _hold(self, shares: list[list[BodyTier]]) -> None:
         """Consist of these tiers: of each share of the heads the high one, and a low one."""
@@ -101,6 +101,10 @@ class CompressedBody:
     def slots(self) -> int:
         """Stored tokens, over all heads and tiers."""
         return sum(int(tier.table.lengths.sum()) for tier in self._tiers)
+
+    def holds(self, tokens: int) -> bool:
+        """Whether every head that holds any has so many in its high tier."""
+        return all((high.table.lengths == tokens).all() for high, *_ in self._shares)
 
     @property
     def tables(self) -> list[BlockTable]:
@@ -344,3 +348,9 @@ class _Extra:
 def _slots(share: Sequence[BodyTier]) -> int:
     """Those that a head has room for."""
     return sum(tier.slots for tier in share)
+
+
+def _empty(share: Share, heads: int) -> list[BodyTier]:
+    """The tiers of a share of so many KV heads."""
+    own, among = share.heads(heads), share.among
+    return [BodyTier(f, BlockTable(BlockPool(f.words), own, among)) for f in share.formats]

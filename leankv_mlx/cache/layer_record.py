@@ -12,7 +12,9 @@ import numpy as np
 
 from leankv_mlx.cache.compressed import CompressedKVCache
 from leankv_mlx.cache.container import DamagedError
-from leankv_mlx.cache.state import BodyState, CacheState, LayerState, TierState
+from leankv_mlx.cache.state import BodyState, CacheState, ChannelsState, LayerState, TierState
+from leankv_mlx.cache.tier import Share
+from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.equalize import LARGEST
 from leankv_mlx.codec.format import TILE, Format, padded
 from leankv_mlx.config import BackendName, CompressionConfig
@@ -42,11 +44,13 @@ def written(cache: CompressedKVCache, name: str, tensors: Tensors) -> dict[str, 
         "kv": cache.config.portable.spec(),
         "keep_fetched": state.keep_fetched,
     }
-    if (layer := state.layer) is None:
-        return record
-    record |= {field: getattr(layer, field) for field in _NUMBERS}
-    arrays: dict[str, mx.array | None] = {"k": layer.exact.k, "v": layer.exact.v}
-    if (body := layer.body) is not None:
+    arrays: dict[str, mx.array | None] = {}
+    if state.channels is not None:
+        arrays = {"order": state.channels.order, "groups": state.channels.groups}
+    if (layer := state.layer) is not None:
+        record |= {field: getattr(layer, field) for field in _NUMBERS}
+        arrays |= {"k": layer.exact.k, "v": layer.exact.v}
+    if layer is not None and (body := layer.body) is not None:
         arrays |= {"mu_k": body.centers.k, "mu_v": body.centers.v, "key_scales": body.key_scales}
         for i, tier in enumerate(body.tiers):
             arrays |= {f"{i}.{field}": array for field, array in _in_order(tier).items()}
@@ -76,7 +80,7 @@ def read(
 
     Raises:
         DamagedError: they do not make a layer.
-        ConfigError: its settings are not understood.
+        ConfigError: its settings are not understood, or name a mask that the file does not hold.
     """
     kv, keep_fetched = record.get("kv"), record.get("keep_fetched")
     if not isinstance(kv, str) or len(kv) > _MAX_SPEC or not isinstance(keep_fetched, bool):
@@ -84,14 +88,27 @@ def read(
     config = CompressionConfig.parse(kv, stored=True)
     if not equalized and "equalize=on" not in kv:
         config = replace(config, equalize=False)
-    layer = None
+    layer, channels = None, _channels(name, tensors)
     if len(record) > 2:
         if len(record) != 2 + len(_NUMBERS):
             raise DamagedError(LAYERS)
         numbers = [_number(record, field) for field in _NUMBERS]
-        layer = _Content(config, numbers, name, tensors).layer()
+        layer = _Content(config, numbers, name, tensors, channels).layer()
     kv = replace(config, backend=backend).spec()
-    return CompressedKVCache.from_state(CacheState(kv, keep_fetched, layer))
+    state = ChannelsState.of(channels) if channels else None
+    return CompressedKVCache.from_state(CacheState(kv, keep_fetched, layer, state))
+
+
+def _channels(name: str, tensors: Tensors) -> Channels | None:
+    """Which key channels its codes keep, if that is not all."""
+    if f"{name}.order" not in tensors:
+        return None
+    order, groups = tensors.pop(f"{name}.order"), tensors.pop(f"{name}.groups", mx.array(0))
+    if order.ndim != 2 or not order.size:
+        raise DamagedError("it has a tensor of the wrong shape or dtype")
+    _expect(order, order.shape, (mx.int32,))
+    _expect(groups, order.shape[:1], (mx.int32,))
+    return ChannelsState(order, groups).read()
 
 
 def check_finite(array: mx.array) -> None:
@@ -108,17 +125,26 @@ class _Content:
     """The arrays of a layer, checked against its numbers."""
 
     def __init__(
-        self, config: CompressionConfig, numbers: Sequence[int], name: str, tensors: Tensors
+        self,
+        config: CompressionConfig,
+        numbers: Sequence[int],
+        name: str,
+        tensors: Tensors,
+        channels: Channels | None,
     ) -> None:
         self._config = config
         self._offset, self._heads, self._k_dim, self._v_dim = numbers
         self._name = name
         self._tensors = tensors
+        self._channels = channels
         self._exact = 0
 
     def layer(self) -> LayerState:
         """All of it."""
         heads, k_pad, v_pad = self._heads, padded(self._k_dim), padded(self._v_dim)
+        kept = self._channels
+        if kept and (kept.heads, kept.head_dim) != (heads, self._k_dim):
+            raise DamagedError("its mask of channels is that of another shape")
         k, v = self._take("k"), self._take("v")
         exact = self._exact = k.shape[1] if k.ndim == 3 else 0
         _expect(k, (heads, exact, k_pad), _FLOATS)
@@ -133,12 +159,14 @@ class _Content:
         _expect(mu_k, (heads, k_pad), (mx.float32,))
         _expect(mu_v, (heads, v_pad), (mx.float32,))
         formats = [Format.of(*bits, self._k_dim, self._v_dim) for bits in self._config.tiers]
-        ragged = self._has("0.positions")
-        tiers = [self._tier(i, format, ragged) for i, format in enumerate(formats)]
-        if ragged:
+        shares = Share.all_of(formats, kept)
+        placed = [(format, share) for share in shares for format in share.formats]
+        lost = self._has("0.positions")
+        tiers = [self._tier(i, *of, lost) for i, of in enumerate(placed)]
+        if lost:
             self._check_positions(tiers)
         else:
-            self._check_in_order([tier.lengths for tier in tiers])
+            self._check_in_order(shares, tiers)
         scales = self._key_scales() if self._config.equalize else None
         body = BodyState(Centers(mu_k, mu_v), tiers, scales)
         return self._state(Rows(k, v), body)
@@ -154,12 +182,14 @@ class _Content:
             raise DamagedError("its channels are scaled beyond what is ever written")
         return scales
 
-    def _tier(self, index: int, format: Format, ragged: bool) -> TierState:
+    def _tier(self, index: int, format: Format, share: Share, lost: bool) -> TierState:
         heads = self._heads
         lengths, blocks = self._take(f"{index}.lengths"), self._take(f"{index}.blocks")
         _expect(lengths, (heads,), (mx.int32,))
         slots = np.array(lengths).astype(np.int64)
-        if slots.min() < 0 or slots.max() > self._offset:
+        others = np.ones(heads, bool)
+        others[share.rows] = False
+        if slots.min() < 0 or slots.max() > self._offset or slots[others].any():
             raise DamagedError(_COUNTS)
         owned = -(-slots // TILE)
         _expect(blocks, (int(owned.sum()), format.words), (mx.uint32,))
@@ -174,18 +204,25 @@ class _Content:
         ids = np.zeros((heads, width), np.int32)
         ids[here] = np.arange(int(owned.sum()))
         positions = marks = None
-        if ragged:
+        if lost:
             positions, marks = self._take(f"{index}.positions"), self._take(f"{index}.marks")
             _expect(positions, (int(slots.sum()),), _POSITIONS)
             _expect(marks, (int(slots.sum()),), (mx.uint8,))
         return TierState(blocks, mx.array(ids), lengths, positions, marks)
 
-    def _check_in_order(self, lengths: list[mx.array]) -> None:
-        """Every head has every token between the sink tokens and the window, in full blocks."""
+    def _check_in_order(self, shares: list[Share], tiers: list[TierState]) -> None:
+        """Every head that holds any has every token between the sink tokens and the window, in full
+        blocks of its high tier."""
         blocks, rest = divmod(self._offset - self._exact, TILE)
-        first, *others = (np.array(x) for x in lengths)
-        if blocks < 1 or rest or (first != blocks * TILE).any() or any(x.any() for x in others):
+        if not shares and self._offset > self._exact:
+            return  # nothing is stored, so it may have been cut anywhere
+        if blocks < 1 or rest:
             raise DamagedError(_COUNTS)
+        left = iter(tiers)
+        for share in shares:
+            first, *others = (np.array(next(left).lengths)[share.rows] for _ in share.formats)
+            if (first != blocks * TILE).any() or any(x.any() for x in others):
+                raise DamagedError(_COUNTS)
 
     def _check_positions(self, tiers: list[TierState]) -> None:
         """A head has a token once at most, between the sink tokens and the window."""

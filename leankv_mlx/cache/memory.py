@@ -1,13 +1,15 @@
 """Bytes of a cache, counted from its buffers."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from leankv_mlx.blocks import BlockPool, BlockTable
 from leankv_mlx.blocks.pool import grown
+from leankv_mlx.cache.tier import Share
+from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.format import TILE, Format
 from leankv_mlx.config import CompressionConfig
 
@@ -66,6 +68,7 @@ def planned(
     v_dim: int,
     element_bytes: int = 2,
     chunk: int = 2048,
+    channels: Channels | None = None,
 ) -> CacheMemory:
     """What `CompressedKVCache.memory` will count for one layer, without a buffer.
 
@@ -75,29 +78,37 @@ def planned(
     Args:
         heads: KV heads.
         element_bytes: bytes of an element of the uncompressed rows.
+        channels: which key channels codes keep; None for all.
     """
     if tokens == 0:
         return CacheMemory()
     format = Format.of(config.k_bits, config.v_bits, k_dim, v_dim)
-    columns = capacity = 0
-    for end in (*range(chunk, tokens, chunk), tokens):
-        columns = max(columns, _body_columns(config, end))
-        if columns * heads > capacity:
-            capacity = grown(capacity, columns * heads)
-    blocks = columns * heads
+    ends = [*range(chunk, tokens, chunk), tokens]
+    columns = [_body_columns(config, end) for end in ends]
     row = heads * (format.k_dim + format.v_dim)
-    exact = (tokens - columns * TILE) * row * element_bytes
-    centers = 4 * row if columns else 0
-    if columns and config.equalize:
+    exact = (tokens - columns[-1] * TILE) * row * element_bytes
+    centers = 4 * row if columns[-1] else 0
+    if columns[-1] and config.equalize:
         centers += 4 * heads * k_dim
-    tables = 4 * heads * (columns + 1) if columns else 0
+    found = CacheMemory(exact=exact, centers=centers, allocated=exact + centers)
+    if columns[-1]:
+        for share in Share.all_of([format], channels):
+            found += _planned(share.formats[0].words, share.heads(heads), heads, columns)
+    return found
+
+
+def _planned(words: int, heads: int, of: int, columns: Sequence[int]) -> CacheMemory:
+    """Blocks of so many heads of a layer, each of `words`, that come `columns` at a time."""
+    capacity = 0
+    for width in columns:
+        if width * heads > capacity:
+            capacity = grown(capacity, width * heads)
+    blocks, tables = columns[-1] * heads, 4 * of * (columns[-1] + 1)
     return CacheMemory(
-        codes=blocks * (4 * format.words - 4 * TILE),
+        codes=blocks * (4 * words - 4 * TILE),
         scales=blocks * TILE * 4,
         tables=tables,
-        exact=exact,
-        centers=centers,
-        allocated=capacity * 4 * format.words + tables + exact + centers,
+        allocated=capacity * 4 * words + tables,
     )
 
 

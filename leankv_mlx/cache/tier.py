@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from leankv_mlx.blocks import Among, BlockPool, BlockTable
+from leankv_mlx.blocks import Among, BlockTable
 from leankv_mlx.cache.moves import Mask
 from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.format import TILE, Format
@@ -51,6 +51,15 @@ class Share:
             for kept, heads in channels.holders()
         ]
 
+    @property
+    def rows(self) -> NDArray[np.intp] | slice:
+        """Which of the layer's KV heads they are, as an index."""
+        return slice(None) if self.among is None else self.among.heads
+
+    def heads(self, of: int) -> int:
+        """How many of the layer's KV heads they are."""
+        return of if self.among is None else len(self.among.heads)
+
 
 def _keeping(format: Format, kept: int) -> Format:
     """The same with only the first `kept` groups of the keys."""
@@ -73,12 +82,6 @@ class BodyTier:
     format: Format
     table: BlockTable
     side: tuple[NDArray[Any], Marks] | None = None
-
-    @classmethod
-    def empty(cls, format: Format, heads: int, among: Among | None) -> BodyTier:
-        """One of a layer of so many KV heads, of which it is among some."""
-        own = heads if among is None else len(among.heads)
-        return cls(format, BlockTable(BlockPool(format.words), own, among))
 
     @property
     def slots(self) -> int:

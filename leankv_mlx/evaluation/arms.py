@@ -91,7 +91,8 @@ class Size:
             tables, centers, exact tokens, and layers that are left alone.
         body_bits: bits per element of the codes and their scales alone; 0 where there are none.
         ratio: how many times smaller than the uncompressed cache at two bytes an element.
-        whole: every head still has every token, none of them in a lower tier.
+        whole: every head still has every token, none of them in a lower tier; but for those that a
+            mask lets keep nothing.
     """
 
     bits_per_element: float
@@ -117,9 +118,9 @@ class Size:
             body_elements += slots * (layer.shape.k_dim + layer.shape.v_dim)
             if layer.body:
                 between = layer.offset - layer.sinks - layer.recent
-                whole &= layer.body.tables[0].lengths.sum() == between * layer.shape.heads
+                whole &= layer.body.holds(between)
         body_bits = 8 * body_bytes / max(1, body_elements)
-        return cls(8 * used / elements, body_bits, 2 * elements / used, bool(whole))
+        return cls(8 * used / elements, body_bits, 2 * elements / used, whole)
 
 
 def settle(model: nn.Module, caches: list[Any], tokens: Sequence[int]) -> None:

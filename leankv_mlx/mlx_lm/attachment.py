@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx import nn
 
 from leankv_mlx.cache import CompressedKVCache, Sequence
+from leankv_mlx.codec.channels import Channels
 from leankv_mlx.config import UNCOMPRESSED, CompressionConfig
 from leankv_mlx.errors import ModelError, UnsupportedError
 from leankv_mlx.kernels import resolve_backend
@@ -179,6 +180,12 @@ class Attachment:
             self.config.for_layer(next(numbers), layers) if self._reason(entry) is None else None
             for entry in self._entries
         ]
+
+    @property
+    def channels(self) -> list[Channels | None]:
+        """Of each entry of the model's cache list the key channels that codes keep; None for
+        all."""
+        return [None] * len(self._entries)
 
     def _reason(self, entry: Any) -> str | None:
         """Why a cache of the model is left alone; None if it is replaced."""

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from leankv_mlx.cache import entries
 from leankv_mlx.cache.memory import CacheMemory, planned
+from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.format import TILE
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.mlx_lm.attachment import Attachment, own_caches
@@ -20,7 +21,7 @@ from leankv_mlx.mlx_lm.precision import weights_dtype
 from leankv_mlx.projections import Relaid
 
 _SIDE_BYTES = 5
-"""Position and score of a slot, where a policy drops tokens: 3 bytes up to 65,536 tokens."""
+"""Position and score of a slot, where heads may lose tokens: 3 bytes up to 65,536 tokens."""
 _SPARE = 0.75
 """Share of the machine's memory that model and cache may take, if no budget is given."""
 
@@ -28,8 +29,9 @@ _SPARE = 0.75
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """One cache with keys and values of `bound` tokens at most (0: of all); `config` is that of its
-    compression (None: it has none), `exact_bytes` an element of its exact rows then,
-    `element_bytes` one of the model's own cache."""
+    compression (None: it has none), `channels` those of the keys that its codes keep (None: all),
+    `exact_bytes` an element of its exact rows then, `element_bytes` one of the model's own
+    cache."""
 
     heads: int
     k_dim: int
@@ -38,11 +40,22 @@ class _Layer:
     exact_bytes: int
     bound: int
     config: CompressionConfig | None
+    channels: Channels | None
 
     def memory(self, tokens: int) -> CacheMemory:
         """Of a layer that is compressed."""
         assert self.config is not None
-        return planned(self.config, tokens, self.heads, self.k_dim, self.v_dim, self.exact_bytes)
+        return planned(
+            self.config, tokens, self.heads, self.k_dim, self.v_dim, self.exact_bytes,
+            channels=self.channels,
+        )  # fmt: skip
+
+    def side(self, tokens: int) -> int:
+        """Bytes beside the codes, where a policy drops tokens, or heads are stored apart and a trim
+        may have cut them."""
+        assert self.config is not None
+        holding = sum(map(bool, self.channels.groups)) if self.channels else self.heads
+        return _SIDE_BYTES * holding * tokens if self.config.policy.drops or self.channels else 0
 
     def used(self, tokens: int) -> int:
         return self.memory(tokens).used if self.config else self.uncompressed(tokens)
@@ -73,11 +86,13 @@ class Footprint:
         caches = own_caches(model)
         model(mx.array([[1]]), cache=caches)
         exact = weights_dtype(model)
-        configs = attachment.layer_configs if attachment else [None] * len(caches)
+        none = [None] * len(caches)
+        configs = attachment.layer_configs if attachment else none
+        channels = attachment.channels if attachment else none
         layers = [
             layer
-            for cache, config in zip(caches, configs, strict=True)
-            for layer in _layers(cache, config, exact)
+            for cache, config, kept in zip(caches, configs, channels, strict=True)
+            for layer in _layers(cache, config, kept, exact)
         ]
         return cls(tuple(layers))
 
@@ -93,7 +108,7 @@ class Footprint:
             total += layer.used(tokens)
             if layer.config is not None:
                 total += min(tokens, TILE) * layer.memory(1).exact
-                total += _SIDE_BYTES * layer.heads * tokens if layer.config.policy.drops else 0
+                total += layer.side(tokens)
         return total
 
     def shared(self, tokens: int) -> int:
@@ -117,7 +132,7 @@ class Footprint:
 
 
 def _layers(
-    cache: Any, config: CompressionConfig | None, exact: mx.Dtype | None
+    cache: Any, config: CompressionConfig | None, channels: Channels | None, exact: mx.Dtype | None
 ) -> Iterator[_Layer]:
     for entry in entries([cache]):
         keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
@@ -131,6 +146,7 @@ def _layers(
                 (exact or keys.dtype).size,
                 bound,
                 config,
+                channels,
             )
 
 

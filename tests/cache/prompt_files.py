@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models import cache as stock
 
 from leankv_mlx.cache import CompressedKVCache
 from leankv_mlx.cache.container import PROMPT_CACHE
+from leankv_mlx.codec.channels import Channels
 
 HEADS, DIM = 2, 32
 
@@ -51,7 +53,16 @@ def one_of_each() -> list[Any]:
         arrays,
         stock.CacheList(filled(stock.KVCache(), 3), stock.KVCache()),
         ragged(filled(CompressedKVCache("leankv:policy=threshold,window=32"), 300)),
+        filled(masked("leankv:k4v3,window=32,mask=some"), 140),
+        ragged(filled(masked("leankv:policy=threshold,window=32,mask=some"), 300)),
+        masked("leankv:mask=some"),
     ]
+
+
+def masked(kv: str, groups: tuple[int, ...] = (1, 0)) -> CompressedKVCache:
+    """A cache whose first head keeps its channels, in another order, and whose second none."""
+    order = np.stack([np.random.default_rng(i).permutation(DIM) for i in range(HEADS)])
+    return CompressedKVCache(kv, channels=Channels.of(order, np.array(groups)))
 
 
 def ragged(cache: CompressedKVCache) -> CompressedKVCache:

@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 
 from leankv_mlx.blocks import BlockPool
 from leankv_mlx.cache import BatchedKVCache, CompressedKVCache, Sequence, Sequences, owner_of
+from leankv_mlx.codec.channels import Channels
 from leankv_mlx.config import CompressionConfig
 from tests.blocks.owners import check_owners
 
 LAYERS, H, G, DIM, CHUNK = 2, 2, 2, 32, 48
 LEAN = "leankv:policy=threshold,low=k3v2,window=32,alpha_high=2,alpha_low=1"
+KEPT = Channels((tuple(range(DIM)), tuple(reversed(range(DIM)))), (0, 1))
 Caches = list[Any]
 
 
@@ -72,8 +74,10 @@ class Kept:
 def fresh(kv: str) -> Caches:
     """Caches of one new sequence."""
     config = CompressionConfig.parse(kv)
-    sequence = Sequence(config.policy, config.scorer)
-    return [CompressedKVCache(config, sequence=sequence) for _ in range(LAYERS)]
+    sequence, channels = Sequence(config.policy, config.scorer), KEPT if config.mask else None
+    return [
+        CompressedKVCache(config, sequence=sequence, channels=channels) for _ in range(LAYERS)
+    ]
 
 
 def attended(cache: Any, arrays: Iterable[NDArray[np.float32]]) -> mx.array:
@@ -328,7 +332,7 @@ class Walk:
         self.kept = [other for other in self.kept if other is not kept]
 
 
-KINDS = ["leankv:window=32", LEAN]
+KINDS = ["leankv:window=32", LEAN, "leankv:window=32,mask=some", f"{LEAN},mask=some"]
 
 
 @pytest.mark.parametrize("kv", KINDS)

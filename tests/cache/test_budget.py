@@ -26,6 +26,7 @@ from tests.models import TINY
 NBYTES = 300_000
 KV = f"leankv:policy=budget,ratio=1.01,budget={NBYTES},window=32"
 EXTRA = ["", ",scope=model", ",low=k3v2", ",scores=repeat", ",at=chunk", ",sink_tokens=0"]
+EXTRA += [",mask=some", ",mask=some,low=k3v2,scope=model"]
 SIZES = st.sampled_from([1, 2, 3, 5, 8, 9, 12, 16, 17, 31, 33, 40, 63, 64, 65, 130, 400])
 
 

@@ -23,7 +23,16 @@ from leankv_mlx.cache import CompressedKVCache, container
 from leankv_mlx.errors import CacheFileError, UnsupportedError
 from leankv_mlx.mlx_lm import attach, load, load_prompt_cache, make_caches, save_prompt_cache
 from tests.cache.harness import feed, tokens
-from tests.cache.prompt_files import content, filled, one_of_each, ragged, rows, signed, taken_apart
+from tests.cache.prompt_files import (
+    content,
+    filled,
+    masked,
+    one_of_each,
+    ragged,
+    rows,
+    signed,
+    taken_apart,
+)
 from tests.models import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +115,9 @@ def test_every_class_and_the_metadata_come_back(tmp_path: Path) -> None:
         "leankv:k4v4",
         "leankv:k2v2",
         "leankv:k4v4,window=32,policy=threshold",
+        "leankv:k4v3,window=32,mask=some",
+        "leankv:k4v4,window=32,mask=some,policy=threshold",
+        "leankv:k4v4,mask=some",
     ]
 
 
@@ -184,7 +196,7 @@ SLOW_SAVE = """
 import sys, time
 from leankv_mlx.cache import container
 from leankv_mlx.mlx_lm import save_prompt_cache
-from tests.cache.prompt_files import one_of_each
+from tests.cache.prompt_files import masked, one_of_each
 
 data, written = container._data, []
 
@@ -358,7 +370,7 @@ def test_fuzz_slots_of_ragged_heads(fuzz: Fuzz) -> None:
             continue
         fuzz.path.write_bytes(signed(copy.deepcopy(fuzz.header), data))
         try:
-            cache = load_prompt_cache(fuzz.path).caches[-1]
+            cache = load_prompt_cache(fuzz.path).caches[11]
         except CacheFileError:
             fuzz.cases += 1
             continue
@@ -372,6 +384,22 @@ def test_fuzz_slots_of_ragged_heads(fuzz: Fuzz) -> None:
         cache.trim(60)
         mx.eval(filled(cache, 1).state)
     assert fuzz.cases > 150 and accepted
+
+
+@pytest.mark.parametrize("name", ["12.order", "12.groups", "13.order", "14.groups"])
+def test_fuzz_masks(fuzz: Fuzz, name: str) -> None:
+    """Channels that are named twice or not at all, and groups that are not those of the tiers."""
+    values = [-(1 << 31), -1, 0, 1, 2, 31, 32, (1 << 31) - 1]
+    shape = fuzz.header[name]["shape"]
+    for place in np.ndindex(*shape[:1], *[4] * (len(shape) - 1)):
+        for value in values:
+            changed = changed_values(fuzz, name, lambda x, p=place, v=value: x.__setitem__(p, v))
+            if name != "14.groups" or value not in (0, 1):  # what an empty layer keeps is its own
+                fuzz.refused(changed, (name, place, value))
+    for key in ("shape", "dtype"):
+        for junk in ([], [1], [*shape, 1], [0, *shape[1:]], "F32", "I64", "U8"):
+            fuzz.signed(lambda h, k=key, j=junk: h[name].update({k: j}))
+    assert fuzz.cases > 20
 
 
 def test_fuzz_foreign_tensors_and_classes(fuzz: Fuzz) -> None:
@@ -451,7 +479,9 @@ def test_what_is_no_prompt_cache(tmp_path: Path) -> None:
 
 def changed_values(fuzz: Fuzz, name: str, change: Callable[[np.ndarray], Any]) -> bytes:
     """A file in which one tensor has other values, and the digest fits."""
-    kinds: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "U32": np.uint32}
+    kinds: dict[str, Any] = {
+        "F32": np.float32, "F16": np.float16, "U32": np.uint32, "I32": np.int32
+    }  # fmt: skip
     begin, end = fuzz.header[name]["data_offsets"]
     values = np.frombuffer(fuzz.data[begin:end], kinds[fuzz.header[name]["dtype"]]).copy()
     change(values.reshape(fuzz.header[name]["shape"]))
@@ -585,7 +615,7 @@ def test_fuzz_structured_with_a_right_digest(fuzz: Fuzz) -> None:
             continue
         accepted += 1
         layer = int(name.split(".")[0])
-        if isinstance(caches[layer], CompressedKVCache):
+        if isinstance(caches[layer], CompressedKVCache) and not caches[layer].empty():
             view = caches[layer].view()
             present = True if view.present() is None else view.present()[..., None]
             for rows in caches[layer].layer.rows():
@@ -597,7 +627,7 @@ def test_fuzz_structured_with_a_right_digest(fuzz: Fuzz) -> None:
 # What was written is read, however little it is.
 
 
-@pytest.mark.parametrize("at", range(12))
+@pytest.mark.parametrize("at", range(15))
 def test_a_cache_that_was_trimmed_to_nothing_comes_back(at: int, tmp_path: Path) -> None:
     """Refused by its own reader: a layer that has a shape and no tokens."""
     cache = one_of_each()[at]
@@ -613,8 +643,24 @@ def test_a_cache_that_was_trimmed_to_nothing_comes_back(at: int, tmp_path: Path)
 
 
 def test_a_ragged_layer_whose_body_was_trimmed_away_comes_back(tmp_path: Path) -> None:
-    cache = one_of_each()[-1]
+    cache = one_of_each()[11]
     assert cache.layer.body.ragged
     cache.trim(cache.offset - 5)  # the sink tokens, and one that no head has kept
     (again,) = reloaded([cache], tmp_path)
     assert content(again) == content(cache)
+
+
+@pytest.mark.parametrize("groups", [(1, 0), (0, 0), (1, 1)])
+@pytest.mark.parametrize("left", [139, 100, 77, 37, 36, 5, 4])
+def test_a_masked_layer_is_cut_anywhere_and_comes_back(
+    groups: tuple[int, ...], left: int, tmp_path: Path
+) -> None:
+    """Below its window its codes stay, with positions from then on; the window is empty."""
+    cache = filled(masked("leankv:k8v8,window=32,mask=some", groups), 140)
+    assert cache.is_trimmable()
+    cache.trim(140 - left)
+    assert cache.is_trimmable() and cache.offset == left
+    (again,) = reloaded([cache], tmp_path)
+    assert content(again) == content(cache) and again.is_trimmable()
+    ours, theirs = (filled(x, 150, seed=4) for x in (cache, again))
+    assert content(theirs) == content(ours) and ours.offset == left + 150

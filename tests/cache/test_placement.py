@@ -13,6 +13,7 @@ import pytest
 from leankv_mlx import attach
 from leankv_mlx.cache import CompressedKVCache, Sequence, Sequences, owner_of, placement
 from leankv_mlx.cache.layer import Layer
+from leankv_mlx.codec.channels import Channels
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError, UnsupportedError
 from leankv_mlx.mlx_lm.attachment import make_caches
@@ -22,6 +23,8 @@ from leankv_mlx.scorers.pooling import pooled
 from tests.models import TINY
 
 H, G, DIM = 2, 2, 64
+KEPT = (1, 2), (1, 0)  # groups of channels of each head, layer by layer
+ORDER = tuple(range(DIM)), tuple(reversed(range(DIM)))
 BUDGET = "leankv:policy=budget,ratio=8,window=32"
 
 
@@ -31,7 +34,11 @@ class Stack:
     def __init__(self, kv: str, layers: int = 2) -> None:
         config = CompressionConfig.parse(kv)
         sequence = Sequence(config.policy, config.scorer)
-        self.caches = [CompressedKVCache(config, sequence=sequence) for _ in range(layers)]
+        masks = [Channels(ORDER, groups) if config.mask else None for groups in KEPT]
+        self.caches = [
+            CompressedKVCache(config, sequence=sequence, channels=masks[i % 2])
+            for i in range(layers)
+        ]
         self.rng = np.random.default_rng(0)
 
     def feed(self, n: int, attend: bool = True) -> None:
@@ -113,9 +120,10 @@ def test_a_trim_of_ragged_heads_takes_what_stands_behind_it() -> None:
         assert [sorted(head[head >= 0]) for head in after] == kept
 
 
-def test_bytes_fall_as_the_policy_says() -> None:
-    for ratio in (6, 12):
-        stack = Stack(f"leankv:policy=budget,ratio={ratio},window=32", layers=3)
+@pytest.mark.parametrize(("mask", "ratios"), [("", (6, 12)), (",mask=some", (12, 24))])
+def test_bytes_fall_as_the_policy_says(mask: str, ratios: tuple[int, ...]) -> None:
+    for ratio in ratios:
+        stack = Stack(f"leankv:policy=budget,ratio={ratio},window=32{mask}", layers=3)
         stack.feed(8000)
         Sequences.of(stack.caches).end_prompt()
         fp16 = sum(cache.fp16_nbytes for cache in stack.caches)

@@ -19,6 +19,7 @@ from leankv_mlx.cache import CompressedKVCache, Fetch
 from leankv_mlx.cache.fetch import Calls
 from leankv_mlx.cache.layer import Layer
 from leankv_mlx.cache.persistence import load, save
+from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.format import Format
 from leankv_mlx.kernels import Centers, Rows, Tier
 from leankv_mlx.kernels.dequantize import dequantize_ops
@@ -67,8 +68,9 @@ def stored(layer: Layer) -> list[dict[int, HEAD_ROWS]]:
     for tier in layer.body.stored():
         name = HIGH if tier.body.format == Format.of(8, 4, DIM, DIM) else LOW
         k, v = (np.array(x) for x in dequantize_ops(tier.body, layer.body.centers, mx.float32))
-        for h in range(H):
-            for slot, position in enumerate(tier.positions[h]):
+        own = range(H) if tier.body.heads is None else tier.body.heads
+        for h, positions in zip(own, tier.positions, strict=True):
+            for slot, position in enumerate(positions):
                 if position >= 0:
                     assert position not in heads[h], "a position twice"
                     heads[h][int(position)] = k[h, slot], v[h, slot], name
@@ -91,7 +93,7 @@ def agreed(
 def attention(layer: Layer, queries: mx.array) -> NDArray[Any]:
     """Softmax attention in NumPy over what each head holds."""
     exact_k, exact_v = (np.array(x) for x in layer.exact)
-    q = np.array(layer.space.rotations[0].apply(queries))[0]
+    q = np.array(layer.space.rotated(queries))[0]
     outs = []
     for head in range(H * G):
         kept = stored(layer)[head // G].values()
@@ -116,11 +118,19 @@ class RaggedLayers(RuleBasedStateMachine):
     """Two or more sequences that share blocks."""
 
     layers = Bundle("layers")
+    kv = KV
+    channels: Channels | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self.models: list[Model] = []
         self.seed = 0
+
+    @property
+    def holding(self) -> list[int]:
+        """The heads that hold stored tokens."""
+        kept = self.channels
+        return [h for h in range(H) if kept is None or kept.groups[h]]
 
     def rows(self, n: int) -> tuple[mx.array, mx.array]:
         self.seed += 1
@@ -130,7 +140,7 @@ class RaggedLayers(RuleBasedStateMachine):
 
     @initialize(target=layers, n=st.integers(1, 300))
     def begin(self, n: int) -> int:
-        cache = CompressedKVCache(KV)
+        cache = CompressedKVCache(self.kv, channels=self.channels)
         k, v = self.rows(1)
         cache.update_and_fetch(k, v)
         self.models.append(Model(cache))
@@ -147,7 +157,7 @@ class RaggedLayers(RuleBasedStateMachine):
         moved = [np.array(x[:, start:stop]) for x in layer.exact]
         at = layer.exact_positions[start:stop]
         layer.compress()
-        for h in range(H if len(at) else 0):
+        for h in self.holding if len(at) else ():
             rows = round_trip(layer, h, moved[0][h], moved[1][h], (8, 4))
             model.heads[h] |= agreed(stored(layer)[h], at, rows, HIGH)
 
@@ -235,6 +245,17 @@ class RaggedLayers(RuleBasedStateMachine):
 
 RaggedLayers.TestCase.settings = settings(max_examples=20, stateful_step_count=12, deadline=None)
 test_ragged_layers = RaggedLayers.TestCase
+
+
+class MaskedLayers(RaggedLayers):
+    """The same where a head may hold no stored token, and the other ones have another order."""
+
+    kv = f"{KV},mask=some"
+    channels = Channels((tuple(range(DIM)), tuple(reversed(range(DIM)))), (0, 1))
+
+
+MaskedLayers.TestCase.settings = RaggedLayers.TestCase.settings
+test_masked_layers = MaskedLayers.TestCase
 
 
 def test_a_prefill_over_ragged_heads_is_causal() -> None:
