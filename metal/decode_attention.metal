@@ -63,12 +63,12 @@ template <int KF, int KC, int S, int R, int T>
 DEVFN void lkv_block_scores(const DEV uint* const THR* blocks, uint lane,
                             TG_PTR(const float) queries, const THR lkv_levels& levels,
                             THR float (&scores)[T][R]) {
-  constexpr int same = lkv_uniform(KF, KC);
+  constexpr int kept = lkv_kept(KF, KC), same = lkv_uniform(KF, kept);
   UNROLL for (int t = 0; t < T; t++) {
     UNROLL for (int r = 0; r < R; r++) scores[t][r] = 0.0f;
   }
   int row = 0;
-  UNROLL1 for (int c = 0; c < KC; c++) {
+  UNROLL1 for (int c = 0; c < kept; c++) {
     TG_PTR(const float) q = queries + c * 32 * R;
     const int bits = same ? same : lkv_group_bits(KF, c);
     switch (bits) {

@@ -45,6 +45,13 @@ CONSTFN int lkv_uniform(int side, int groups) {
   return lkv_group_bits(side, 0);
 }
 
+// Up to the last channel group that is stored: a mask of channels leaves out those behind.
+CONSTFN int lkv_kept(int side, int groups) {
+  int kept = groups;
+  while (kept > 0 && lkv_group_bits(side, kept - 1) == 0) kept--;
+  return kept;
+}
+
 CONSTFN int lkv_field(int bits) { return bits == 3 ? 2 : bits; }
 CONSTFN int lkv_per_word(int bits) { return bits ? 32 / lkv_field(bits) : 32; }
 CONSTFN int lkv_high_bit(int i) { return 8 * ((i & 15) >> 2) + 4 * (i >> 4) + (i & 3); }

@@ -2,6 +2,7 @@
 // a test program can run them under sanitizers.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "kernels/args.h"
@@ -41,12 +42,17 @@ void run_encode(const EncodeArgs& args, int heads);
 
 void run_repack(const RepackArgs& args, int heads);
 
-// Everything of a sequence, in order: the first `sinks` exact rows, each body with all the slots of
-// its longest head, the other exact rows.
+// Where the slots of a body stand among those of all, for a head not before the end of the body
+// before; and the heads that it is of, empty for all.
+using Place = std::pair<int, std::vector<int>>;
+
+// Everything of a sequence, in order: the first `sinks` exact rows, `slots` of the bodies, the
+// other exact rows. Slots of a head that no body has become 0.
 struct DecodeJob {
   DecodeArgs args;
   const Body* bodies = nullptr;
-  int n_bodies = 0, heads = 0;
+  const Place* places = nullptr;  // of the bodies
+  int n_bodies = 0, heads = 0, slots = 0;
   Vectors exact_k, exact_v;
   int exact = 0, sinks = 0, k_dim = 0, v_dim = 0;
 };

@@ -100,8 +100,8 @@ class Queries {
     const float* scales = job.scales ? job.scales + head * job.ends.k_rotation.head_dim : nullptr;
     float row[kMaxDim];
     for (int64_t r = 0; r < rows_; ++r) {
-      read_query(job.ends, static_cast<int>(head * a.group + r / a.length), r % a.length, dim_,
-                 scales, row);
+      read_query(job.ends, head, static_cast<int>(head * a.group + r / a.length), r % a.length,
+                 dim_, scales, row);
       const int64_t chunk = r / kRowChunk * kRowChunk;
       const int64_t in_chunk = std::min(kRowChunk + chunk, rows_) - chunk;
       const int64_t at = (first + chunk) * dim_ + (r - chunk) * kTile;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "ends.h"
 #include "run.h"
 #include "thread_pool.h"
 
@@ -46,35 +47,44 @@ void run_repack(const RepackArgs& args, int heads) {
 
 void run_decode(const DecodeJob& job) {
   struct Piece {
-    const Body* body;  // null for exact rows
-    int first, n;      // block, or exact rows
-    int64_t to;        // output row
+    const Body* body;    // null for exact rows, and for no rows
+    int head, first, n;  // block, or exact rows; -1 for none
+    int64_t to;          // output row
   };
   std::vector<Piece> pieces;
-  int64_t to = 0;
-  const auto exact = [&](int first, int last) {
-    for (; first < last; first += kTile) {
-      const int n = std::min(kTile, last - first);
-      pieces.push_back({.body = nullptr, .first = first, .n = n, .to = to});
-      to += n;
+  const auto each = [&](int head, const Body* body, int first, int n, int64_t to) {
+    for (int i = 0; i < n; i += kTile, to += kTile) {
+      const int at = body ? first + i / kTile : first < 0 ? first : first + i;
+      pieces.push_back(
+          {.body = body, .head = head, .first = at, .n = std::min(kTile, n - i), .to = to});
     }
   };
-  exact(0, job.sinks);
-  for (const Body* body = job.bodies; body < job.bodies + job.n_bodies; ++body) {
-    for (int b = 0; b < body->width; ++b, to += kTile) {
-      pieces.push_back({.body = body, .first = b, .n = kTile, .to = to});
+  for (int head = 0; head < job.heads; ++head) {
+    each(head, nullptr, 0, job.sinks, 0);
+    int end = 0;
+    for (int i = 0; i < job.n_bodies; ++i) {
+      const auto& [start, heads] = job.places[i];
+      if (!heads.empty() && std::find(heads.begin(), heads.end(), head) == heads.end()) continue;
+      each(head, nullptr, -1, start - end, job.sinks + end);
+      end = start + job.bodies[i].width * kTile;
+      each(head, &job.bodies[i], 0, end - start, job.sinks + start);
     }
+    each(head, nullptr, -1, job.slots - end, job.sinks + end);
+    each(head, nullptr, job.sinks, job.exact - job.sinks, job.sinks + job.slots);
   }
-  exact(job.sinks, job.exact);
 
-  const int n = static_cast<int>(pieces.size());
-  parallel_for(n * job.heads, [&](int i) {
-    const Piece& piece = pieces[i % n];
-    const int head = i / n;
+  parallel_for(static_cast<int>(pieces.size()), [&](int i) {
+    const Piece& p = pieces[i];
     const DecodeArgs& a = job.args;
-    if (piece.body) return kernels().decode(a, *piece.body, head, piece.first, piece.to);
-    copy_exact(job.exact_k, a.k, a.k_rotation, head, piece.first, piece.n, job.k_dim, piece.to);
-    copy_exact(job.exact_v, a.v, a.v_rotation, head, piece.first, piece.n, job.v_dim, piece.to);
+    if (p.body) return kernels().decode(a, *p.body, p.head, p.first, p.to);
+    if (p.first < 0) {
+      for (const Output* out : {&a.k, &a.v}) {
+        std::memset(out->row(p.head, p.to), 0, size_t(p.n) * out->row_stride * size_of(out->type));
+      }
+      return;
+    }
+    copy_exact(job.exact_k, a.k, a.k_rotation, p.head, p.first, p.n, job.k_dim, p.to);
+    copy_exact(job.exact_v, a.v, a.v_rotation, p.head, p.first, p.n, job.v_dim, p.to);
   });
 }
 
@@ -112,6 +122,7 @@ void run_append(const std::vector<AppendJob>& jobs) {
       std::fill(row + given, row + dim, 0.0f);
       kernels().read(job->rows, head, t - job->n_exact, 1, given, row);
       for (int i = 0; scales && i < given; ++i) row[i] /= scales[i];
+      put_in_order(job->rotation, head, row);
       kernels().rotate(job->rotation, row);
       kernels().write(job->out, head, t, 1, dim, row);
     }

@@ -17,7 +17,7 @@ void begin(const PrefillJob& job, int head, PrefillTile& tile) {
     const int query_head = head * a.group + (tile.first + r) % a.group;
     const bool used = r < tile.rows, logit = used && job.ends.sink_logits;
     if (used) {
-      read_query(job.ends, query_head, (tile.first + r) / a.group, a.k_dim, nullptr, row);
+      read_query(job.ends, head, query_head, (tile.first + r) / a.group, a.k_dim, nullptr, row);
     } else {
       std::fill(row, row + a.k_dim, 0.0f);
     }

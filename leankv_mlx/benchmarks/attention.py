@@ -64,7 +64,7 @@ def _group(
         if caches[0].backend == "cpu":
             native.append(name)
         fill(caches, heads, tokens, mx.bfloat16)
-        arms[name] = _ours(caches, queries.astype(mx.bfloat16))
+        arms[name] = decode_step(caches, queries.astype(mx.bfloat16))
     baselines = _baselines(heads, tokens, queries, settings)
     timings = interleave({**arms, **baselines}, settings.budget)
     timings = timings.divided(dict.fromkeys(arms, LAYERS))
@@ -115,7 +115,8 @@ def products(heads: Heads, tokens: int, config: CompressionConfig) -> int:
     return tokens * heads.query * channels
 
 
-def _ours(caches: Sequence[CompressedKVCache], queries: mx.array) -> Staged:
+def decode_step(caches: Sequence[CompressedKVCache], queries: mx.array) -> Staged:
+    """Attention of all layers, which have these caches in turn; queries [1, Hq, L, head_dim]."""
     views, scale = [cache.view() for cache in caches], queries.shape[-1] ** -0.5
     backend = resolve_backend(caches[0].backend)
 

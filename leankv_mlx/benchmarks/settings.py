@@ -12,7 +12,9 @@ from leankv_mlx.config import BackendName, CompressionConfig
 from leankv_mlx.errors import BackendUnavailableError, UsageError
 from leankv_mlx.evaluation.arms import Arm
 
-PARTS = ("attention", "steps", "prefill", "encode", "skip", "policy", "projections")
+PARTS = (
+    "attention", "steps", "prefill", "encode", "skip", "masks", "policy", "projections",
+)  # fmt: skip
 Row = dict[str, Any]
 """An entry of a part in the JSON document."""
 Advance = Callable[[str], None]
@@ -28,7 +30,7 @@ class Settings:
     Attributes:
         only: parts, see PARTS.
         kv: formats of all parts; empty for the usual ones.
-        attention, steps, prefill, encode, skip, policy: contexts in tokens of each part.
+        attention, steps, prefill, encode, skip, masks, policy: contexts in tokens of each part.
         projections: models whose products are measured.
         heads: attention layers to measure.
         shape: the model of the other parts; prefill takes the first layers of it.
@@ -47,6 +49,7 @@ class Settings:
     prefill: tuple[int, ...] = (8192,)
     encode: tuple[int, ...] = (512, 4096)
     skip: tuple[int, ...] = (4096, 16384)
+    masks: tuple[int, ...] = (4096, 16384)
     policy: tuple[int, ...] = (4096,)
     projections: tuple[str, ...] = ("smollm2-135m", "qwen2.5-0.5b")
     heads: tuple[Heads, ...] = (Heads(32, 8, 128), Heads(4, 1, 128), Heads(4, 1, 256))
@@ -70,6 +73,7 @@ class Settings:
             prefill=tokens,
             encode=tokens,
             skip=tokens,
+            masks=tokens,
             policy=tokens,
         )
 
@@ -82,7 +86,10 @@ class Settings:
         for part in self.only:
             if part not in PARTS:
                 raise UsageError(f"--only {part} is unknown; use one of {', '.join(PARTS)}.")
-        parts = (self.attention, self.steps, self.prefill, self.encode, self.skip, self.policy)
+        parts = (
+            self.attention, self.steps, self.prefill, self.encode, self.skip, self.masks,
+            self.policy,
+        )  # fmt: skip
         if min(map(min, parts)) < 128:
             raise UsageError("--tokens is too small; use at least 128.")
 
@@ -115,6 +122,7 @@ FAST = Settings(
     prefill=(2304,),
     encode=(512,),
     skip=(16384,),
+    masks=(4096,),
     heads=(Heads(32, 8, 128), Heads(4, 1, 128)),
     prefill_dtypes=("bf16",),
     prefill_rounds=1,

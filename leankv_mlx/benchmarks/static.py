@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from leankv_mlx.codec.format import Format
+from leankv_mlx.codec.format import TILE, Format
 from leankv_mlx.errors import UnsupportedError
 from leankv_mlx.kernels.gpu.attention import SPLITS
 from leankv_mlx.kernels.gpu.launch import (
@@ -61,13 +61,15 @@ class Loop:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the report. `scores` and `values` are instructions per decoded code and thread,
-    the multiply-adds for all query heads included; None without cuobjdump."""
+    """A line of the report. `bytes` is what a token of a KV head takes, and what is read of it.
+    `scores` and `values` are instructions per decoded code and thread, the multiply-adds for all
+    query heads included; None without cuobjdump, and where there is no loop of its own."""
 
     format: str
     head_dim: int
     group: int
     strategy: str
+    bytes: int
     resources: Resources
     scores: float | None
     values: float | None
@@ -223,22 +225,27 @@ def attention_row(
         resources = compile_cuda(cuda_source(SPLITS, template, ATTENTION_TYPES), target, arch)
         loops = inner_loops(target)
     scores, values = per_code(loops, format, group, blocks) if loops else (None, None)
-    name = f"k{'.'.join(map(str, format.k_bits))}v{'.'.join(map(str, format.v_bits))}"
-    if len({*format.k_bits}) == len({*format.v_bits}) == 1:
-        name = f"k{format.k_bits[0]}v{format.v_bits[0]}"
-    return Row(name, format.k_dim, group, strategy, resources, scores, values)
+    name = f"k{_text(format.k_bits)}v{_text(format.v_bits)}"
+    return Row(
+        name, format.k_dim, group, strategy, format.words * 4 // TILE, resources, scores, values
+    )
+
+
+def _text(bits: tuple[int, ...]) -> str:
+    return str(bits[0]) if len({*bits}) == 1 else ".".join(map(str, bits))
 
 
 def per_code(
     loops: Sequence[Loop], format: Format, group: int, blocks: int
 ) -> tuple[float | None, float | None]:
-    """Instructions per code of the two loops of a uniform format that do the work.
+    """Instructions per code of the two loops that do the work, of a format that stores its first
+    key groups and all value groups in as many bits each.
 
     The loop over channel groups decodes a key tile of each of `blocks` blocks, 32 codes a thread;
     the loop over words decodes those of all value groups. They are the first two with enough
-    multiply-adds. A format that mixes bits has no such two loops.
+    multiply-adds. A format that mixes bits has no such two loops, and one key group is no loop.
     """
-    if len({*format.k_bits}) != 1 or len({*format.v_bits}) != 1:
+    if len({*format.k_bits} - {0}) != 1 or len({*format.v_bits}) != 1:
         return None, None
     step = {2: 16, 3: 16, 4: 8, 8: 4}[format.v_bits[0]]
     codes = 32 * blocks, step * len(format.v_bits)
@@ -256,13 +263,17 @@ def per_code(
 
 
 def report(arch: str = "sm_90") -> list[Row]:
-    """Four query heads, head_dim 128, the formats and strategies of interest.
+    """Four query heads, head_dim 128, the formats and strategies of interest; then heads of which a
+    mask keeps 3, 2 or 1 of 4 groups of key channels.
 
     Raises:
         UnsupportedError: there is no nvcc.
     """
-    rows = []
-    for k_bits, v_bits in ((4, 4), (4, 3), (3, 3), (2, 2), (8, 8)):
-        format = Format.of(k_bits, v_bits, 128, 128)
-        rows += [attention_row(format, 4, strategy, arch=arch) for strategy in ("shuffle", "cubic")]
-    return rows
+    uniform = ((4, 4), (4, 3), (3, 3), (2, 2), (8, 8))
+    formats = [Format.of(k_bits, v_bits, 128, 128) for k_bits, v_bits in uniform]
+    formats += [Format((4,) * kept + (0,) * (4 - kept), (4,) * 4) for kept in (3, 2, 1)]
+    return [
+        attention_row(format, 4, strategy, arch=arch)
+        for format in formats
+        for strategy in ("shuffle", "cubic")
+    ]

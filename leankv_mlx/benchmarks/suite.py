@@ -9,6 +9,7 @@ from typing import Any
 
 from leankv_mlx.benchmarks.attention import measure_attention
 from leankv_mlx.benchmarks.encode import measure_encode
+from leankv_mlx.benchmarks.masks import measure_masks
 from leankv_mlx.benchmarks.models import Models
 from leankv_mlx.benchmarks.policy import measure_policy
 from leankv_mlx.benchmarks.prefill import measure_prefill
@@ -33,6 +34,7 @@ class Report:
     prefill: list[Row] = field(default_factory=list)
     encode: list[Row] = field(default_factory=list)
     skip: list[Row] = field(default_factory=list)
+    masks: list[Row] = field(default_factory=list)
     policy: list[Row] = field(default_factory=list)
     projections: list[Row] = field(default_factory=list)
 
@@ -66,6 +68,8 @@ def run(settings: Settings, advance: Advance = lambda what: None) -> Report:
         report.prefill = measure_prefill(settings, Models(shorter), advance)
     if "skip" in settings.only:
         report.skip = measure_skip(settings, advance)
+    if "masks" in settings.only:
+        report.masks = measure_masks(settings, advance)
     if "policy" in settings.only:
         shorter = _at_most(shape, settings.prefill_layers)
         report.policy = measure_policy(settings, Models(shorter), advance)

@@ -7,6 +7,7 @@ from itertools import groupby
 
 from leankv_mlx.benchmarks import static, static_project
 from leankv_mlx.benchmarks.fill import DTYPES, STOCK
+from leankv_mlx.benchmarks.masks import WHOLE
 from leankv_mlx.benchmarks.projections import DENSE, MLX
 from leankv_mlx.benchmarks.real import RealReport
 from leankv_mlx.benchmarks.serving import ServingReport
@@ -32,6 +33,9 @@ def tables(report: Report) -> list[Grid]:
     ):
         for shape, of_shape in groupby(rows, lambda row: row["shape"]):
             grids.append(_grid(f"{title}, {shape}", list(of_shape), columns, note))
+    if report.masks:
+        title = "Attention with masks of key channels"
+        grids.append(_plain(title, report.masks, _MASKS, _MASKS_NOTE))
     if report.policy:
         title = f"Policies, {report.policy[0]['shape']}"
         grids.append(_plain(title, report.policy, _POLICY, _POLICY_NOTE))
@@ -54,7 +58,7 @@ def _plain(title: str, rows: Sequence[Row], columns: Sequence[_Column], note: st
 
 def _attention(rows: Sequence[Row]) -> Grid:
     columns: list[_Column] = [
-        ("heads", lambda row: f"{row['query_heads']}x{row['kv_heads']}x{row['head_dim']}"),
+        ("heads", _heads),
         ("tokens", lambda row: f"{row['tokens']}"),
         ("format", lambda row: row["format"]),
         ("ms", lambda row: _ms(row["ms"])),
@@ -74,6 +78,10 @@ def _attention(rows: Sequence[Row]) -> Grid:
             "one thread's time over that of all"
         )
     return _grid("Decode attention", rows, columns, note)
+
+
+def _heads(row: Row) -> str:
+    return f"{row['query_heads']}x{row['kv_heads']}x{row['head_dim']}"
 
 
 def _baseline(name: str) -> Callable[[Row], str]:
@@ -139,6 +147,25 @@ _SKIP: tuple[_Column, ...] = (
 _SKIP_NOTE = (
     "ms: all layers, by decode step; attention: of a text that the model read, repeated beyond its "
     "length, or uniform; output error: relative to attention without skip, mean"
+)
+
+
+_MASKS: tuple[_Column, ...] = (
+    ("heads", _heads),
+    ("tokens", lambda row: f"{row['tokens']}"),
+    ("format", lambda row: row["format"]),
+    ("dropped", lambda row: f"{row['ratio']:.0%}"),
+    ("empty heads", lambda row: f"{row['empty_heads']:.0%}"),
+    ("K bytes", lambda row: f"{row['k_bytes']:.1%}"),
+    ("V bytes", lambda row: f"{row['v_bytes']:.1%}"),
+    ("bytes", lambda row: f"{row['bytes']:.1%}"),
+    ("time", lambda row: f"{1 / row['ratios'][WHOLE]:.1%}"),
+    ("ms", lambda row: _ms(row["ms"])),
+    (WHOLE, lambda row: _ms(row["baseline_ms"][WHOLE])),
+)
+_MASKS_NOTE = (
+    "which groups of 32 key channels are dropped is drawn; empty: of heads of which none is kept; "
+    "bytes of codes, and time of attention, of those with all channels; milliseconds by layer"
 )
 
 
@@ -255,7 +282,7 @@ def serving_tables(report: ServingReport) -> list[Grid]:
 
 def static_table(rows: Sequence[static.Row]) -> Grid:
     """What nvcc makes of the kernels."""
-    header = ("kv", "head_dim", "group", "strategy", "registers", "spilled", "shared",
+    header = ("kv", "head_dim", "group", "strategy", "bytes", "registers", "spilled", "shared",
               "per key code", "per value code")  # fmt: skip
     cells = [
         [
@@ -263,6 +290,7 @@ def static_table(rows: Sequence[static.Row]) -> Grid:
             f"{row.head_dim}",
             f"{row.group}",
             row.strategy,
+            f"{row.bytes}",
             f"{row.resources.registers}",
             f"{row.resources.spilled_bytes} B",
             f"{row.resources.shared_bytes} B",
@@ -270,8 +298,11 @@ def static_table(rows: Sequence[static.Row]) -> Grid:
         ]
         for row in rows
     ]
-    note = "instructions per code and thread, the multiply-adds of all query heads included"
-    if any(row.scores is None for row in rows):
+    note = (
+        "bytes: read of a token of one KV head; instructions per code and thread, the "
+        "multiply-adds of all query heads included, ? where they are no loop of their own"
+    )
+    if all(row.values is None for row in rows):
         note += "; ? needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump "
         note += "nvidia-cuda-nvdisasm"
     return Grid("Decode attention on CUDA, compiled and not run", header, cells, note)

@@ -26,8 +26,7 @@ def append_all(rows: Sequence[CompressedKVCache], keys: mx.array, values: mx.arr
     first = layers[0]
     if _alike(layers):
         exact = append_batch(
-            [layer.tail for layer in layers], Rows(first.space.ordered(keys), values),
-            first.space.rotations,
+            [layer.tail for layer in layers], Rows(keys, values), first.space.rotations,
             first.backend, [layer.space.scales for layer in layers],
         )  # fmt: skip
         for layer, appended in zip(layers, exact, strict=True):
@@ -51,7 +50,7 @@ def attend_all(
     if most > MAX_DECODE_TOKENS or not _alike([fetch.layer for fetch in fetches]):
         return None
     found = decode_attention_batch(
-        fetches[0].space.ordered(queries), [fetch.view for fetch in fetches], scale=scale,
+        queries, [fetch.view for fetch in fetches], scale=scale,
         mask=mask, sink_logits=sink_logits, backend=fetches[0].layer.backend,
         scales=[fetch.space.scales for fetch in fetches],
     )  # fmt: skip

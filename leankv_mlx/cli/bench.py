@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _Only = Annotated[
     list[str] | None,
     typer.Option(
-        help="Part to run: attention, steps, prefill, encode, skip, policy or projections; "
-        "repeat for more.",
+        help="Part to run: attention, steps, prefill, encode, skip, masks, policy or "
+        "projections; repeat for more.",
         show_default="all",
     ),
 ]

@@ -13,7 +13,8 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from leankv_mlx.codec.format import padded
+from leankv_mlx.codec.channels import Channels, reordered
+from leankv_mlx.codec.format import TILE, padded
 from leankv_mlx.config import RotationName
 
 
@@ -24,10 +25,10 @@ class Rotation(Protocol):
     dim: int
 
     def apply(self, x: mx.array) -> mx.array:
-        """x: [..., head_dim] -> [..., dim], the dtype kept; computed in fp32."""
+        """x: [..., n * H, T, head_dim] -> [..., dim], the dtype kept; computed in fp32."""
 
     def undo(self, x: mx.array) -> mx.array:
-        """x: [..., dim] -> [..., head_dim], the dtype kept; computed in fp32."""
+        """x: [..., n * H, T, dim] -> [..., head_dim], the dtype kept; computed in fp32."""
 
 
 class Hadamard:
@@ -65,6 +66,24 @@ class Hadamard:
         return mx.hadamard_transform(blocks, scale=self.block**-0.5).reshape(x.shape)
 
 
+class Ordered:
+    """The channels of each KV head in another order, then a rotation of groups of 32 channels, so
+    that those which codes keep and those which they do not stay apart. Of keys and queries."""
+
+    def __init__(self, rotation: Rotation, channels: Channels) -> None:
+        self.rotation = rotation
+        self.channels = channels
+        self.head_dim, self.dim = rotation.head_dim, rotation.dim
+
+    def apply(self, x: mx.array) -> mx.array:
+        """See `Rotation`."""
+        return self.rotation.apply(reordered(x, self.channels.forth))
+
+    def undo(self, x: mx.array) -> mx.array:
+        """See `Rotation`."""
+        return reordered(self.rotation.undo(x), self.channels.back)
+
+
 class Identity:
     """No rotation: what an ablation compares with. Only the padding to 32 channels is left."""
 
@@ -91,6 +110,12 @@ def signs(dim: int) -> np.ndarray:
 def rotation(name: RotationName, head_dim: int, block: int = 0) -> Rotation:
     """The rotation of a config's name; all layers share one. `block` as in `Hadamard`."""
     return hadamard(head_dim, block) if name == "hadamard" else Identity(head_dim)
+
+
+@lru_cache(maxsize=1024)
+def ordered(name: RotationName, channels: Channels) -> Ordered:
+    """The rotation of keys of which codes keep some channels; copies of a layer share it."""
+    return Ordered(rotation(name, channels.head_dim, TILE), channels)
 
 
 @lru_cache(maxsize=64)

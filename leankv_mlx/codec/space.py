@@ -1,33 +1,33 @@
 """From a layer's keys, values and queries to the space that they are stored in, and back.
 
-Keys are scaled channel by channel (`equalize`) and their channels put in order, the kept ones first
-(`channels`), then keys and values are rotated (`rotation`). Queries are scaled by the inverse,
-ordered and rotated alike, so scores keep their value; the output of attention is un-rotated once.
-Sink tokens, codes and window all lie in this one space, so one rotated query serves them all.
+Keys are scaled channel by channel (`equalize`), then keys and values are rotated (`rotation`); with
+a mask the channels of the keys are put in order first, the kept ones in front (`channels`). Queries
+are scaled by the inverse and rotated alike, so scores keep their value; the output of attention is
+un-rotated once. Sink tokens, codes and window all lie in this one space, so one rotated query
+serves them all.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import mlx.core as mx
 
-from leankv_mlx.codec.channels import Channels, reordered
+from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.equalize import Equalizer
-from leankv_mlx.codec.format import TILE
-from leankv_mlx.codec.rotation import Rotation, rotation
+from leankv_mlx.codec.rotation import Rotation, ordered, rotation
 from leankv_mlx.config import RotationName
 
 
 @dataclass(frozen=True)
 class Space:
-    """The space of one layer.
+    """Of one layer.
 
     Attributes:
         rotations: of the keys (and queries), and of the values (and outputs).
         equalizer: of the keys; None while it is not fitted, or not wanted.
-        channels: which of the keys are kept, and their order; None for all as they are.
+        channels: which of the keys are kept, and their order, which is a part of their rotation;
+            None for all as they are.
     """
 
     rotations: tuple[Rotation, Rotation]
@@ -38,31 +38,22 @@ class Space:
     def of(cls, name: RotationName, k_dim: int, v_dim: int, channels: Channels | None) -> Space:
         """That of a layer with this rotation. Groups that are kept and groups that are not must not
         be mixed, so keys are rotated group by group if some are not."""
-        block = TILE if channels else 0
-        return cls((rotation(name, k_dim, block), rotation(name, v_dim)), None, channels)
+        of_keys = ordered(name, channels) if channels else rotation(name, k_dim)
+        return cls((of_keys, rotation(name, v_dim)), None, channels)
 
-    @cached_property
+    @property
     def scales(self) -> mx.array | None:
-        """What `ordered` keys are divided by and queries multiplied, float32 [H, head_dim]; None
-        for 1."""
-        if self.equalizer is None:
-            return None
-        scales = self.equalizer.scales
-        return self.ordered(scales[:, None])[:, 0] if self.channels else scales
-
-    def ordered(self, x: mx.array) -> mx.array:
-        """Keys or queries [.., n * H, L, head_dim] with their channels in order."""
-        return reordered(x, self.channels.forth) if self.channels else x
+        """What keys are divided by and queries multiplied, float32 [H, head_dim]; None for 1."""
+        return self.equalizer.scales if self.equalizer else None
 
     def scaled(self, keys: mx.array) -> mx.array:
         """keys: [H, T, head_dim] -> what is to be rotated; in float32 if that differs, so that rows
         of 16 bits are rounded once."""
-        scaled = self.equalizer.apply(keys.astype(mx.float32)) if self.equalizer else keys
-        return self.ordered(scaled)
+        return self.equalizer.apply(keys.astype(mx.float32)) if self.equalizer else keys
 
     def queries(self, queries: mx.array) -> mx.array:
         """queries: [1, Hq, L, head_dim] -> what is to be rotated, the dtype kept."""
-        return self.ordered(self.equalizer.queries(queries) if self.equalizer else queries)
+        return self.equalizer.queries(queries) if self.equalizer else queries
 
     def rotated(self, queries: mx.array) -> mx.array:
         """queries: [1, Hq, L, head_dim] -> what meets stored keys, [1, Hq, L, Dk]."""
@@ -74,6 +65,4 @@ class Space:
 
     def unscaled(self, keys: mx.array) -> mx.array:
         """The keys that `scaled` was given, but for rounding."""
-        if self.channels:
-            keys = reordered(keys, self.channels.back)
         return self.equalizer.undo(keys) if self.equalizer else keys

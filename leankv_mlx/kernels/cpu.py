@@ -13,8 +13,9 @@ from typing import Any
 
 import mlx.core as mx  # before the extension, which links to its library
 
+from leankv_mlx.codec.channels import reordered
 from leankv_mlx.codec.format import Format
-from leankv_mlx.codec.rotation import Hadamard
+from leankv_mlx.codec.rotation import Hadamard, Ordered
 from leankv_mlx.config import Rounding
 from leankv_mlx.errors import BackendUnavailableError
 from leankv_mlx.kernels.append import append_ops, each_append
@@ -98,17 +99,26 @@ def _format(format: Format) -> Any:
     return load().Format(format.k_bits, format.v_bits)
 
 
-@lru_cache(maxsize=64)
-def _rotation(rotation: Hadamard) -> Any:
-    return load().Rotation(rotation.signs, rotation.block, rotation.head_dim)
+@lru_cache(maxsize=1024)
+def _rotation(rotation: Hadamard | Ordered) -> Any:
+    """None if what follows the order is of a kind that the extension does not know."""
+    order, turn = (
+        (rotation.channels.forth, rotation.rotation)
+        if isinstance(rotation, Ordered)
+        else (None, rotation)
+    )
+    if not isinstance(turn, Hadamard):
+        return None
+    return load().Rotation(turn.signs, turn.block, turn.head_dim, order)
 
 
 def _rotations(rotations: Rotations) -> tuple[Any, Any] | None:
-    """None if one of them is of a kind that the extension does not know."""
+    """None if the extension does not know one of them."""
     k, v = rotations
-    if isinstance(k, Hadamard) and isinstance(v, Hadamard):
-        return _rotation(k), _rotation(v)
-    return None
+    if not isinstance(k, Hadamard | Ordered) or not isinstance(v, Hadamard):
+        return None
+    of_keys = _rotation(k)
+    return None if of_keys is None else (of_keys, _rotation(v))
 
 
 def _tier(tier: Tier) -> Any:
@@ -129,23 +139,29 @@ def _encode(rows: Rows, centers: Centers, format: Format, rounding: Rounding) ->
 def _dequantize(body: Tier, centers: Centers, dtype: mx.Dtype) -> Rows:
     heads, dims = body.table.shape[0], (body.format.k_dim, body.format.v_dim)
     none = (mx.zeros((heads, 0, dim), dtype) for dim in dims)
-    return Rows(*load().decode([_tier(body)], *none, _centers(centers), 0, dtype, None))
+    return Rows(*load().decode([_tier(body)], [(0, [])], *none, _centers(centers), 0, dtype, None))
 
 
 def _gather(view: View, dtype: mx.Dtype) -> Rows:
     native = _rotations(view.rotations) if view.rotations else None
     if native is None and (view.rotations or not view.tiers):
         return gather_ops(view, dtype)
-    return Rows(
-        *load().decode(
-            list(map(_tier, view.tiers)),
-            *view.exact,
-            _centers(view.centers),
-            view.sinks,
-            dtype,
-            native,
-        )
+    places = [
+        (start, [] if tier.heads is None else tier.heads.tolist())
+        for start, tier in zip(view.starts, view.tiers, strict=True)
+    ]
+    k, v = load().decode(
+        list(map(_tier, view.tiers)),
+        places,
+        *view.exact,
+        _centers(view.centers),
+        view.sinks,
+        dtype,
+        native,
     )
+    if view.rotations and isinstance(view.rotations[0], Ordered):
+        k = reordered(k, view.rotations[0].channels.back)  # it only un-rotates
+    return Rows(k, v)
 
 
 def _append(exact: Rows, new: Rows, rotations: Rotations) -> Rows:

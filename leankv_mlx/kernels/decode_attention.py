@@ -89,7 +89,7 @@ def _skipped(p: mx.array, scores: mx.array, view: View) -> tuple[mx.array, mx.ar
     p, scores: [H, G * L, N]. A token's weight is at most its share of what the exact rows alone
     add up to, so a block whose scores are all below `least` has no token that weighs `skip`.
     """
-    sinks, last = view.sinks, view.sinks + view.slots
+    sinks, last = view.sinks, view.sinks + sum(tier.slots for tier in view.tiers)
     exact = mx.concatenate([scores[..., :sinks], scores[..., last:]], axis=-1)
     least = mx.logsumexp(exact, axis=-1, keepdims=True) + log(view.skip)
     kept = scores[..., sinks:last].reshape(*scores.shape[:-1], -1, TILE).max(-1) >= least

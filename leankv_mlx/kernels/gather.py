@@ -77,6 +77,4 @@ def gather(view: View, dtype: mx.Dtype, backend: Backend) -> Rows:
         Keys [H, N, Dk] and values [H, N, Dv] in `dtype`. If the view has rotations they are
         un-rotated, [H, N, head_dim]. Slots behind the length of a head are garbage.
     """
-    if any(tier.heads is not None for tier in view.tiers):
-        return gather_ops(view, dtype, backend.dequantize)
     return backend.gather(view, dtype)

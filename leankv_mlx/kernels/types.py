@@ -119,7 +119,10 @@ class View:
 
     @property
     def whole(self) -> bool:
-        """Whether the rows that `gather` gives are all tokens, in order."""
+        """Whether the rows that `gather` gives are all tokens, in order. Centers without a tier are
+        those of tokens that no head holds."""
+        if not self.tiers:
+            return self.centers is None
         return len(self.tiers) <= 1 and all(tier.full for tier in self.tiers)
 
     def present(self) -> mx.array | None:

@@ -31,6 +31,9 @@ struct Rotation {
   int dim = 0;                   // stored channels
   int block = 0;                 // a power of two that divides dim
   int head_dim = 0;              // channels of the model, at most dim
+  // [H, head_dim] or null: the channels of the model in the order in which they are rotated. It is
+  // for whoever has a row to rotate; `rotate` takes them as they are.
+  const int32_t* order = nullptr;
 };
 
 // Compressed tokens of one sequence in one format.

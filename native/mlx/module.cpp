@@ -75,7 +75,8 @@ NB_MODULE(_native, m) {
                                         "pool"_a, "table"_a, "lengths"_a, "format"_a);
   nb::class_<CenterArrays>(m, "Centers").def(nb::init<mx::array, mx::array>(), "k"_a, "v"_a);
   nb::class_<RotationArrays>(m, "Rotation")
-      .def(nb::init<mx::array, int, int>(), "signs"_a, "block"_a, "head_dim"_a);
+      .def(nb::init<mx::array, int, int, std::optional<mx::array>>(), "signs"_a, "block"_a,
+           "head_dim"_a, "order"_a.none());
 
   nb::class_<SequenceArrays>(m, "Sequence")
       .def(nb::init<std::vector<BodyArrays>, mx::array, mx::array, std::optional<CenterArrays>,
@@ -94,8 +95,8 @@ NB_MODULE(_native, m) {
       },
       "k"_a, "v"_a, "centers"_a, "format"_a, "rounding"_a);
   m.def("repack", &repack, "body"_a, "index"_a);
-  m.def("decode", &decode, "bodies"_a, "exact_k"_a, "exact_v"_a, "centers"_a.none(), "sinks"_a,
-        "dtype"_a, "rotations"_a.none());
+  m.def("decode", &decode, "bodies"_a, "places"_a, "exact_k"_a, "exact_v"_a, "centers"_a.none(),
+        "sinks"_a, "dtype"_a, "rotations"_a.none());
   m.def("append", &append, "exact_k"_a, "exact_v"_a, "k"_a, "v"_a, "scales"_a, "rotations"_a);
 
   nb::class_<WeightArrays>(m, "Weight")

@@ -16,8 +16,8 @@ using Rotations = std::pair<RotationArrays, RotationArrays>;
 // The parts of a sequence that several operations share.
 struct Parts {
   std::vector<Format> formats;
-  bool centered = false, rotated = false, scaled = false;
-  Rotation k_rotation, v_rotation;  // without the signs, which are inputs
+  bool centered = false, rotated = false, ordered = false, scaled = false;
+  Rotation k_rotation, v_rotation;  // without signs and order, which are inputs
 
   void add_bodies(Arrays& in, const std::vector<BodyArrays>& bodies,
                   const std::optional<CenterArrays>& centers) {
@@ -41,6 +41,8 @@ struct Parts {
     };
     k_rotation = plain(rotations->first);
     v_rotation = plain(rotations->second);
+    ordered = rotations->first.order.has_value();
+    if (ordered) in.push_back(*rotations->first.order);
   }
 
   void add_scales(Arrays& in, const std::optional<mx::array>& scales) {
@@ -57,6 +59,7 @@ struct Parts {
   std::array<Rotation, 2> rotations(Reader& reader) const {
     std::array both{k_rotation, v_rotation};
     for (Rotation& rotation : both) rotation.signs = reader.dense<float>(rotated);
+    both[0].order = reader.dense<int32_t>(ordered);
     return both;
   }
 

@@ -1,4 +1,6 @@
 // Encoding, decoding, repacking and appending.
+#include <algorithm>
+
 #include "mlx/ops.h"
 #include "parts.h"
 
@@ -49,8 +51,8 @@ class Repack : public Operation {
 
 class Decode : public Operation {
  public:
-  Decode(mx::Stream s, Parts parts, int sinks)
-      : Operation(s), parts_(std::move(parts)), sinks_(sinks) {}
+  Decode(mx::Stream s, Parts parts, std::vector<Place> places, int sinks)
+      : Operation(s), parts_(std::move(parts)), places_(std::move(places)), sinks_(sinks) {}
   const char* name() const override { return "LeanKVDecode"; }
 
  protected:
@@ -67,6 +69,7 @@ class Decode : public Operation {
                  .k_rotation = k_rotation,
                  .v_rotation = v_rotation},
         .heads = in[0].shape(0),
+        .slots = out[0].shape(1) - in[0].shape(1),
         .exact_k = exact_k,
         .exact_v = exact_v,
         .exact = in[0].shape(1),
@@ -74,8 +77,9 @@ class Decode : public Operation {
         .k_dim = in[0].shape(2),
         .v_dim = in[1].shape(2),
     };
-    return [job, bodies = std::move(bodies)]() mutable {
+    return [job, bodies = std::move(bodies), places = places_]() mutable {
       job.bodies = bodies.data();
+      job.places = places.data();
       job.n_bodies = static_cast<int>(bodies.size());
       run_decode(job);
     };
@@ -83,6 +87,7 @@ class Decode : public Operation {
 
  private:
   Parts parts_;
+  std::vector<Place> places_;
   int sinks_;
 };
 
@@ -135,7 +140,8 @@ mx::array repack(const BodyArrays& body, const mx::array& index) {
       {body.pool, body.table, body.lengths, mx::astype(index, mx::int32, cpu_stream())});
 }
 
-std::vector<mx::array> decode(const std::vector<BodyArrays>& bodies, const mx::array& exact_k,
+std::vector<mx::array> decode(const std::vector<BodyArrays>& bodies,
+                              const std::vector<Place>& places, const mx::array& exact_k,
                               const mx::array& exact_v, const std::optional<CenterArrays>& centers,
                               int sinks, mx::Dtype dtype,
                               const std::optional<Rotations>& rotations) {
@@ -143,14 +149,17 @@ std::vector<mx::array> decode(const std::vector<BodyArrays>& bodies, const mx::a
   Parts parts;
   parts.add_bodies(in, bodies, centers);
   parts.add_rotations(in, rotations);
-  int tokens = exact_k.shape(1);
-  for (const auto& body : bodies) tokens += kTile * body.table.shape(1);
+  int slots = 0;
+  for (size_t i = 0; i < bodies.size(); ++i) {
+    slots = std::max(slots, places[i].first + kTile * bodies[i].table.shape(1));
+  }
+  const int tokens = exact_k.shape(1) + slots;
   const int k_dim = rotations ? rotations->first.head_dim : exact_k.shape(2);
   const int v_dim = rotations ? rotations->second.head_dim : exact_v.shape(2);
   const int heads = exact_k.shape(0);
-  return mx::array::make_arrays({{heads, tokens, k_dim}, {heads, tokens, v_dim}}, {dtype, dtype},
-                                std::make_shared<Decode>(cpu_stream(), std::move(parts), sinks),
-                                in);
+  return mx::array::make_arrays(
+      {{heads, tokens, k_dim}, {heads, tokens, v_dim}}, {dtype, dtype},
+      std::make_shared<Decode>(cpu_stream(), std::move(parts), places, sinks), in);
 }
 
 std::vector<mx::array> append(const std::vector<mx::array>& exact_k,

@@ -18,10 +18,12 @@ struct BodyArrays {
   Format format;
 };
 
-// Signs [dim] and head_dim of a Hadamard rotation.
+// Signs [dim] and head_dim of a Hadamard rotation, and the order in which it takes the channels of
+// each KV head, int32 [H, head_dim].
 struct RotationArrays {
   mx::array signs;
   int block, head_dim;
+  std::optional<mx::array> order;
 };
 
 struct CenterArrays {
@@ -61,10 +63,11 @@ mx::array encode(const mx::array& k, const mx::array& v, const CenterArrays& cen
 mx::array repack(const BodyArrays& body, const mx::array& index);
 
 // -> keys [H, N, Dk] and values [H, N, Dv] of all tokens in `dtype`: `sinks` exact rows, the
-// bodies, the other exact rows; un-rotated if rotations are given.
+// bodies in their places, the other exact rows; un-rotated if rotations are given.
 std::vector<mx::array> decode(
-    const std::vector<BodyArrays>& bodies, const mx::array& exact_k, const mx::array& exact_v,
-    const std::optional<CenterArrays>& centers, int sinks, mx::Dtype dtype,
+    const std::vector<BodyArrays>& bodies, const std::vector<Place>& places,
+    const mx::array& exact_k, const mx::array& exact_v, const std::optional<CenterArrays>& centers,
+    int sinks, mx::Dtype dtype,
     const std::optional<std::pair<RotationArrays, RotationArrays>>& rotations);
 
 // Rows [H, T, head_dim] of a sequence or [B, H, T, head_dim] of several -> exact rows

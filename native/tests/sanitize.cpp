@@ -63,6 +63,7 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
   std::vector<uint16_t> exact_k(heads * exact * k_dim * 2), exact_v(heads * exact * v_dim * 2);
   const int all = exact + kTile * blocks;
   std::vector<float> out_k(heads * all * k_dim), out_v(heads * all * v_dim);
+  const Place place{0, {}};
   const DecodeJob decode{
       .args = {.k = output_of(out_k, Type::f32, all, k_dim),
                .v = output_of(out_v, Type::f32, all, v_dim),
@@ -71,8 +72,10 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
                .k_rotation = {},
                .v_rotation = {}},
       .bodies = &body,
+      .places = &place,
       .n_bodies = 1,
       .heads = heads,
+      .slots = kTile * blocks,
       .exact_k = rows_of(exact_k, type, exact, k_dim),
       .exact_v = rows_of(exact_v, type, exact, v_dim),
       .exact = exact,
@@ -263,6 +266,9 @@ void all_shapes() {
   round_trip(128, 128, 4, 1, 4000, 70, Type::bf16);  // enough for several threads
   several_sequences(64, 3, 1, 150, Type::f16);       // likewise
   several_sequences(96, 1, 8, 2, Type::f32);
+  masked_heads(128, 128, 1, 150, Type::f16);  // for several threads
+  masked_heads(96, 80, 8, 3, Type::bf16);
+  masked_heads(256, 250, 3, 2, Type::f32);
   for (const int dim : {32, 80, 256}) {
     for (const int turned : {0, 2, dim / 2, dim}) heads_of(1 + turned % 3, 70, dim, turned, turned);
   }

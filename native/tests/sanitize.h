@@ -52,6 +52,7 @@ inline void check(bool right, const char* what) {
   std::exit(1);
 }
 
+void masked_heads(int dim, int head_dim, int length, int blocks, Type type);
 void products(int bits, int group, int rows, int outputs, int inputs, Type type, int turn);
 void heads_of(int batch, int length, int dim, int turned, bool normed);
 

@@ -11,6 +11,7 @@ import pytest
 from leankv_mlx.benchmarks import settings as presets
 from leankv_mlx.benchmarks.attention import products
 from leankv_mlx.benchmarks.documents import measure_documents
+from leankv_mlx.benchmarks.masks import RATIOS
 from leankv_mlx.benchmarks.settings import FULL, PARTS, Settings
 from leankv_mlx.benchmarks.shapes import SHAPES, Heads, Shape, shape_of
 from leankv_mlx.benchmarks.skip import SKIPS
@@ -27,6 +28,7 @@ TINY = replace(
     prefill=(160,),
     encode=(160,),
     skip=(160,),
+    masks=(160,),
     policy=(600,),
     projections=("tiny",),
     heads=(Heads(4, 2, 64),),
@@ -60,7 +62,8 @@ def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
     for part in [part for part in PARTS if part not in ("policy", "projections")]:
         assert document[part]
         for row in document[part]:
-            own = {"query_heads", "kv_heads", "head_dim"} if part == "attention" else {"shape"}
+            of_heads = part in ("attention", "masks")
+            own = {"query_heads", "kv_heads", "head_dim"} if of_heads else {"shape"}
             assert shared | own <= set(row)
             assert row["tokens"] == 160 and row["ms"] > 0
             assert row["speedup"] == pytest.approx(min(row["baseline_ms"].values()) / row["ms"])
@@ -79,6 +82,12 @@ def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["read"] == 1 and row["error"] < 1e-3 for row in uniform)
     for row in document["skip"]:
         assert 0 < row["read"] <= 1 and list(row["baseline_ms"]) == ["no skip"]
+    assert [row["ratio"] for row in document["masks"]] == list(RATIOS)
+    for row in document["masks"]:
+        assert row["k_bytes"] == pytest.approx(1 - row["ratio"], abs=0.5 / 32)  # 8 x 2 x 2 groups
+        assert row["v_bytes"] == pytest.approx(1 - row["empty_heads"]) and row["empty_heads"] > 0
+        assert row["k_bytes"] < row["bytes"] < row["v_bytes"]
+        assert list(row["baseline_ms"]) == ["whole keys"]
     assert len(document["policy"]) == 2
     for row in document["policy"]:
         assert row["prompt_share"] == pytest.approx(row["end_ms"] / row["prompt_ms"])
@@ -110,7 +119,7 @@ def test_choices(capsys: pytest.CaptureFixture[str]) -> None:
     )  # fmt: skip
     assert document["backend"] == "reference"
     assert document["steps"] == document["prefill"] == document["encode"] == []
-    assert document["skip"] == document["policy"] == []
+    assert document["skip"] == document["masks"] == document["policy"] == []
     rows = document["attention"]
     assert [(row["tokens"], row["format"]) for row in rows] == [
         (128, "k8v4"), (128, "k4v4"), (192, "k8v4"), (192, "k4v4"),

@@ -236,7 +236,6 @@ def body(
     lengths: str,
 ) -> Tier:
     """Random blocks in random order; the scales of slots that are not in use are NaN."""
-    format = Format(k_bits, v_bits)
     slots = np.full(heads, 32 * blocks)
     if lengths == "ragged":
         slots = 32 * draw.integers(1, blocks + 1, heads)
@@ -244,6 +243,12 @@ def body(
         slots = draw.integers(1, 32 * blocks, heads)
     elif lengths == "empty heads":
         slots = draw.integers(0, 32 * blocks, heads) * (np.arange(heads) % 2)
+    return stored(draw, Format(k_bits, v_bits), slots, blocks)
+
+
+def stored(draw: np.random.Generator, format: Format, slots: NDArray[Any], blocks: int) -> Tier:
+    """The same with so many slots of each head in use."""
+    heads = len(slots)
     words = draw.integers(0, 2**32, (heads * blocks + 2, format.words), np.uint32)
     table = draw.permutation(heads * blocks + 2)[: heads * blocks].reshape(heads, blocks)
     scales = draw.uniform(0.5, 1.5, (*words.shape[:1], 32, 2)).astype(np.float16)

@@ -23,7 +23,7 @@ from leankv_mlx.kernels.gpu import make_backend
 from leankv_mlx.kernels.gpu.append import MAX_SEQUENCES
 from leankv_mlx.kernels.gpu.attention import shape_of
 from leankv_mlx.kernels.gpu.stored import MAX_POOLS, Stored, groups
-from tests.kernels import cases
+from tests.kernels import cases, masked
 from tests.kernels.cases import FACTORS, Case
 from tests.kernels.matrix import chosen, every, few
 from tests.msl import compiler
@@ -215,6 +215,22 @@ def test_launches_do_not_grow_with_the_sequences(
     many = drawn((1,) * sequences, pools, EXACT[:3] * sequences, **plain(new=2, mask="causal"))
     check(*many, make_backend("counting", launch))
     assert launch.names == launches
+
+
+@pytest.mark.skipif(compiler.compiler() is None, reason="needs clang or ziglang, Linux")
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_masked_layer_is_a_launch_for_each_number_of_kept_groups(sequences: int) -> None:
+    launch = Counting()
+    row = masked.ONE | {"kept": "other shares", "head_dims": (128, 128)}
+    found = [masked.case(**row, blocks=1 + i) for i in range(sequences)]
+    name = "decode_attention" if sequences == 1 else "decode_attention_4"
+    decode_attention_batch(
+        mx.stack([case.queries for case in found]), [case.view for case in found],
+        scale=found[0].scale, mask="causal", sink_logits=None,
+        backend=make_backend("counting", launch),
+    )  # fmt: skip
+    kept = {n for n in masked.groups("other shares", 128) if n}
+    assert launch.names == [name] * len(kept) + [f"merge_splits_{len(kept)}"]
 
 
 @pytest.mark.skipif(compiler.compiler() is None, reason="needs clang or ziglang, Linux")

@@ -133,6 +133,8 @@ FOUND_BY_THE_LINT = (
     Bug("threadgroup variable in a helper", NORMALIZE, _HELPER,
         "DEVFN void f() { TG_ARRAY(float, x, 4); }\n" + _HELPER, "threadgroup variable"),
     Bug("goto", NORMALIZE, "float total", "goto end; end: float total", "goto"),
+    Bug("too many buffers", NORMALIZE, _HELPER,
+        "void f(device float* x [[buffer(31)]]);\n" + _HELPER, "31 of Metal"),
     Bug("C++ library", NORMALIZE, _HELPER, "#include <cmath>\n" + _HELPER, "C\\+\\+ library"),
 )  # fmt: skip
 

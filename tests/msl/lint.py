@@ -24,6 +24,7 @@ RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("thread_local or register", re.compile(r"\b(?:thread_local|register)\b")),
     ("a type of 64-bit float", re.compile(r"\b(?:double|long\s+double)\b")),
     ("a header of the C++ library", re.compile(r"#\s*include\s*<(?!metal)")),
+    ("a buffer beyond the 31 of Metal", re.compile(r"\[\[buffer\((?:3[1-9]|[4-9]\d|\d{3,})\)\]\]")),
     ("a variable argument list", re.compile(r"\.\.\.\s*\)\s*\{")),
 )
 

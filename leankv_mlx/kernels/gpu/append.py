@@ -6,7 +6,7 @@ from functools import lru_cache
 
 from leankv_mlx.codec.rotation import Hadamard
 from leankv_mlx.kernels.append import append_ops, scaled_keys
-from leankv_mlx.kernels.gpu.launch import Kernel, Launcher, hadamards, nothing
+from leankv_mlx.kernels.gpu.launch import Kernel, Launcher, hadamards, in_order, nothing
 from leankv_mlx.kernels.types import Rotations, Rows, Scales
 
 ROWS = 4
@@ -62,7 +62,9 @@ class Append:
     def __call__(self, exact: Rows, new: Rows, rotations: Rotations) -> Rows:
         """A rotation that is no Hadamard, or rows of another dtype, run as plain MLX ops."""
         known = _known([exact], new, rotations)
-        return self._append([exact], new, known)[0] if known else append_ops(exact, new, rotations)
+        if not known:
+            return append_ops(exact, new, rotations)
+        return self._append([exact], Rows(in_order(new.k, rotations), new.v), known)[0]
 
     def batch(
         self, exact: Sequence[Rows], new: Rows, rotations: Rotations, scales: Scales
@@ -74,7 +76,7 @@ class Append:
         if not known:
             each = (Rows(*(x[i] for x in new)) for i in range(len(exact)))
             return [append_ops(*pair, rotations) for pair in zip(exact, each, strict=True)]
-        found = []
+        new, found = Rows(in_order(new.k, rotations), new.v), []
         for first in range(0, len(exact), MAX_SEQUENCES):
             few = slice(first, first + MAX_SEQUENCES)
             found += self._append(exact[few], Rows(*(x[few].flatten(0, 1) for x in new)), known)

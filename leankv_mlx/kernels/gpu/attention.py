@@ -22,6 +22,7 @@ from leankv_mlx.kernels.gpu.launch import (
     constant,
     format_template,
     hadamards,
+    in_order,
     nothing,
 )
 from leankv_mlx.kernels.gpu.stored import Column, Stored, groups
@@ -29,6 +30,9 @@ from leankv_mlx.kernels.types import Attention, Mask, Scales, View
 
 MAX_ROWS = 8
 """Query rows of a KV head that one threadgroup takes: they live in registers."""
+MAX_PARTS = 12
+"""Launches whose splits one merge takes as they are: each is 2 of the 31 buffers that Metal has
+room for, its shape included, and a merge has up to 5 others."""
 _LOG2_E = log2(2.718281828459045)
 
 _INPUTS = (
@@ -236,7 +240,7 @@ class DecodeAttention:
                 self, queries, view, scale=scale, mask=mask, sink_logits=sink_logits
             )
         stored, rotations = Stored.of([view]), hadamards(view.rotations)
-        causal = mask == "causal"
+        causal, queries = mask == "causal", in_order(queries, view.rotations)
         return self._attend(_Call(queries, stored, scale, causal, sink_logits, rotations))
 
     def batch(
@@ -265,6 +269,7 @@ class DecodeAttention:
                 scale=scale, mask=mask, sink_logits=sink_logits, scales=[None] * len(views),
             )  # fmt: skip
             return attention._replace(out=v.undo(attention.out).astype(queries.dtype))
+        queries = in_order(queries, views[0].rotations)
         causal, heads = isinstance(mask, str), queries.shape[1]  # no array, see there
         found = []
         for group in groups(views):
@@ -326,6 +331,8 @@ class DecodeAttention:
         )
 
     def _merge(self, call: _Call, parts: list[mx.array]) -> Attention:
+        if len(parts) > MAX_PARTS:
+            parts = [mx.concatenate(parts, axis=1)]  # more splits of one
         query_heads, tokens, _ = call.queries.shape
         rotation = call.rotations[1] if call.rotations else None
         dim = call.views[0].exact.v.shape[2]

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from leankv_mlx.codec.channels import reordered
 from leankv_mlx.codec.format import Format
-from leankv_mlx.codec.rotation import Hadamard
+from leankv_mlx.codec.rotation import Hadamard, Ordered
 from leankv_mlx.kernels.gpu.geometry import Geometry, Shape, Tuner
 from leankv_mlx.kernels.types import Rotations
 from leankv_mlx.resources import metal_sources
@@ -131,9 +132,16 @@ def format_template(format: Format) -> Template:
 
 
 def hadamards(rotations: Rotations | None) -> tuple[Hadamard, Hadamard] | None:
-    """Rotations, if they are those that the kernels know."""
+    """Rotations, if they are those that the kernels know, the channels of the keys in order."""
     k, v = rotations or (None, None)
+    k = k.rotation if isinstance(k, Ordered) else k
     return (k, v) if isinstance(k, Hadamard) and isinstance(v, Hadamard) else None
+
+
+def in_order(x: mx.array, rotations: Rotations | None) -> mx.array:
+    """Keys or queries [.., n * H, L, head_dim] as `hadamards` takes them."""
+    k = rotations[0] if rotations else None
+    return reordered(x, k.channels.forth) if isinstance(k, Ordered) else x
 
 
 @lru_cache
