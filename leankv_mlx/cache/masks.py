@@ -115,6 +115,19 @@ class Masks:
         """How many groups of 32 channels each head keeps, [layers, H]."""
         return np.array([layer.groups for layer in self.layers], np.int32)
 
+    @property
+    def channels(self) -> NDArray[np.int64]:
+        """How many channels each head keeps, [layers, H]."""
+        return np.minimum(TILE * self.groups.astype(np.int64), self.alphas.shape[-1])
+
+    @property
+    def kept(self) -> NDArray[np.bool_]:
+        """Whether codes keep a channel, in the model's order, [layers, H, head_dim]."""
+        order, stored = self.order, self.channels[..., None]
+        found = np.zeros(order.shape, bool)
+        np.put_along_axis(found, order, np.arange(order.shape[-1]) < stored, axis=-1)
+        return found
+
 
 def digest_of(layers: Iterable[Channels]) -> str:
     """What tells a mask from others, 8 hex digits: of the channels that its layers keep, and of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +11,34 @@ import typer
 from leankv_mlx.cli.console import show as show_tables
 from leankv_mlx.cli.eval import progress_bar
 from leankv_mlx.cli.reading import LastJson
+from leankv_mlx.errors import UsageError
 from leankv_mlx.resources import demo_model
-from leankv_mlx.terminal import say_json
+from leankv_mlx.terminal import say, say_json
 
 if TYPE_CHECKING:
     from leankv_mlx.evaluation.masks import Look
 
+_Learner = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="Folder, GGUF file or hub id of a model.",
+        show_default="the bundled model",
+    ),
+]
+_Output = Annotated[str, typer.Option("--output", "-o", help="Name of the mask and the profile.")]
+_Ratio = Annotated[float, typer.Option(help="Share of the key channels that is left out.")]
+_Text = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text that the model is to go on with as before, of the kind that it will read.",
+        show_default="generated text",
+    ),
+]
+_Tokens = Annotated[int, typer.Option(help="Tokens of the longest document to learn from.")]
+_Documents = Annotated[int, typer.Option(help="Documents to learn from, with questions.")]
+_Steps = Annotated[int, typer.Option(help="Steps of learning.")]
+_Seed = Annotated[int, typer.Option(help="Of what is drawn: the same seed gives the same mask.")]
 _Name = Annotated[str, typer.Argument(help="Name of the mask, as in mask=NAME.")]
 _Model = Annotated[
     str | None,
@@ -39,8 +62,46 @@ def register(app: typer.Typer) -> None:
         no_args_is_help=True,
         add_completion=False,
     )
+    group.command("masks")(masks)
     group.command("show")(show)
     app.add_typer(group, name="learn")
+
+
+def masks(
+    model: _Learner = None,
+    output: _Output = "",
+    ratio: _Ratio = 0.6,
+    text: _Text = None,
+    tokens: _Tokens = 2048,
+    documents: _Documents = 24,
+    steps: _Steps = 600,
+    seed: _Seed = 0,
+) -> None:
+    """Learn which key channels a model can do without, and write a mask and a profile that has it.
+
+    A run that was stopped goes on when the same command is given again.
+    """
+    from leankv_mlx.config import CompressionConfig
+    from leankv_mlx.evaluation.fidelity import read_text
+    from leankv_mlx.learning.course import taught
+    from leankv_mlx.learning.lessons import Material
+    from leankv_mlx.learning.masks import Course
+    from leankv_mlx.profiles import check_name, save_profile, user_profiles
+    from leankv_mlx.settings import Mask
+
+    if not output:
+        raise UsageError("give the mask a name: -o NAME.")
+    check_name(output)
+    course = Course(ratio, steps)
+    material = Material(documents, tokens, seed, None if text is None else read_text(text))
+    with progress_bar() as progress:
+        found, path = taught(model, output, course, material, progress)
+    kv = replace(CompressionConfig(), mask=Mask(output, found.digest))
+    about = f"learned on {found.name}: leaves out {ratio:.0%} of the key channels"
+    save_profile(user_profiles(), output, kv.spec().removeprefix("leankv:"), about)
+    say(f"wrote mask {output}@{found.digest} to {path}")
+    say(f"wrote profile {output} to {user_profiles()}: {kv.spec()}")
+    say(f"measure it with leankv eval --kv {output}, look at it with leankv learn show {output}")
 
 
 def show(name: _Name, model: _Model = None, plot: _Plot = None, as_json: LastJson = False) -> None:

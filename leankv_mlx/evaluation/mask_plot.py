@@ -93,7 +93,7 @@ def _by_pair(values: Floats, look: Look) -> Floats:
 def _ranking(axes: Any, look: Look, heads: Heads) -> None:
     shown = heads.ranked()[:_SHOWN]
     losses = [heads.loss[layer, head] for layer, head in shown]
-    names = [f"{layer}.{head} ({look.channels[layer, head]})" for layer, head in shown]
+    names = [f"{layer}.{head} ({look.masks.channels[layer, head]})" for layer, head in shown]
     axes.barh(range(len(shown)), losses, color=_SERIES[0], tick_label=names)
     axes.invert_yaxis()
     axes.set(title="Loss without one head's middle tokens", xlabel="nats per token of the replies")

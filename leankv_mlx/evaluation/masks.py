@@ -88,22 +88,9 @@ class Look:
     sizes: Sizes | None = None
     heads: Heads | None = None
 
-    @property
-    def channels(self) -> NDArray[np.int64]:
-        """How many channels each head keeps, [layers, H]."""
-        return np.minimum(TILE * self.masks.groups.astype(np.int64), self.masks.alphas.shape[-1])
-
-    @property
-    def kept(self) -> NDArray[np.bool_]:
-        """Whether codes keep a channel, in the model's order, [layers, H, head_dim]."""
-        order, stored = self.masks.order, self.channels[..., None]
-        found = np.zeros(order.shape, bool)
-        np.put_along_axis(found, order, np.arange(order.shape[-1]) < stored, axis=-1)
-        return found
-
     def by_pair(self) -> Floats:
         """Share of its channels that is kept of each RoPE pair, fastest first, [pairs]."""
-        kept: Floats = self.kept[..., self.pairs].mean(axis=(0, 1, 3)).astype(np.float32)
+        kept: Floats = self.masks.kept[..., self.pairs].mean(axis=(0, 1, 3)).astype(np.float32)
         return kept
 
     def bands(self) -> list[float]:
@@ -134,7 +121,7 @@ class Look:
             found["document_tokens"] = self.heads.tokens
             found["reply_nats_per_token"] = self.heads.base
             found["heads"] = [
-                {"layer": layer, "head": head, "channels": int(self.channels[layer, head]),
+                {"layer": layer, "head": head, "channels": int(self.masks.channels[layer, head]),
                  "loss": float(self.heads.loss[layer, head])}
                 for layer, head in self.heads.ranked()
             ]  # fmt: skip
@@ -319,13 +306,13 @@ def _about(look: Look) -> Grid:
 
 
 def _counts(look: Look) -> Grid:
-    kept, counts = np.unique(look.channels, return_counts=True)
+    kept, counts = np.unique(look.masks.channels, return_counts=True)
     header = ("channels kept", *map(str, kept))
     return Grid("Heads by how much they keep", header, [["heads", *map(str, counts)]])
 
 
 def _layers(look: Look) -> Grid:
-    channels = look.channels
+    channels = look.masks.channels
     header = ("layer", *(f"head {h}" for h in range(channels.shape[1])))
     rows = [[str(i), *map(str, row)] for i, row in enumerate(channels)]
     note = "a head that keeps 0 holds no tokens between sink tokens and window"
@@ -341,7 +328,7 @@ def _frequencies(look: Look) -> Grid:
 
 def _ranking(look: Look, heads: Heads) -> Grid:
     rows = [
-        [f"layer {layer} head {head}", str(look.channels[layer, head]),
+        [f"layer {layer} head {head}", str(look.masks.channels[layer, head]),
          f"{heads.loss[layer, head]:+.3f}"]
         for layer, head in heads.ranked()[:_SHOWN]
     ]  # fmt: skip

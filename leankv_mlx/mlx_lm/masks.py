@@ -46,18 +46,7 @@ def masked(
         if channels is not None:
             raise ConfigError("channels are those of a mask; name it in the settings, mask=NAME.")
         return config, [None] * len(caches)
-    if not any(compressed):
-        raise UnsupportedError(
-            f"mask={mask} does nothing with this model, of whose cache nothing is compressed; "
-            "drop it."
-        )
-    asked = _asked(model, caches)
-    shapes = [asked.get(i) for i, ours in enumerate(compressed) if ours]
-    if not all(shapes):
-        raise UnsupportedError(
-            f"mask={mask} does not go with this model, whose attention does not ask the cache; "
-            "drop it."
-        )
+    shapes = asking_shapes(model, caches, compressed, f"mask={mask}")
     layers = _own(model, mask) if channels is None else tuple(channels)
     if shapes != [(layer.heads, layer.head_dim) for layer in layers]:
         raise CalibrationError(
@@ -69,6 +58,32 @@ def masked(
         raise ConfigError(f"these channels are those of mask={named}, not of mask={mask}.")
     rest = iter(layers)
     return replace(config, mask=named), [next(rest) if ours else None for ours in compressed]
+
+
+def asking_shapes(
+    model: nn.Module, caches: Sequence[Any], compressed: Sequence[bool], what: str
+) -> list[tuple[int, int]]:
+    """KV heads and head_dim of each compressed layer of a model that can have a mask.
+
+    Args:
+        caches: that the model makes itself; they are used up.
+        compressed: which of them are replaced.
+        what: needs it, for a message.
+
+    Raises:
+        UnsupportedError: nothing is compressed, or the model computes attention itself.
+    """
+    if not any(compressed):
+        raise UnsupportedError(
+            f"{what} does nothing with this model, of whose cache nothing is compressed; drop it."
+        )
+    asked = _asked(model, caches)
+    shapes = [asked[i] for i, ours in enumerate(compressed) if ours and i in asked]
+    if len(shapes) < sum(compressed):
+        raise UnsupportedError(
+            f"{what} does not go with this model, whose attention does not ask the cache; drop it."
+        )
+    return shapes
 
 
 def kept(channels: Channels) -> str:

@@ -51,7 +51,7 @@ def test_kept_by_frequency_is_in_the_models_order_of_channels() -> None:
     alphas = np.zeros((1, 2, 64), np.float32)
     alphas[0, :, 16:32] = alphas[0, :, 48:] = 1  # both channels of the slower half of the pairs
     found = look("mine", Masks.of(alphas, 0.5))
-    assert found.channels.tolist() == [[32, 32]]
+    assert found.masks.channels.tolist() == [[32, 32]]
     assert found.kept[0, 0].tolist() == [i % 32 >= 16 for i in range(64)]
     assert found.by_pair().tolist() == [0] * 16 + [1] * 16
     assert found.bands() == [0] * 4 + [1] * 4
@@ -60,7 +60,7 @@ def test_kept_by_frequency_is_in_the_models_order_of_channels() -> None:
 @pytest.mark.parametrize("dim", [48, 80])
 def test_a_head_keeps_no_more_channels_than_it_has(dim: int) -> None:
     found = look("mine", mask((2, 2, dim), 0))
-    assert found.channels.tolist() == [[dim] * 2] * 2
+    assert found.masks.channels.tolist() == [[dim] * 2] * 2
     assert found.kept.all() and set(found.bands()) == {1.0}
 
 
