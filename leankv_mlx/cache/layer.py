@@ -94,8 +94,7 @@ class Layer:
         dims = padded(shape.k_dim), padded(shape.v_dim)
         empty = (mx.zeros((shape.heads, 0, d), t) for d, t in zip(dims, dtypes, strict=True))
         self._exact = ExactRows(Rows(*empty), config.sink_tokens)
-        self.dtype = dtypes[0]
-        self.config = config
+        self.dtype, self.config = dtypes[0], config
         formats = [Format.of(k, v, shape.k_dim, shape.v_dim) for k, v in config.tiers]
         self._shares = Share.all_of(formats, channels)
         supported = all(map(backend.supports, formats))
