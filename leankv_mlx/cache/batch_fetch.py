@@ -61,7 +61,7 @@ class BatchFetch:
     def arrays(self) -> Arrays:
         """Keys and values of all tokens, [B, H, N, head_dim], padded on the left where sequences
         are shorter and as the columns that came were; remembered until the keys die. `Withheld`
-        once a policy has dropped tokens of one."""
+        once heads of one lack tokens, or are stored apart."""
         ragged = any(fetch is not None and fetch.layer.ragged for fetch in self.fetches)
         return hand_out(self._withheld() if ragged else self._decoded(), self)
 
@@ -76,7 +76,7 @@ class BatchFetch:
         """queries: [B, Hq, L, head_dim] -> [B, Hq, L, v_head_dim]; 0 where they are padding.
 
         Raises:
-            DroppedTokensError: an array as mask although a policy has dropped tokens.
+            DroppedTokensError: an array as mask although heads lack tokens, or are stored apart.
         """
         if isinstance(mask, mx.array) and is_causal(mask):
             mask = "causal"

@@ -89,13 +89,13 @@ class CompressedKVCache(Stage):
         Returns:
             Keys and values of all tokens, [1, H, N, head_dim]. Attention that is given these very
             objects (see `owner_of`) reads the cache instead. Once a policy has dropped tokens, or
-            heads whose codes keep other channels have stored some, nothing else can: they are then
-            `Withheld`.
+            there are codes of heads that do not keep as many channels as each other, nothing else
+            can: they are then `Withheld`.
 
         Raises:
             UnsupportedError: a batch above 1.
-            DroppedTokensError: nothing attended to the tokens of the call before, although a policy
-                has dropped some.
+            DroppedTokensError: nothing attended to the tokens of the call before, although their
+                arrays were withheld.
             ShapeError: the arrays do not fit each other or earlier ones.
             ConfigError: policy=budget with bytes that cannot be kept to, or channels of another
                 shape.
@@ -217,8 +217,8 @@ class CompressedKVCache(Stage):
         What a policy has dropped stays dropped: ask `Sequence.is_prefix` before another prompt
         goes on.
         Below the window the block that is cut is decoded, and its surviving slots become the
-        window; where a policy has dropped tokens they stay codes, and the window is empty. When no
-        body is left the centers are forgotten and fitted anew.
+        window; where they cannot be arrays (see `update_and_fetch`) they stay codes, and the window
+        is empty. When no body is left the centers are forgotten and fitted anew.
         """
         n = max(0, min(n, self.offset))
         if n == 0 or self._layer is None:

@@ -74,7 +74,7 @@ class Fetch:
 
     def arrays(self) -> Arrays:
         """Keys and values of all tokens, [1, H, N, head_dim], remembered until the keys die;
-        `Withheld` once a policy has dropped tokens."""
+        `Withheld` once heads lack tokens, or are stored apart."""
         return hand_out(self._withheld() if self.layer.ragged else self.decoded(), self)
 
     def attend(
@@ -88,7 +88,7 @@ class Fetch:
         """queries: [1, Hq, L, head_dim], the last L tokens -> [1, Hq, L, v_head_dim].
 
         Raises:
-            DroppedTokensError: an array as mask although a policy has dropped tokens.
+            DroppedTokensError: an array as mask although heads lack tokens, or are stored apart.
         """
         layer, lse, reads = self.layer, None, None
         q = mx.squeeze(self.space.queries(queries), 0)  # an index would be a gather
@@ -138,7 +138,7 @@ class Fetch:
             stored = slice(self.view.sinks, self.view.sinks + self.view.slots)
             rotated, present = self.space.rotations[0].apply(q), self.view.present()
             self._collector.add(rotated, rows.k, stored, scale, sink_logits, present)
-        # Two tiers are out of order, and heads that all lost the same leave no gaps.
+        # Tiers of the same heads are out of order, and heads that all lost the same leave no gaps.
         whole = rows.k.shape[1] if len(self.view.tiers) <= 1 else -1
         if isinstance(mask, mx.array) and mask.shape[-1] != whole:
             raise DroppedTokensError
@@ -213,7 +213,8 @@ def _refuse(*_: object, **__: object) -> NoReturn:
 
 
 class Withheld:
-    """Stands for keys or values whose heads have lost tokens.
+    """Stands for keys or values whose heads have lost tokens, or are stored apart because a mask
+    keeps more channels of one than of another.
 
     As an array they would have gaps that only the attention behind `owner_of` knows of. So there
     is none: whoever uses this as one gets a DroppedTokensError, or a TypeError from functions of

@@ -13,6 +13,7 @@ from leankv_mlx.blocks import BlockTable
 from leankv_mlx.cache.body import CompressedBody
 from leankv_mlx.cache.exact import ExactRows, owned
 from leankv_mlx.cache.memory import CacheMemory
+from leankv_mlx.cache.seen import SeenQueries
 from leankv_mlx.cache.state import BodyState, LayerState
 from leankv_mlx.cache.tier import Share
 from leankv_mlx.codec.channels import Channels
@@ -24,11 +25,10 @@ from leankv_mlx.errors import ConfigError
 from leankv_mlx.kernels import Backend, Centers, Rows, View, resolve_backend
 from leankv_mlx.kernels.append import append
 from leankv_mlx.kernels.gather import working_copy
-from leankv_mlx.sparsity import Exact, LargestReceived, Observations, received, significance
+from leankv_mlx.sparsity import LargestReceived, Observations
 
 CENTER_TOKENS = 512
 """Tier tokens that the centers are fitted on, at most."""
-_SEEN_CALLS = 32  # whose queries the equalizer is fitted on, at most
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,6 @@ class Layer:
     """Everything that is stored of one layer, rotated.
 
     Args:
-        dtypes: of the exact rows, keys and values.
         channels: which key channels codes keep; None for all.
 
     Raises:
@@ -89,7 +88,7 @@ class Layer:
         self.observations = Observations() if config.policy.drops else None
         self.collector: LargestReceived | None = None
         self.placed = 0
-        self._seen: list[tuple[mx.array, int]] = []
+        self._seen = SeenQueries()
         self._fitted = False
         self.space = Space.of(config.rotation, shape.k_dim, shape.v_dim, channels)
         dims = padded(shape.k_dim), padded(shape.v_dim)
@@ -180,9 +179,7 @@ class Layer:
         """
         if not self.config.equalize or self._fitted:
             return
-        rows = queries.reshape(self.shape.heads, -1, self.shape.k_dim).astype(mx.float32)
-        self._seen.append((rows.square().sum(axis=1), rows.shape[1]))
-        del self._seen[:-_SEEN_CALLS]
+        self._seen.add(queries.reshape(self.shape.heads, -1, self.shape.k_dim))
         if self.body is not None:
             self.exact, self.body, self.space = exact, None, self._unequalized()
             self.compress()
@@ -263,13 +260,12 @@ class Layer:
 
     def copy(self) -> Layer:
         """An independent copy that shares the blocks until one of the two changes them."""
-        k, v = self.tail
-        dtypes = k.dtype, v.dtype
+        dtypes = self.tail.k.dtype, self.tail.v.dtype
         other = Layer(self.shape, self.config, self.backend, dtypes, self.space.channels)
         other.offset, other._exact = self.offset, self._exact.copy()
         other.placed = self.placed
         other.dtype, other.space = self.dtype, self.space
-        other._fitted, other._seen = self._fitted, list(self._seen)
+        other._fitted, other._seen = self._fitted, self._seen.copy()
         other.body = self.body.copy() if self.body else None
         other.observations = self.observations.copy() if self.observations else None
         return other
@@ -286,33 +282,6 @@ class Layer:
         """Positions of the exact rows, int32 [E]."""
         window = np.arange(self.offset - self.recent, self.offset)
         return np.concatenate([np.arange(self.sinks), window]).astype(np.int32)
-
-    def judge(self) -> tuple[mx.array, mx.array]:
-        """Significance of all stored tokens, lazy [H, S], and of the exact rows, [H, E]."""
-        assert self.body is not None and self.observations is not None
-        observed = self.observations.latest(self._into_keys)
-        assert observed is not None
-        exact = Exact(self.exact.k, self.exact_positions)
-        of_stored, of_exact, lse = significance(
-            observed, self.body.stored(), exact, self.body.centers, self.backend
-        )
-        self.observations.settle(lse)
-        view = self.view()
-        scores = mx.zeros((self.shape.heads, view.slots))
-        for start, own in zip(view.starts, of_stored, strict=True):
-            scores[:, start : start + own.shape[1]] += own  # 0 for heads of other tiers
-        return scores, of_exact
-
-    def judge_window(self) -> mx.array | None:
-        """Significance of the exact rows, lazy [H, E], by what the queries saw when they came;
-        None if that is not known."""
-        observed = self.observations.latest(self._into_keys) if self.observations else None
-        if observed is None or observed.lse is None:
-            return None
-        return received(observed, Exact(self.exact.k, self.exact_positions))
-
-    def _into_keys(self, queries: mx.array) -> mx.array:
-        return self.space.rotated(queries[None])[0]
 
     # Bytes.
 
@@ -407,17 +376,15 @@ class Layer:
         return layer
 
     def _new_body(self, centers: Centers) -> CompressedBody:
-        return CompressedBody(
-            self.shape.heads, self._shares, centers, self.sinks, self.config.rounding,
-            self.backend,
-        )  # fmt: skip
+        heads, rounding = self.shape.heads, self.config.rounding
+        return CompressedBody(heads, self._shares, centers, self.sinks, rounding, self.backend)
 
     def _equalize(self, start: int, stop: int) -> None:
         """Fit the equalizer on the first of the exact rows start..stop, and apply it to all."""
         rotation = self.space.rotations[0]
         keys = self.space.unscaled(rotation.undo(self.exact.k.astype(mx.float32)))
-        squares = self._query_squares()
-        self._seen, self._fitted = [], squares is not None
+        squares = self._seen.mean_squares()
+        self._seen, self._fitted = SeenQueries(), squares is not None
         equalizer = Equalizer.fit(keys[:, start : min(stop, start + CENTER_TOKENS)], squares)
         self.space = replace(self.space, equalizer=equalizer)
         equal = rotation.apply(self.space.scaled(keys))
@@ -425,13 +392,6 @@ class Layer:
 
     def _unequalized(self) -> Space:
         return replace(self.space, equalizer=None)
-
-    def _query_squares(self) -> mx.array | None:
-        """Mean squares of the queries that were seen, float32 [H, head_dim]."""
-        if not self._seen:
-            return None
-        total = mx.stack([squares for squares, _ in self._seen]).sum(axis=0)
-        return total / sum(count for _, count in self._seen)
 
 
 @lru_cache(maxsize=64)

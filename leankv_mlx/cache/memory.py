@@ -22,8 +22,8 @@ class CacheMemory:
         codes: packed codes of the blocks in use.
         scales: their scales.
         tables: block tables and lengths.
-        side: position and score of each slot, and the queries that scores are made from; only
-            where a policy drops tokens.
+        side: position and score of each slot, where heads may have lost tokens; and the queries
+            that scores are made from, where a policy drops them.
         exact: sink tokens and window, uncompressed.
         centers: the vectors subtracted before encoding, and those it divides by.
         allocated: what the buffers behind all of this hold, unused blocks included; blocks that

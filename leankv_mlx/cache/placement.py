@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from leankv_mlx.cache.judging import judge, judge_window
 from leankv_mlx.cache.layer import Layer
 from leankv_mlx.cache.phase import Phase
 from leankv_mlx.errors import ConfigError
@@ -45,7 +46,7 @@ class Placement:
     def place_leaving(self, layers: Sequence[Layer]) -> None:
         """Of these layers tokens leave the window: score those by what the queries saw when they
         came, and place them with the others; now and then judge all of them anew."""
-        lazy = [layer.judge_window() for layer in layers]
+        lazy = [judge_window(layer) for layer in layers]
         mx.eval([scores for scores in lazy if scores is not None])
         blind = False  # long steps leave no log-sum-exps
         for layer, scores in zip(layers, lazy, strict=True):
@@ -68,7 +69,7 @@ class Placement:
     def judged(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[Scores]]:
         """Those of the layers that can be judged, and the scores of all their slots."""
         able = [layer for layer in layers if layer.body and layer.observed]
-        lazy = [layer.judge() for layer in able]
+        lazy = [judge(layer) for layer in able]
         mx.eval(lazy)
         scores = []
         for layer, (stored, exact) in zip(able, lazy, strict=True):

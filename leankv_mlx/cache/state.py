@@ -21,7 +21,7 @@ class TierState(NamedTuple):
     Attributes:
         blocks: those of the pool, uint32 [blocks, words].
         ids: of each head's blocks in it, int32 [H, M].
-        lengths: slots in use, int32 [H].
+        lengths: slots in use, int32 [H]; 0 for heads that have other tiers.
         positions: of the slots in use, head by head, [sum of the lengths]; None if every head has
             every token in order.
         marks: their scores, uint8 [sum of the lengths]; None likewise.
@@ -35,8 +35,9 @@ class TierState(NamedTuple):
 
 
 class BodyState(NamedTuple):
-    """The middle of a sequence: what was subtracted, its tiers, and the divisors of the channels of
-    its keys, float32 [H, k_dim], if they are equalized."""
+    """The middle of a sequence: what was subtracted, its tiers, share by share of the heads (see
+    `cache.tier`), and the divisors of the channels of its keys, float32 [H, k_dim], if they are
+    equalized."""
 
     centers: Centers
     tiers: list[TierState]

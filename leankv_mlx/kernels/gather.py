@@ -35,8 +35,12 @@ def gather_ops(
 def _side_by_side(
     view: View, dtype: mx.Dtype, decode: Callable[[Tier, Centers, mx.Dtype], Rows]
 ) -> Rows:
-    """The rows of tiers that have heads of their own: each is decoded for those alone, and the
-    rows of other heads in the same place stay 0 until their tier comes."""
+    """The rows of tiers that have heads of their own, each decoded for those alone. What other
+    heads have in its place is 0, or what their own tier put there.
+
+    One tier after another is put in place at once: all of them decoded beside the rows would be
+    another working copy.
+    """
     assert view.centers is not None
     sinks, slots = view.sinks, view.slots
     sides = []
@@ -49,10 +53,11 @@ def _side_by_side(
     for start, tier in zip(view.starts, view.tiers, strict=True):
         decoded = decode(tier.own(), Centers(*map(tier.of, view.centers)), dtype)
         here = slice(sinks + start, sinks + start + tier.slots)
-        heads_ = range(len(decoded.k)) if tier.heads is None else tier.heads.tolist()
+        places = range(len(decoded.k)) if tier.heads is None else tier.heads.tolist()
         for rows, own in zip(sides, decoded, strict=True):
-            for i, head in enumerate(heads_):
+            for i, head in enumerate(places):
                 rows[head, here] = own[i]
+        mx.eval(sides)
     return Rows(*sides)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from leankv_mlx.cache import CompressedKVCache, container
+from leankv_mlx.codec.format import TILE
 from leankv_mlx.errors import CacheFileError, UnsupportedError
 from leankv_mlx.mlx_lm import attach, load, load_prompt_cache, make_caches, save_prompt_cache
 from tests.cache.harness import feed, tokens
@@ -400,6 +401,16 @@ def test_fuzz_masks(fuzz: Fuzz, name: str) -> None:
         for junk in ([], [1], [*shape, 1], [0, *shape[1:]], "F32", "I64", "U8"):
             fuzz.signed(lambda h, k=key, j=junk: h[name].update({k: j}))
     assert fuzz.cases > 20
+
+
+def test_slots_of_a_head_that_keeps_nothing_are_refused(fuzz: Fuzz) -> None:
+    """The blocks and positions are as many as before, but a head has them that can have none."""
+
+    def change(lengths: np.ndarray) -> None:
+        lengths[:] = lengths[0] - TILE, TILE
+
+    fuzz.refused(changed_values(fuzz, "13.0.lengths", change), "lengths")
+    assert "contradict each other" in "".join(fuzz.messages)
 
 
 def test_fuzz_foreign_tensors_and_classes(fuzz: Fuzz) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from leankv_mlx import attach
 from leankv_mlx.cache import CompressedKVCache, Sequence, Sequences, owner_of, placement
+from leankv_mlx.cache.judging import judge, judge_window
 from leankv_mlx.cache.layer import Layer
 from leankv_mlx.codec.channels import Channels
 from leankv_mlx.config import CompressionConfig
@@ -214,7 +215,7 @@ def test_tokens_that_leave_the_window_are_scored_by_what_later_queries_saw() -> 
         stack.steps(1)
     start, stop = layer.leaving
     at = layer.exact_positions
-    judged = np.array(layer.judge_window())
+    judged = np.array(judge_window(layer))
     expected = pooled(judged, np.broadcast_to(at, judged.shape), 3)[:, start:stop]
     stack.steps(1)
     slots = layer.body.describe()
@@ -227,7 +228,7 @@ def test_tokens_that_leave_the_window_are_scored_by_what_later_queries_saw() -> 
 
 def judged(layer: Layer, width: int) -> Any:
     """What the stored scores should be if they were made now, [H, S]."""
-    stored, exact = (np.array(x) for x in layer.judge())
+    stored, exact = (np.array(x) for x in judge(layer))
     positions = layer.body.describe().positions
     around = np.broadcast_to(layer.exact_positions, exact.shape)
     both = np.concatenate([stored, exact], 1), np.concatenate([positions, around], 1)

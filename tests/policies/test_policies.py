@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -49,6 +50,29 @@ def test_keep_all_and_streaming() -> None:
     slots = layer([[0.1, 0.2], [0.3, 0.0]], [[HIGH, LOW], [HIGH, DROP]])
     assert KeepAll().plan([slots])[0].tolist() == [[HIGH, LOW], [HIGH, DROP]]
     assert (Streaming().plan([slots])[0] == DROP).all()
+
+
+def test_heads_that_hold_nothing_take_no_bytes_from_others() -> None:
+    """Nothing is set aside for them, and a slot that is cheaper leaves room for more."""
+    draw = np.random.default_rng(1)
+    scores = np.sort(draw.random((2, 2000)).astype(np.float32))[:, ::-1]
+    prices = np.array([[100.0, 100.0], [50.0, 50.0]])
+    alone = layer(scores, slot_nbytes=prices, fp16_nbytes=3_200_000)
+    none = np.full((6, 2000), DROP, np.int8)
+    beside = layer(
+        np.concatenate([scores, np.zeros((6, 2000))]),
+        np.concatenate([alone.tiers, none]),
+        slot_nbytes=np.concatenate([prices, np.zeros((2, 6))], axis=1),
+        fp16_nbytes=3_200_000,
+    )
+    policy = Budget(ratio=24)
+    (wanted,), (found,) = (policy.plan([slots]) for slots in (alone, beside))
+    assert (found[:2] == wanted).all() and (found[2:] == DROP).all()
+    assert 0 < (wanted == HIGH).sum() < 4000
+    cheaper = replace(alone, slot_nbytes=prices / [[2.0, 1.0], [2.0, 1.0]])
+    (more,) = policy.plan([cheaper])
+    assert (more == HIGH).sum() > 1.2 * (wanted == HIGH).sum()
+    assert cost(more, cheaper) <= 3_200_000 / 24
 
 
 def test_thresholds_are_relative_to_the_length() -> None:

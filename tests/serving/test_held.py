@@ -15,7 +15,7 @@ from leankv_mlx.config import CompressionConfig
 from leankv_mlx.mlx_lm.usage import measure
 from leankv_mlx.serving import Held, held
 from leankv_mlx.serving.held import Ledger
-from tests.cache.prompt_files import filled, one_of_each, ragged
+from tests.cache.prompt_files import filled, masked, one_of_each, ragged
 
 CONFIG = CompressionConfig.parse("leankv:window=32")
 
@@ -80,6 +80,20 @@ def test_copies_count_once_until_they_go_on() -> None:
     gone_on = held([caches, *copies])
     assert gone_on.used == counted([caches, *copies])
     assert gone_on.shared > 16 * alone / 2
+
+
+def test_heads_that_are_stored_apart_count_once() -> None:
+    caches = [filled(masked("leankv:window=32,mask=some"), 300, seed=i) for i in range(2)]
+    codes = sum(cache.memory().codes + cache.memory().scales for cache in caches)
+    assert held([caches]).used == counted([caches]) == measure(caches).used
+    copies = [deepcopy(caches) for _ in range(4)]
+    for copy in copies:
+        for cache in copy:
+            filled(cache, 100, seed=50)
+    gone_on = held([caches, *copies])
+    assert gone_on.used == counted([caches, *copies]) and gone_on.shared >= 4 * codes
+    batch = BatchedKVCache.merge([caches[0], copies[0][0]])
+    assert held([[batch]]).used == counted([[batch]])
 
 
 def test_rows_of_a_batch_are_sequences_each() -> None:

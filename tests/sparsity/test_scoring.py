@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from leankv_mlx.cache import CompressedKVCache, owner_of
+from leankv_mlx.cache.judging import judge, judge_window
 from leankv_mlx.cache.layer import Layer
 from leankv_mlx.sparsity import LargestReceived, Observations
 
@@ -56,7 +57,7 @@ def test_significance_is_the_mean_weight_from_the_last_64_queries(
     logits = mx.array(np.linspace(-1, 2, H * G).astype(np.float32)) if with_logits else None
     cache, queries = fed([900, 40, 5, 1], KV + equalize, logits)
     layer = cache.layer
-    of_stored, of_exact = layer.judge()
+    of_stored, of_exact = judge(layer)
     n = cache.offset
     p = weights(queries[:, -64:], keys_in_order(layer), n - 64, logits)
     seen = np.minimum(n - np.arange(n), 64)  # a late token is not seen by all of them
@@ -68,9 +69,9 @@ def test_significance_is_the_mean_weight_from_the_last_64_queries(
 
 def test_the_window_is_judged_by_what_later_queries_saw() -> None:
     cache, _ = fed([200, 5])
-    assert cache.layer.judge_window() is None  # what the prompt's queries saw is not known
+    assert judge_window(cache.layer) is None  # what the prompt's queries saw is not known
     cache, queries = fed([200] + [1] * 27)  # the second single token ends the prompt
-    found = cache.layer.judge_window()
+    found = judge_window(cache.layer)
     n, asked = cache.offset, 26
     p = weights(queries[:, -asked:], keys_in_order(cache.layer), n - asked)
     rows = np.r_[0:4, n - (found.shape[1] - 4) : n]
