@@ -87,10 +87,9 @@ def tiers(
     return found
 
 
-def rotations(
-    draw: np.random.Generator, kept: Sequence[int], head_dims: tuple[int, int]
-) -> Rotations:
-    """Those of heads that keep so many groups, of channels in any order."""
+def rotations(kept: Sequence[int], head_dims: tuple[int, int]) -> Rotations:
+    """Those of heads that keep so many groups, of channels in any order; a model's are the same."""
+    draw = np.random.default_rng(3)
     order = np.stack([draw.permutation(head_dims[0]) for _ in kept])
     channels = Channels.of(order, np.array(kept))
     return ordered("hadamard", channels), hadamard(head_dims[1])
@@ -130,6 +129,6 @@ def case(
         sinks=min(4, max(0, exact - new)),
         mask=mask,
         sink_logits=normal(draw, (query_heads,)).astype(dtype) if sink_logits else None,
-        rotations=rotations(draw, of_heads, head_dims) if rotated else None,
+        rotations=rotations(of_heads, head_dims) if rotated else None,
         skip=skip,
     )

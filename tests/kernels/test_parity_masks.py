@@ -85,7 +85,7 @@ def test_more_tiers_than_a_launch_has_buffers(backend: Backend) -> None:
         queries=normal(draw, (8, 1, 256)), tiers=tiers,
         exact=Rows(*(normal(draw, (8, 5, dim)) for dim in dims)),
         centers=Centers(*(normal(draw, (8, dim)) for dim in dims)), scale=1 / 16, sinks=4,
-        mask=None, sink_logits=None, rotations=masked.rotations(draw, kept, dims),
+        mask=None, sink_logits=None, rotations=masked.rotations(kept, dims),
     )  # fmt: skip
     check_attention(case, backend)
 
@@ -102,8 +102,7 @@ def drawn(*, sequences: int, scaled: bool, **row: Any) -> tuple[list[Case], list
         )  # fmt: skip
         first = (found or [case])[0]
         tiers = (case.tiers, [], case.tiers[:: row["levels"]])[i % 3]
-        case = replace(case, tiers=tiers, rotations=first.rotations)
-        found.append(replace(case, sink_logits=first.sink_logits))
+        found.append(replace(case, tiers=tiers, sink_logits=first.sink_logits))
     size = HEADS, row["head_dims"][0]
     scales: list[mx.array | None] = [
         mx.array(draw.uniform(0.5, 2, size).astype(np.float32)) if scaled and i != 1 else None
@@ -140,7 +139,7 @@ def test_append_puts_keys_in_order_and_rotates_them_by_group(
     head_dims: tuple[int, int], dtype: mx.Dtype, backend: Backend
 ) -> None:
     draw = np.random.default_rng(2)
-    rotations = masked.rotations(draw, (1, 0), head_dims)
+    rotations = masked.rotations((1, 0), head_dims)
     exact = [
         Rows(*(normal(draw, (2, n, r.dim)).astype(dtype) for r in rotations)) for n in (0, 70, 3)
     ]
