@@ -97,15 +97,18 @@ class _State:
     )
 
     def tensors(self) -> dict[str, mx.array]:
-        flat: Any = tree_flatten(self.optimizer.state)
+        flat: Any = tree_flatten(self.optimizer.state["alphas"])
         kept = {f"optimizer.{name}": x for name, x in flat}
-        return {"alphas": self.alphas, "loss": mx.array(self.loss), **kept}
+        moves = self.optimizer.step.astype(mx.int64)
+        return {"alphas": self.alphas, "loss": mx.array(self.loss), "moves": moves, **kept}
 
     def restore(self, step: int, tensors: dict[str, mx.array]) -> None:
         self.step, self.loss = step, float(tensors.pop("loss"))
         self.alphas = tensors.pop("alphas")
+        self.optimizer.init({"alphas": self.alphas})
+        self.optimizer.state["step"] = tensors.pop("moves").astype(mx.uint64)
         kept = [(name.removeprefix("optimizer."), x) for name, x in tensors.items()]
-        self.optimizer.state = tree_unflatten(kept)
+        self.optimizer.state["alphas"] = tree_unflatten(kept)
 
 
 def learn(
