@@ -27,16 +27,17 @@ _SHAPE = CompressionConfig()
 
 @dataclass(frozen=True)
 class Gates:
-    """Of all layers with a mask.
+    """Of all layers with a mask; 1 leaves all there is, 0 nothing.
 
     Attributes:
-        values: what is left of each channel, float32 [layers, H, head_dim]; 1 leaves all of it.
-        empty: heads that hold no middle tokens, bool [layers, H]. Their gradient is that of heads
-            that hold them, so that they can come back (straight-through).
+        channels: what is left of each channel, float32 [layers, H, head_dim].
+        heads: what is left of the tokens between sink tokens and window, float32 [layers, H]: the
+            output of a head is so much that with them and for the rest that without (DuoAttention,
+            arXiv 2410.10819, section 2.2).
     """
 
-    values: mx.array
-    empty: mx.array
+    channels: mx.array
+    heads: mx.array
 
 
 def logits(
@@ -45,7 +46,7 @@ def logits(
     """Logits [L, V] behind each of the tokens that follow a beginning, which they see through
     gates; None for open ones. To be used while `asking`."""
     made = {
-        place: _Gated(rows, None if gates is None else (gates.values[i], gates.empty[i]))
+        place: _Gated(rows, None if gates is None else (gates.channels[i], gates.heads[i]))
         for i, (place, rows) in enumerate(beginning.rows.items())
     }
     out: mx.array = model(mx.array([list(tokens)]), cache=beginning.caches(made))
@@ -95,13 +96,13 @@ class _Gated:
         if self._gate is None:
             out = self._weighted(mx.where(seen, exact, -mx.inf), sink_logits)
         else:
-            gate, empty = self._gate
+            channels, held = self._gate
             sinks, window = _SHAPE.sink_tokens, _SHAPE.window
             near = (mx.arange(tokens) < sinks) | (mx.arange(tokens) > at - window)
-            scores = mx.where(near, exact, self._gated(q, gate))
+            scores = mx.where(near, exact, self._gated(q, channels))
             out = self._weighted(mx.where(seen, scores, -mx.inf), sink_logits)
             alone = self._weighted(mx.where(seen & near, exact, -mx.inf), sink_logits)
-            out = mx.where(empty[:, None, None], alone + out - mx.stop_gradient(out), out)
+            out = alone + held[:, None, None] * (out - alone)
         return out.reshape(queries.shape[1], length, -1)[None].astype(queries.dtype)
 
     def _gated(self, q: mx.array, gate: mx.array) -> mx.array:
