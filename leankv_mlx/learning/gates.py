@@ -17,12 +17,13 @@ from leankv_mlx.cache.fetch import hand_out
 from leankv_mlx.cache.layer import CENTER_TOKENS
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.kernels import Mask, Rows
-from leankv_mlx.learning.beginning import Beginning
+from leankv_mlx.learning.beginning import Beginning, check_causal
 from leankv_mlx.mlx_lm.reading import PREFILL_CHUNK
 from leankv_mlx.settings import BLOCK_SLOTS
 
 _SHAPE = CompressionConfig()
-"""Whose sink tokens and window are never gated."""
+"""Whose sink tokens are never gated, nor as many tokens before a query as its window has at least.
+"""
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class _Gated:
         sink_logits: mx.array | None = None,
     ) -> mx.array:
         """See `cache.fetch.Attends`."""
+        check_causal(mask)
         heads, tokens, dim = self._rows.k.shape
         length = queries.shape[2]
         # The query heads of a KV head and their tokens side by side: [H, G * L, D].
@@ -97,19 +99,19 @@ class _Gated:
         else:
             gate, empty = self._gate
             sinks, window = _SHAPE.sink_tokens, _SHAPE.window
-            near = (mx.arange(tokens) < sinks) | (mx.arange(tokens) > at - window)
+            near = (mx.arange(tokens) < sinks) | (mx.arange(tokens) >= at - window)
             scores = mx.where(near, exact, self._gated(q, gate))
             out = self._weighted(mx.where(seen, scores, -mx.inf), sink_logits)
             alone = self._weighted(mx.where(seen & near, exact, -mx.inf), sink_logits)
-            out = mx.where(empty[:, None, None], alone + out - mx.stop_gradient(out), out)
+            out = mx.where(empty[:, None, None], alone + (out - mx.stop_gradient(out)), out)
         return out.reshape(queries.shape[1], length, -1)[None].astype(queries.dtype)
 
     def _gated(self, q: mx.array, gate: mx.array) -> mx.array:
         """Scores of all tokens as if they were compressed, [H, G * L, N]."""
-        first = PREFILL_CHUNK - _SHAPE.sink_tokens - _SHAPE.window
-        fitted = min(CENTER_TOKENS, first // BLOCK_SLOTS * BLOCK_SLOTS)
-        sinks = _SHAPE.sink_tokens
-        k = self._rows.k
+        k, sinks = self._rows.k, _SHAPE.sink_tokens
+        # The cache fits them to what leaves the window first: of a chunk, or else a block.
+        first = min(self.offset, PREFILL_CHUNK) - sinks - _SHAPE.window
+        fitted = min(CENTER_TOKENS, max(1, first // BLOCK_SLOTS) * BLOCK_SLOTS)
         center = mx.stop_gradient(k[:, sinks : sinks + fitted].mean(axis=1, keepdims=True))
         open_ = q * gate[:, None]
         return open_ @ k.swapaxes(1, 2) + (q - open_) @ center.swapaxes(1, 2)

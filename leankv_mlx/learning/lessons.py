@@ -23,7 +23,6 @@ from leankv_mlx.learning.beginning import Beginning, read
 from leankv_mlx.learning.gates import logits
 from leankv_mlx.mlx_lm import prompts
 from leankv_mlx.mlx_lm.loading import LoadedModel
-from leankv_mlx.mlx_lm.precision import weights_dtype
 
 LIKELY = 256
 """Most likely tokens whose probabilities are kept of what the model says: nearly all of it."""
@@ -135,7 +134,7 @@ def _about_document(
     asked = chat.asked[:QUESTIONS]
     turns = [tokens(document_turn(chat.document, fact.question)) for fact in asked]
     shared = min(prompts.shared(turns[0], turn) for turn in turns[1:])
-    (beginning,) = read(loaded.model, turns[0], [shared], _dtype(loaded))
+    (beginning,) = read(loaded.model, turns[0], [shared])
     advance("reading documents", shared)
     for fact, turn in zip(asked, turns, strict=True):
         reply = [*prompts.encode(tokenizer, fact.sentence), tokenizer.eos_token_id]
@@ -156,7 +155,7 @@ def _going_on(
             "--tokens."
         )
     stops = sorted(rng.sample(range(count // 6, count - TEXT_TOKENS), STOPS))
-    for beginning in read(loaded.model, tokens, stops, _dtype(loaded)):
+    for beginning in read(loaded.model, tokens, stops):
         behind = tokens[beginning.tokens : beginning.tokens + TEXT_TOKENS]
         yield _lesson(loaded, beginning, behind, 0)
     advance("reading texts", count)
@@ -169,11 +168,6 @@ def _lesson(loaded: LoadedModel, beginning: Beginning, tokens: Sequence[int], fi
     shares = mx.take_along_axis(said, likely, axis=-1)
     mx.eval(likely, shares)
     return Lesson(beginning, tuple(tokens), first, likely, shares)
-
-
-def _dtype(loaded: LoadedModel) -> mx.Dtype:
-    """Of rows: the 16 bits of the weights."""
-    return weights_dtype(loaded.model) or mx.bfloat16
 
 
 def _sentences(text: str, rng: random.Random, tokens: int) -> Iterator[str]:
