@@ -47,7 +47,8 @@ class Lesson:
     Attributes:
         tokens: behind the beginning.
         first: the first of them behind which it matters what is said.
-        likely: the tokens that are most likely behind those, int32 [n, LIKELY].
+        likely: the tokens that are most likely behind those, uint32 [n, LIKELY]; all of a smaller
+            vocabulary.
         shares: their probabilities, float32 [n, LIKELY].
     """
 
@@ -103,15 +104,16 @@ def prepare(loaded: LoadedModel, material: Material, advance: Advance) -> Lesson
     """Read all documents and texts. To be used while `asking`.
 
     Raises:
-        UsageError: the user's text is too short.
+        UsageError: the user's text is too short or has no sentences, or documents are too short.
     """
+    # In this order a text that is too short is found before anything is read.
+    texts = [
+        lesson for i in range(material.texts) for lesson in _going_on(loaded, material, i, advance)
+    ]
     answers = [
         lesson
         for i in range(material.documents)
         for lesson in _about_document(loaded, material, i, advance)
-    ]
-    texts = [
-        lesson for i in range(material.texts) for lesson in _going_on(loaded, material, i, advance)
     ]
     return Lessons(tuple(answers), tuple(texts))
 
@@ -130,7 +132,12 @@ def _about_document(
     own = material.text is not None and i % 2
     filler = _sentences(material.text or "", rng, length) if own else prose.sentences(rng)
     hidden = _HIDDEN[i % len(_HIDDEN)]
-    chat = document_chat(rng, length, lambda t: len(tokens(t)), "train", filler, hidden)
+    try:
+        chat = document_chat(rng, length, lambda t: len(tokens(t)), "train", filler, hidden)
+    except ValueError as error:
+        raise UsageError(
+            f"documents of {length} tokens are too short for {hidden} facts; give more --tokens."
+        ) from error
     asked = chat.asked[:QUESTIONS]
     turns = [tokens(document_turn(chat.document, fact.question)) for fact in asked]
     shared = min(prompts.shared(turns[0], turn) for turn in turns[1:])
@@ -147,7 +154,8 @@ def _going_on(
 ) -> Iterator[Lesson]:
     rng = seeded("train", "texts", material.seed, i)
     count = material.tokens
-    text = _excerpt(material.text, rng, count) if material.text else _generated(rng, count)
+    own = material.text
+    text = _generated(rng, count) if own is None else _excerpt(own, rng, count)
     tokens = prompts.encode(loaded.tokenizer, text)[:count]
     if len(tokens) < count:
         raise UsageError(
@@ -181,7 +189,7 @@ def _sentences(text: str, rng: random.Random, tokens: int) -> Iterator[str]:
 
 def _excerpt(text: str, rng: random.Random, tokens: int) -> str:
     """A part of a text that has at least so many tokens, if there is enough."""
-    length = 8 * tokens  # characters; no text has so many for a token
+    length = 8 * tokens  # characters; few texts have so many for a token
     at = rng.randrange(max(1, len(text) - length))
     return text[at : at + length]
 
