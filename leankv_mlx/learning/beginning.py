@@ -18,10 +18,12 @@ from mlx import nn
 from leankv_mlx.cache.fetch import hand_out
 from leankv_mlx.codec.rotation import rotation
 from leankv_mlx.config import CompressionConfig
+from leankv_mlx.errors import UnsupportedError
 from leankv_mlx.kernels import Backend, Mask, Rows, resolve_backend
 from leankv_mlx.kernels.prefill_attention import prefill_attention
 from leankv_mlx.mlx_lm import patches
 from leankv_mlx.mlx_lm.attachment import Attachment, own_caches
+from leankv_mlx.mlx_lm.precision import weights_dtype
 from leankv_mlx.mlx_lm.reading import PREFILL_CHUNK
 
 
@@ -32,7 +34,7 @@ class Beginning:
     Attributes:
         tokens: how many they are.
         rows: of each cache that a mask is for, keys (after RoPE) and values [H, tokens, head_dim]
-            in 16 bits, by its place in the model's list.
+            as the cache keeps exact rows, by its place in the model's list.
         others: the model's own caches at the other places; not to be changed.
     """
 
@@ -63,14 +65,9 @@ def asking(model: nn.Module) -> Iterator[None]:
         patches.unpatch(targets)
 
 
-def read(
-    model: nn.Module, tokens: Sequence[int], stops: Sequence[int], dtype: mx.Dtype
-) -> Iterator[Beginning]:
-    """Read a text and give its beginnings of so many tokens, ascending. To be used while `asking`.
-
-    Args:
-        dtype: of the rows.
-    """
+def read(model: nn.Module, tokens: Sequence[int], stops: Sequence[int]) -> Iterator[Beginning]:
+    """Read a text and give its beginnings of so many tokens, ascending. To be used while `asking`."""
+    dtype = weights_dtype(model)
     caches, done = own_caches(model), 0
     held: dict[int, _Read] = {place: _Read() for place in places_of(model)}
     for place, cache in held.items():
@@ -82,10 +79,21 @@ def read(
             mx.eval([cache.state for cache in caches])
             done += len(part)
         mx.clear_cache()
-        rows = {place: Rows(*(x.astype(dtype) for x in held[place].rows)) for place in held}
+        rows = {place: Rows(*(x.astype(dtype or x.dtype) for x in cache.rows))
+                for place, cache in held.items()}  # fmt: skip
         mx.eval(list(rows.values()))
         others = {i: deepcopy(cache) for i, cache in enumerate(caches) if i not in held}
         yield Beginning(stop, rows, others)
+
+
+def check_causal(mask: Mask) -> None:
+    """Whether a model masks nothing but what comes later, all that is computed here.
+
+    Raises:
+        UnsupportedError: it does.
+    """
+    if isinstance(mask, mx.array):
+        raise UnsupportedError("learning masks does not go with a model that masks tokens itself.")
 
 
 class _Read:
@@ -124,6 +132,7 @@ class _Read:
         sink_logits: mx.array | None = None,
     ) -> mx.array:
         """See `cache.fetch.Attends`."""
+        check_causal(mask)
         plain = (rotation("none", self.rows.k.shape[2]), rotation("none", self.rows.v.shape[2]))
         rows = Rows(*(r.apply(x) for r, x in zip(plain, self.rows, strict=True)))
         out = prefill_attention(

@@ -7,18 +7,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from leankv_mlx.cache.masks import Masks, save
-from leankv_mlx.errors import UsageError
+from leankv_mlx.errors import ContextLengthError, UnsupportedError, UsageError
 from leankv_mlx.evaluation.lab import Progress
 from leankv_mlx.learning.beginning import asking, places_of
 from leankv_mlx.learning.checkpoint import Checkpoint
 from leankv_mlx.learning.lessons import Material, prepare
 from leankv_mlx.learning.masks import Course, learn
 from leankv_mlx.mlx_lm.attachment import own_caches
-from leankv_mlx.mlx_lm.loading import check_context, fingerprint, load
+from leankv_mlx.mlx_lm.context import context_length
+from leankv_mlx.mlx_lm.loading import LoadedModel, fingerprint, load
 from leankv_mlx.mlx_lm.masks import asking_shapes
 
 _LESSON_TOKENS = 128
 """Of the tokens behind a beginning, about: what a step weighs beside the reading of documents."""
+_LEAST_TOKENS = 512
+"""Of the longest document."""
 
 
 def taught(
@@ -32,30 +35,33 @@ def taught(
 
     Raises:
         ModelError: the model cannot be loaded.
-        UnsupportedError: its attention does not ask the cache.
+        UnsupportedError: it cannot have a mask.
         ContextLengthError: documents of this length do not fit its context.
-        UsageError: there is too little text.
+        UsageError: there is too little text, or documents are too short.
         CalibrationError: the mask, or the state of the course, cannot be written.
     """
-    if material.documents < 1 or material.tokens < 512:
-        raise UsageError("learning needs a document at least, of 512 tokens; give more.")
+    if material.documents < 1:
+        raise UsageError(f"--documents {material.documents} is too small; give at least 1.")
+    if material.tokens < _LEAST_TOKENS:
+        raise UsageError(f"--tokens {material.tokens} is too small; give at least {_LEAST_TOKENS}.")
     # Products of the native backend have no gradients.
     loaded = load(model, projections="mlx")
-    check_context(loaded.config, material.tokens, _LESSON_TOKENS)
-    places = places_of(loaded.model)
-    caches = own_caches(loaded.model)
-    asking_shapes(loaded.model, caches, [i in places for i in range(len(caches))], "learning masks")
+    _check(loaded, material.tokens)
     identity = fingerprint(loaded.path)
     text = "" if material.text is None else hashlib.sha256(material.text.encode()).hexdigest()
     described = {**asdict(replace(material, text=None)), **asdict(course)}
-    checkpoint = Checkpoint(name, {"model": identity, "text": text, **described})
+    checkpoint = Checkpoint(name, {**described, "model": identity, "text": text})
     progress.start(material.work + 2 * _LESSON_TOKENS * course.steps)
     with asking(loaded.model):
         lessons = prepare(loaded, material, progress.advance)
 
+        done = 0
+
         def look(step: int, loss: float) -> None:
-            done = f"step {step} of {course.steps}, divergence {loss:.4f}"
-            progress.advance(done, 2 * _LESSON_TOKENS)
+            nonlocal done
+            what = f"step {step} of {course.steps}, divergence {loss:.4f}"
+            progress.advance(what, 2 * _LESSON_TOKENS * (step - done))  # those of a killed run too
+            done = step
 
         found = learn(loaded.model, lessons, course, material.seed, checkpoint, look)
     notes = {key: str(value) for key, value in described.items() if value is not None}
@@ -64,3 +70,26 @@ def taught(
     path = save(found, name)
     checkpoint.remove()
     return found, path
+
+
+def _check(loaded: LoadedModel, tokens: int) -> None:
+    """Whether a model can learn a mask from documents of so many tokens.
+
+    Raises:
+        UnsupportedError: it cannot have one.
+        ContextLengthError: they do not fit its context.
+    """
+    context = context_length(loaded.config)
+    if context is not None and tokens + _LESSON_TOKENS > context:
+        raise ContextLengthError(
+            f"documents of {tokens} tokens and a question do not fit the model's context of "
+            f"{context}; give fewer --tokens."
+        )
+    places, caches = places_of(loaded.model), own_caches(loaded.model)
+    compressed = [i in places for i in range(len(caches))]
+    shapes = asking_shapes(loaded.model, caches, compressed, "learning masks")
+    if len(set(shapes)) > 1:
+        raise UnsupportedError(
+            "learning masks does not go with this model, whose layers have heads of several "
+            "numbers or sizes."
+        )

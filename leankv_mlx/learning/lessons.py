@@ -23,7 +23,6 @@ from leankv_mlx.learning.beginning import Beginning, read
 from leankv_mlx.learning.gates import logits
 from leankv_mlx.mlx_lm import prompts
 from leankv_mlx.mlx_lm.loading import LoadedModel
-from leankv_mlx.mlx_lm.precision import weights_dtype
 
 LIKELY = 256
 """Most likely tokens whose probabilities are kept of what the model says: nearly all of it."""
@@ -48,7 +47,8 @@ class Lesson:
     Attributes:
         tokens: behind the beginning.
         first: the first of them behind which it matters what is said.
-        likely: the tokens that are most likely behind those, int32 [n, LIKELY].
+        likely: the tokens that are most likely behind those, uint32 [n, LIKELY]; all of a smaller
+            vocabulary.
         shares: their probabilities, float32 [n, LIKELY].
     """
 
@@ -104,15 +104,16 @@ def prepare(loaded: LoadedModel, material: Material, advance: Advance) -> Lesson
     """Read all documents and texts. To be used while `asking`.
 
     Raises:
-        UsageError: the user's text is too short.
+        UsageError: the user's text is too short or has no sentences, or documents are too short.
     """
+    # In this order a text that is too short is found before anything is read.
+    texts = [
+        lesson for i in range(material.texts) for lesson in _going_on(loaded, material, i, advance)
+    ]
     answers = [
         lesson
         for i in range(material.documents)
         for lesson in _about_document(loaded, material, i, advance)
-    ]
-    texts = [
-        lesson for i in range(material.texts) for lesson in _going_on(loaded, material, i, advance)
     ]
     return Lessons(tuple(answers), tuple(texts))
 
@@ -131,11 +132,16 @@ def _about_document(
     own = material.text is not None and i % 2
     filler = _sentences(material.text or "", rng, length) if own else prose.sentences(rng)
     hidden = _HIDDEN[i % len(_HIDDEN)]
-    chat = document_chat(rng, length, lambda t: len(tokens(t)), "train", filler, hidden)
+    try:
+        chat = document_chat(rng, length, lambda t: len(tokens(t)), "train", filler, hidden)
+    except ValueError as error:
+        raise UsageError(
+            f"documents of {length} tokens are too short for {hidden} facts; give more --tokens."
+        ) from error
     asked = chat.asked[:QUESTIONS]
     turns = [tokens(document_turn(chat.document, fact.question)) for fact in asked]
     shared = min(prompts.shared(turns[0], turn) for turn in turns[1:])
-    (beginning,) = read(loaded.model, turns[0], [shared], _dtype(loaded))
+    (beginning,) = read(loaded.model, turns[0], [shared])
     advance("reading documents", shared)
     for fact, turn in zip(asked, turns, strict=True):
         reply = [*prompts.encode(tokenizer, fact.sentence), tokenizer.eos_token_id]
@@ -148,7 +154,8 @@ def _going_on(
 ) -> Iterator[Lesson]:
     rng = seeded("train", "texts", material.seed, i)
     count = material.tokens
-    text = _excerpt(material.text, rng, count) if material.text else _generated(rng, count)
+    own = material.text
+    text = _generated(rng, count) if own is None else _excerpt(own, rng, count)
     tokens = prompts.encode(loaded.tokenizer, text)[:count]
     if len(tokens) < count:
         raise UsageError(
@@ -156,7 +163,7 @@ def _going_on(
             "--tokens."
         )
     stops = sorted(rng.sample(range(count // 6, count - TEXT_TOKENS), STOPS))
-    for beginning in read(loaded.model, tokens, stops, _dtype(loaded)):
+    for beginning in read(loaded.model, tokens, stops):
         behind = tokens[beginning.tokens : beginning.tokens + TEXT_TOKENS]
         yield _lesson(loaded, beginning, behind, 0)
     advance("reading texts", count)
@@ -171,11 +178,6 @@ def _lesson(loaded: LoadedModel, beginning: Beginning, tokens: Sequence[int], fi
     return Lesson(beginning, tuple(tokens), first, likely, shares)
 
 
-def _dtype(loaded: LoadedModel) -> mx.Dtype:
-    """Of rows: the 16 bits of the weights."""
-    return weights_dtype(loaded.model) or mx.bfloat16
-
-
 def _sentences(text: str, rng: random.Random, tokens: int) -> Iterator[str]:
     """Sentences of a part of a text in order, again and again."""
     parts = (" ".join(part.split()) for part in _SENTENCE.split(_excerpt(text, rng, tokens)))
@@ -187,7 +189,7 @@ def _sentences(text: str, rng: random.Random, tokens: int) -> Iterator[str]:
 
 def _excerpt(text: str, rng: random.Random, tokens: int) -> str:
     """A part of a text that has at least so many tokens, if there is enough."""
-    length = 8 * tokens  # characters; no text has so many for a token
+    length = 8 * tokens  # characters; few texts have so many for a token
     at = rng.randrange(max(1, len(text) - length))
     return text[at : at + length]
 
