@@ -1,16 +1,16 @@
 """Learning which key channels a model can do without (LeanK, arXiv 2508.02215, section 3).
 
 Every channel has a gate, a number from 0 to 1, and every head has one for its tokens between sink
-tokens and window (`gates`). In the first half all are open and may close by any amount: what the
+tokens and window (`gates`). In the first part all are open and may close by any amount: what the
 model says should stay what it was, and what is left open has a price. A head's gate times those of
-its channels is what they are worth. In the second half gates are drawn, step by step, to where the
+its channels is what they are worth. In the second part gates are drawn, step by step, to where the
 cache will have them: the groups worth most are open, all others shut. Gradients go to the gates as
 if they had been what was used (straight-through), so that what turns out to be needed comes back.
 
 What differs from the paper: the loss is the divergence of what the model says (Kullback-Leibler)
 instead of the distance of its last hidden states; what is left out counts as the center of its
 channel, as in the cache, and not as 0; heads have gates, because whether a head needs its tokens
-shows in no single channel; the second half goes over step by step; and half of the lessons go on
+shows in no single channel; the second part goes over step by step; and half of the lessons go on
 with text.
 """
 
@@ -38,7 +38,7 @@ EVERY = 20
 
 _BETAS = [0.9, 0.99]
 _DRAWN = 0.7
-"""Share of the second half after which gates are where the cache has them."""
+"""Share of the second part after which gates are where the cache has them."""
 _RAMP = 0.2
 """Share of the steps in which the rate rises, and falls at the end (LeanK)."""
 
@@ -49,8 +49,8 @@ class Course:
 
     Attributes:
         ratio: share of the groups of channels that is left out.
-        steps: of both halves together.
-        rate: by how much a gate moves in a step, about; a third of it in the second half.
+        steps: of both parts together.
+        rate: by how much a gate moves in a step, about; a third of it in the second part.
         price: what open gates cost, in nats if all are open.
 
     Raises:
@@ -70,11 +70,11 @@ class Course:
 
     @property
     def first(self) -> int:
-        """Steps of the first half."""
-        return self.steps // 2
+        """Steps of the first part, which are more: what is worth what is found there."""
+        return self.steps * 3 // 5
 
     def rate_of(self, step: int) -> float:
-        """A trapezoid in each half (LeanK)."""
+        """A trapezoid in each part (LeanK)."""
         begin, length, rate = (
             (0, self.first, self.rate)
             if step < self.first
