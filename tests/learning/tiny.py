@@ -43,6 +43,6 @@ def lessons(model: nn.Module, seed: int = 0) -> Lessons:
             for length, first in ((12, 5), (9, 0)):
                 behind = tuple(tokens[beginning.tokens : beginning.tokens + length])
                 said = mx.softmax(logits(model, beginning, behind, None)[first:], axis=-1)
-                likely = mx.broadcast_to(mx.arange(VOCAB), said.shape)
+                likely = mx.broadcast_to(mx.arange(said.shape[-1]), said.shape)
                 made.append(Lesson(beginning, behind, first, likely, said))
     return Lessons(tuple(made[::2]), tuple(made[1::2]))
