@@ -74,13 +74,14 @@ def test_rows_have_what_the_cache_keeps_exact_rows_in() -> None:
 
 
 def test_attention_is_the_model_s_own_again_afterwards() -> None:
-    model = TINY["llama"](64)
-    module = __import__("mlx_lm.models.llama", fromlist=["llama"])
-    original = module.scaled_dot_product_attention
-    with pytest.raises(KeyboardInterrupt), asking(model):
-        assert module.scaled_dot_product_attention is not original
-        raise KeyboardInterrupt
-    assert module.scaled_dot_product_attention is original
+    from mlx_lm.models import llama
+
+    original = llama.scaled_dot_product_attention
+    asks = asking(TINY["llama"](64))
+    asks.__enter__()
+    assert llama.scaled_dot_product_attention is not original
+    assert not asks.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert llama.scaled_dot_product_attention is original
 
 
 def test_a_model_that_masks_tokens_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

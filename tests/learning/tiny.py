@@ -1,4 +1,4 @@
-"""A small random model with something to learn, in no time. Import as `from tests.learning.tiny`."""
+"""Something that a small random model learns in no time. Import as `from tests.learning`."""
 
 from __future__ import annotations
 
