@@ -66,7 +66,7 @@ def asking(model: nn.Module) -> Iterator[None]:
 
 
 def read(model: nn.Module, tokens: Sequence[int], stops: Sequence[int]) -> Iterator[Beginning]:
-    """Read a text and give its beginnings of so many tokens, ascending. To be used while `asking`."""
+    """Read a text and give its beginnings of so many tokens, ascending; while `asking`."""
     dtype = weights_dtype(model)
     caches, done = own_caches(model), 0
     held: dict[int, _Read] = {place: _Read() for place in places_of(model)}

@@ -28,16 +28,17 @@ _SHAPE = CompressionConfig()
 
 @dataclass(frozen=True)
 class Gates:
-    """Of all layers with a mask.
+    """Of all layers with a mask; 1 leaves all there is, 0 nothing.
 
     Attributes:
-        values: what is left of each channel, float32 [layers, H, head_dim]; 1 leaves all of it.
-        empty: heads that hold no middle tokens, bool [layers, H]. Their gradient is that of heads
-            that hold them, so that they can come back (straight-through).
+        channels: what is left of each channel, float32 [layers, H, head_dim].
+        heads: what is left of the tokens between sink tokens and window, float32 [layers, H]: the
+            output of a head is so much that with them and for the rest that without (DuoAttention,
+            arXiv 2410.10819, section 2.2).
     """
 
-    values: mx.array
-    empty: mx.array
+    channels: mx.array
+    heads: mx.array
 
 
 def logits(
@@ -46,7 +47,7 @@ def logits(
     """Logits [L, V] behind each of the tokens that follow a beginning, which they see through
     gates; None for open ones. To be used while `asking`."""
     made = {
-        place: _Gated(rows, None if gates is None else (gates.values[i], gates.empty[i]))
+        place: _Gated(rows, None if gates is None else (gates.channels[i], gates.heads[i]))
         for i, (place, rows) in enumerate(beginning.rows.items())
     }
     out: mx.array = model(mx.array([list(tokens)]), cache=beginning.caches(made))
@@ -89,35 +90,44 @@ class _Gated:
         # The query heads of a KV head and their tokens side by side: [H, G * L, D].
         q = (queries[0].astype(mx.float32) * scale).reshape(heads, -1, dim)
         repeats = q.shape[1] // length
-        at = mx.tile(mx.arange(tokens - length, tokens), repeats)[:, None]
-        seen = mx.arange(tokens) <= at
         if sink_logits is not None:
             sink_logits = mx.repeat(sink_logits.astype(mx.float32), length).reshape(heads, -1, 1)
-        exact = q @ self._rows.k.swapaxes(1, 2)
+        # What is exact for some of the queries: sink tokens, and from the first one's window on.
+        sinks = min(_SHAPE.sink_tokens, self.offset)
+        late = 0 if self._gate is None else max(sinks, self.offset - _SHAPE.window)
+        k, v = self._rows
+        last = mx.arange(late, tokens)
+        at = mx.tile(mx.arange(self.offset, tokens), repeats)[:, None]
+        seen, near = last <= at, last >= at - _SHAPE.window
+        exact = q @ k[:, late:].swapaxes(1, 2)
         if self._gate is None:
-            out = self._weighted(mx.where(seen, exact, -mx.inf), sink_logits)
+            out = _weighted(mx.where(seen, exact, -mx.inf), v, sink_logits)
         else:
-            gate, empty = self._gate
-            sinks, window = _SHAPE.sink_tokens, _SHAPE.window
-            near = (mx.arange(tokens) < sinks) | (mx.arange(tokens) >= at - window)
-            scores = mx.where(near, exact, self._gated(q, gate))
-            out = self._weighted(mx.where(seen, scores, -mx.inf), sink_logits)
-            alone = self._weighted(mx.where(seen & near, exact, -mx.inf), sink_logits)
-            out = mx.where(empty[:, None, None], alone + (out - mx.stop_gradient(out)), out)
+            channels, held = self._gate
+            first = q @ k[:, :sinks].swapaxes(1, 2)
+            gated = self._gated(q, k[:, sinks:], channels)
+            middle, behind = gated[..., : late - sinks], gated[..., late - sinks :]
+            behind = mx.where(seen, mx.where(near, exact, behind), -mx.inf)
+            out = _weighted(mx.concatenate([first, middle, behind], axis=-1), v, sink_logits)
+            behind = mx.where(seen & near, exact, -mx.inf)
+            held_anyway = mx.concatenate([v[:, :sinks], v[:, late:]], axis=1)
+            alone = _weighted(mx.concatenate([first, behind], axis=-1), held_anyway, sink_logits)
+            out = alone + held[:, None, None] * (out - alone)
         return out.reshape(queries.shape[1], length, -1)[None].astype(queries.dtype)
 
-    def _gated(self, q: mx.array, gate: mx.array) -> mx.array:
-        """Scores of all tokens as if they were compressed, [H, G * L, N]."""
-        k, sinks = self._rows.k, _SHAPE.sink_tokens
-        # The cache fits them to what leaves the window first: of a chunk, or else a block.
+    def _gated(self, q: mx.array, keys: mx.array, channels: mx.array) -> mx.array:
+        """Scores of keys behind the sink tokens as if they were compressed."""
+        # The cache fits the center to what leaves the window first: of a chunk, or else a block.
+        sinks = min(_SHAPE.sink_tokens, self.offset)
         first = min(self.offset, PREFILL_CHUNK) - sinks - _SHAPE.window
         fitted = min(CENTER_TOKENS, max(1, first // BLOCK_SLOTS) * BLOCK_SLOTS)
-        center = mx.stop_gradient(k[:, sinks : sinks + fitted].mean(axis=1, keepdims=True))
-        open_ = q * gate[:, None]
-        return open_ @ k.swapaxes(1, 2) + (q - open_) @ center.swapaxes(1, 2)
+        center = mx.stop_gradient(keys[:, :fitted].mean(axis=1, keepdims=True))
+        open_ = q * channels[:, None]
+        return open_ @ keys.swapaxes(1, 2) + (q - open_) @ center.swapaxes(1, 2)
 
-    def _weighted(self, scores: mx.array, sink_logits: mx.array | None) -> mx.array:
-        if sink_logits is not None:
-            scores = mx.concatenate([sink_logits, scores], axis=-1)
-        weights = mx.softmax(scores, axis=-1)
-        return (weights[..., 1:] if sink_logits is not None else weights) @ self._rows.v
+
+def _weighted(scores: mx.array, values: mx.array, sink_logits: mx.array | None) -> mx.array:
+    if sink_logits is not None:
+        scores = mx.concatenate([sink_logits, scores], axis=-1)
+    weights = mx.softmax(scores, axis=-1)
+    return (weights[..., 1:] if sink_logits is not None else weights) @ values

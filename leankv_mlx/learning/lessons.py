@@ -28,7 +28,7 @@ LIKELY = 256
 """Most likely tokens whose probabilities are kept of what the model says: nearly all of it."""
 QUESTIONS = 6
 STOPS = 6
-TEXT_TOKENS = 64
+TEXT_TOKENS = 96
 """Of a lesson that goes on with text."""
 
 _LENGTHS = (0.35, 0.55, 0.75, 1.0)  # of documents, of the longest

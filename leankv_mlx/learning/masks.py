@@ -1,20 +1,22 @@
 """Learning which key channels a model can do without (LeanK, arXiv 2508.02215, section 3).
 
-Every channel has a gate, a number from 0 to 1 (`gates`). In the first half all are open and may
-close by any amount: what the model says should stay what it was, and each open gate costs a little.
-In the second half the best groups of channels are kept and all others left out, as the cache will
-do it, and gradients go to the gates as if they had been what was used (straight-through), so that
-what turns out to be needed comes back.
+Every channel has a gate, a number from 0 to 1, and every head has one for its tokens between sink
+tokens and window (`gates`). In the first part all are open and may close by any amount: what the
+model says should stay what it was, and what is left open has a price. A head's gate times those of
+its channels is what they are worth. In the second part gates are drawn, step by step, to where the
+cache will have them: the groups worth most are open, all others shut. Gradients go to the gates as
+if they had been what was used (straight-through), so that what turns out to be needed comes back.
 
 What differs from the paper: the loss is the divergence of what the model says (Kullback-Leibler)
 instead of the distance of its last hidden states; what is left out counts as the center of its
-channel, as in the cache, and not as 0; heads that keep nothing are without their tokens while
-learning, too; and half of the lessons go on with text.
+channel, as in the cache, and not as 0; heads have gates, because whether a head needs its tokens
+shows in no single channel; the second part goes over step by step; and half of the lessons go on
+with text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +25,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
+from numpy.typing import NDArray
 
 from leankv_mlx.cache.masks import Masks
 from leankv_mlx.errors import UsageError
@@ -34,6 +37,8 @@ EVERY = 20
 """Steps between two states that are kept."""
 
 _BETAS = [0.9, 0.99]
+_DRAWN = 0.7
+"""Share of the second part after which gates are where the cache has them."""
 _RAMP = 0.2
 """Share of the steps in which the rate rises, and falls at the end (LeanK)."""
 
@@ -44,8 +49,8 @@ class Course:
 
     Attributes:
         ratio: share of the groups of channels that is left out.
-        steps: of both halves together.
-        rate: by how much a gate moves in a step, about; half of it in the second half.
+        steps: of both parts together.
+        rate: by how much a gate moves in a step, about; a third of it in the second part.
         price: what open gates cost, in nats if all are open.
 
     Raises:
@@ -65,19 +70,31 @@ class Course:
 
     @property
     def first(self) -> int:
-        """Steps of the first half."""
-        return self.steps // 2
+        """Steps of the first part, which are more: what is worth what is found there."""
+        return self.steps * 3 // 5
 
     def rate_of(self, step: int) -> float:
-        """A trapezoid in each half."""
-        half, at = (self.first, step) if step < self.first else (
-            self.steps - self.first, step - self.first)  # fmt: skip
-        ramp = min(1.0, (at + 1) / (_RAMP * half), (half - at) / (_RAMP * half))
-        return self.rate * ramp * (1.0 if step < self.first else 0.5)
+        """A trapezoid in each part (LeanK)."""
+        begin, length, rate = (
+            (0, self.first, self.rate)
+            if step < self.first
+            else (self.first, self.steps - self.first, self.rate / 3)
+        )
+        at, ramp = step - begin, _RAMP * length
+        return rate * min(1.0, (at + 1) / ramp, (length - at) / ramp)
+
+    def drawn(self, step: int) -> float:
+        """How far gates are drawn to where the cache has them, 0 to 1."""
+        begun = max(0, step - self.first)
+        return min(1.0, begun / (_DRAWN * (self.steps - self.first)))
 
 
 Look = Callable[[int, float], None]
 """Gets the steps that are done and the divergence of the last lessons, a running mean in nats."""
+
+
+Params = dict[str, mx.array]
+"""Gates that are learned: "channels" and "heads", as in `Gates`."""
 
 
 @dataclass
@@ -85,30 +102,40 @@ class _State:
     """After some steps.
 
     Attributes:
-        alphas: the gates, float32 [layers, H, head_dim].
         loss: running mean.
     """
 
-    alphas: mx.array
+    params: Params
     step: int = 0
     loss: float = 0.0
     optimizer: optim.Adam = field(
         default_factory=lambda: optim.Adam(0.0, betas=_BETAS, bias_correction=True)
     )
 
+    @property
+    def worth(self) -> NDArray[np.float32]:
+        """Of each channel, [layers, H, head_dim]."""
+        worth: NDArray[np.float32] = np.array(
+            self.params["channels"] * self.params["heads"][..., None]
+        )
+        return worth
+
     def tensors(self) -> dict[str, mx.array]:
-        flat: Any = tree_flatten(self.optimizer.state["alphas"])
-        kept = {f"optimizer.{name}": x for name, x in flat}
+        """For a checkpoint."""
+        self.optimizer.init(self.params)
+        tree = {"params": self.params, "moments": {n: self.optimizer.state[n] for n in self.params}}
+        flat: Any = tree_flatten(tree)
         moves = self.optimizer.step.astype(mx.int64)
-        return {"alphas": self.alphas, "loss": mx.array(self.loss), "moves": moves, **kept}
+        return {**dict(flat), "loss": mx.array(self.loss), "moves": moves}
 
     def restore(self, step: int, tensors: dict[str, mx.array]) -> None:
+        """Become what `tensors` were of."""
         self.step, self.loss = step, float(tensors.pop("loss"))
-        self.alphas = tensors.pop("alphas")
-        self.optimizer.init({"alphas": self.alphas})
-        self.optimizer.state["step"] = tensors.pop("moves").astype(mx.uint64)
-        kept = [(name.removeprefix("optimizer."), x) for name, x in tensors.items()]
-        self.optimizer.state["alphas"] = tree_unflatten(kept)
+        moves = tensors.pop("moves").astype(mx.uint64)
+        tree: Any = tree_unflatten(list(tensors.items()))
+        self.params = tree["params"]
+        self.optimizer.init(self.params)
+        self.optimizer.state.update({**tree["moments"], "step": moves})
 
 
 def learn(
@@ -127,21 +154,21 @@ def learn(
         seed: of the order of the lessons.
     """
     rows = list(lessons.answers[0].beginning.rows.values())
-    shape = (len(rows), rows[0].k.shape[0], rows[0].k.shape[2])
-    state = _State(mx.ones(shape))
+    layers, (heads, _, dim) = len(rows), rows[0].k.shape
+    state = _State({"channels": mx.ones((layers, heads, dim)), "heads": mx.ones((layers, heads))})
     if (kept := checkpoint.load()) is not None:
         state.restore(*kept)
     while state.step < course.steps:
-        pair = lessons.draw(seed, state.step)
-        found = [_gradient(model, lesson, _gates(state, course)) for lesson in pair]
-        _move(state, course, mx.stack([gradient for _, gradient in found]).sum(axis=0))
+        used = _used(state, course)
+        found = [_gradient(model, lesson, used) for lesson in lessons.draw(seed, state.step)]
+        _move(state, course, [gradient for _, gradient in found])
         mean = sum(loss for loss, _ in found) / len(found)
         state.loss = mean if state.step == 0 else 0.95 * state.loss + 0.05 * mean
         state.step += 1
         if state.step % EVERY == 0 or state.step == course.steps:
             checkpoint.save(state.step, state.tensors())
         look(state.step, state.loss)
-    return Masks.of(np.array(state.alphas), course.ratio)
+    return Masks.of(state.worth, course.ratio)
 
 
 def divergence(model: nn.Module, lesson: Lesson, gates: Gates) -> mx.array:
@@ -155,33 +182,45 @@ def divergence(model: nn.Module, lesson: Lesson, gates: Gates) -> mx.array:
 
 def gates_of(masks: Masks) -> Gates:
     """What the cache does with a mask."""
-    return Gates(mx.array(masks.kept.astype(np.float32)), mx.array(masks.groups == 0))
+    held = masks.groups > 0
+    return Gates(mx.array(masks.kept.astype(np.float32)), mx.array(held.astype(np.float32)))
 
 
-def _gates(state: _State, course: Course) -> Gates:
-    if state.step >= course.first:
-        return gates_of(Masks.of(np.array(state.alphas), course.ratio))
-    return Gates(state.alphas, mx.zeros(state.alphas.shape[:2], mx.bool_))
+def _used(state: _State, course: Course) -> Params:
+    """What a step computes with: the gates, drawn to where the cache has them."""
+    channels, heads = state.params["channels"], state.params["heads"]
+    drawn = course.drawn(state.step)
+    if drawn == 0:
+        return dict(state.params)
+    there = gates_of(Masks.of(state.worth, course.ratio))
+    # Channels of a head that holds nothing matter to nothing but its way back.
+    to = mx.where(there.heads[..., None] > 0, there.channels, channels)
+    return {
+        "channels": channels + drawn * (to - channels),
+        "heads": heads + drawn * (there.heads - heads),
+    }
 
 
-def _gradient(model: nn.Module, lesson: Lesson, gates: Gates) -> tuple[float, mx.array]:
+def _gradient(model: nn.Module, lesson: Lesson, used: Params) -> tuple[float, Params]:
     """The divergence of a lesson, and by how much it changes with the gates."""
 
-    def loss(values: mx.array) -> mx.array:
-        return divergence(model, lesson, Gates(values, gates.empty))
+    def loss(params: Params) -> mx.array:
+        return divergence(model, lesson, Gates(params["channels"], params["heads"]))
 
-    value, gradient = mx.value_and_grad(loss)(gates.values)
+    value, gradient = mx.value_and_grad(loss)(used)
     mx.eval(value, gradient)
     mx.clear_cache()
     return float(value), gradient
 
 
-def _move(state: _State, course: Course, gradient: mx.array) -> None:
+def _move(state: _State, course: Course, gradients: Sequence[Params]) -> None:
+    total = {name: sum(each[name] for each in gradients) for name in state.params}
     if state.step < course.first:
-        gradient = gradient + course.price / gradient.size * mx.sign(state.alphas)
+        price = mx.grad(lambda p: course.price * (p["channels"] * p["heads"][..., None]).mean())
+        total = {name: total[name] + x for name, x in price(state.params).items()}
     elif state.step == course.first:
-        state.optimizer = _State(state.alphas).optimizer
+        state.optimizer = _State(state.params).optimizer
     state.optimizer.learning_rate = course.rate_of(state.step)
-    moved = state.optimizer.apply_gradients({"alphas": gradient}, {"alphas": state.alphas})
-    state.alphas = mx.clip(moved["alphas"], 0, 1)
-    mx.eval(state.alphas, state.optimizer.state)
+    moved = state.optimizer.apply_gradients(total, state.params)
+    state.params = {name: mx.clip(x, 0, 1) for name, x in moved.items()}
+    mx.eval(state.params, state.optimizer.state)
