@@ -44,7 +44,7 @@ class Layer:
     """Everything that is stored of one layer, rotated.
 
     Args:
-        channels: which key channels codes keep; None for all.
+        channels: which key channels codes keep once it is narrowed; None for all.
 
     Raises:
         ConfigError: the channels are those of another shape.
@@ -61,6 +61,7 @@ class Layer:
             is configured.
         backend: who computes; the reference where the configured one does not support the layer.
         kind: equal for layers of sequences that one operation can take together.
+        narrowed: whether codes keep only what `channels` says, see `narrow`.
         observations: the last queries, if a policy needs them.
         collector: if set, it is told of the attention of every prefill call.
         placed: tokens that had come when stored ones were last dropped or demoted; 0 if none ever
@@ -96,7 +97,8 @@ class Layer:
         self._exact = ExactRows(Rows(*empty), config.sink_tokens)
         self.dtype, self.config = dtypes[0], config
         formats = [Format.of(k, v, shape.k_dim, shape.v_dim) for k, v in config.tiers]
-        self._shares = Share.all_of(formats, channels)
+        self._whole, self._narrow = Share.all_of(formats, None), Share.all_of(formats, channels)
+        self.narrowed = False
         supported = all(map(backend.supports, formats))
         self.backend = backend if supported else resolve_backend("reference")
         self.kind = _kind(shape, config, self.backend.name, *dtypes, channels)
@@ -136,6 +138,11 @@ class Layer:
         """Whether heads may lack tokens, or are stored apart: then nothing but attention of our own
         can read the layer."""
         return self.body is not None and self.body.ragged
+
+    @property
+    def masked(self) -> bool:
+        """Whether it has channels that codes do not keep once it is narrowed."""
+        return self.space.channels is not None
 
     @property
     def recent(self) -> int:
@@ -209,6 +216,17 @@ class Layer:
             stored = self.body.last(stop - start) if shares else None
         self._exact.leave(stop - start, stored)
 
+    def narrow(self) -> None:
+        """From now on codes keep only what the channels say: those that there are give up the rest,
+        and so do tokens that come. It stays so whatever is trimmed, as a reply goes on from it."""
+        if not self.masked or self.narrowed:
+            return
+        self.narrowed = True
+        self.kind = _kind(*self.kind, "narrowed")
+        self._exact.forget_stored()
+        if self.body is not None:
+            self.body.narrow(self._narrow)
+
     def trim(self, n: int) -> None:
         """Remove the last n tokens; see `CompressedKVCache.trim`."""
         self.offset -= n
@@ -263,6 +281,7 @@ class Layer:
         other = Layer(self.shape, self.config, self.backend, dtypes, self.space.channels)
         other.offset, other._exact = self.offset, self._exact.copy()
         other.placed = self.placed
+        other.narrowed, other.kind = self.narrowed, self.kind
         other.dtype, other.space = self.dtype, self.space
         other._fitted, other._seen = self._fitted, self._seen.copy()
         other.body = self.body.copy() if self.body else None
@@ -346,7 +365,8 @@ class Layer:
         if self.body is not None:
             scales = self.space.equalizer.scales if self.space.equalizer else None
             body = BodyState(self.body.centers, self.body.state, scales)
-        return LayerState(self.offset, shape.heads, shape.k_dim, shape.v_dim, self.exact, body)
+        sizes = shape.heads, shape.k_dim, shape.v_dim
+        return LayerState(self.offset, *sizes, self.exact, body, self.narrowed)
 
     @classmethod
     def restored(
@@ -365,6 +385,8 @@ class Layer:
         dtypes = state.exact.k.dtype, state.exact.v.dtype
         layer = cls(shape, config, backend, dtypes, channels)
         layer.offset, layer.exact = state.offset, state.exact
+        if state.narrowed:
+            layer.narrow()
         if (body := state.body) is not None:
             if body.key_scales is not None:
                 layer.space = replace(layer.space, equalizer=Equalizer(body.key_scales))
@@ -376,7 +398,8 @@ class Layer:
 
     def _new_body(self, centers: Centers) -> CompressedBody:
         heads, rounding = self.shape.heads, self.config.rounding
-        return CompressedBody(heads, self._shares, centers, self.sinks, rounding, self.backend)
+        shares = self._narrow if self.narrowed else self._whole
+        return CompressedBody(heads, shares, centers, self.sinks, rounding, self.backend)
 
     def _equalize(self, start: int, stop: int) -> None:
         """Fit the equalizer on the first of the exact rows start..stop, and apply it to all."""

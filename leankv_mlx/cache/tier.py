@@ -140,6 +140,23 @@ class BodyTier:
         among = self.table.among
         return slice(None) if among is None else among.heads
 
+    def narrowed(self, format: Format, among: Among | None) -> BodyTier:
+        """The slots of some of the heads of a tier of all, without the last groups of their keys.
+        What is kept is copied bit for bit; no block is written, because copies may have it, too.
+
+        Args:
+            format: with 0 bits for the groups that go.
+            among: the heads; None for all.
+        """
+        kept, all_keys = (TILE * sum(each.k_bits) for each in (format, self.format))
+        heads = slice(None) if among is None else among.heads
+        words = [slice(kept), slice(all_keys, None)]
+        table, side = self.table.parts(heads, words, among), self.side
+        if side is not None and among is not None:
+            own = np.isin(np.repeat(np.arange(self.table.heads), self.table.lengths), heads)
+            side = side[0][own], side[1][own]
+        return BodyTier(format, table, side)
+
     def view(self) -> Tier:
         """As kernels see it: over all KV heads of the layer."""
         table, among = self.table, self.table.among
