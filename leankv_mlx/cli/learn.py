@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
@@ -39,6 +39,13 @@ _Tokens = Annotated[int, typer.Option(help="Tokens of the longest document to le
 _Documents = Annotated[int, typer.Option(help="Documents to learn from, with questions.")]
 _Steps = Annotated[int, typer.Option(help="Steps of learning.")]
 _Seed = Annotated[int, typer.Option(help="Of what is drawn: the same seed gives the same mask.")]
+_By = Annotated[
+    str,
+    typer.Option(
+        help="What channels are worth: learned, or without learning, to compare with: keys (their "
+        "size), queries-keys (the size of both), random."
+    ),
+]
 _Name = Annotated[str, typer.Argument(help="Name of the mask, as in mask=NAME.")]
 _Model = Annotated[
     str | None,
@@ -76,6 +83,7 @@ def masks(
     documents: _Documents = 24,
     steps: _Steps = 600,
     seed: _Seed = 0,
+    by: _By = "learned",
 ) -> None:
     """Learn which key channels a model can do without, and write a mask and a profile that has it.
 
@@ -86,18 +94,22 @@ def masks(
     from leankv_mlx.learning.course import taught
     from leankv_mlx.learning.lessons import Material
     from leankv_mlx.learning.masks import Course
+    from leankv_mlx.learning.sizes import By
     from leankv_mlx.profiles import check_name, save_profile, user_profiles
     from leankv_mlx.settings import Mask
 
     if not output:
         raise UsageError("give the mask a name: -o NAME.")
     check_name(output)
+    if by not in get_args(By):
+        raise UsageError(f"--by {by} is unknown; use one of {', '.join(get_args(By))}.")
     course = Course(ratio, steps)
     material = Material(documents, tokens, seed, None if text is None else read_text(text))
     with progress_bar() as progress:
-        found, path = taught(model, output, course, material, progress)
+        found, path = taught(model, output, course, material, progress, cast("By", by))
     kv = replace(CompressionConfig(), mask=Mask(output, found.digest))
-    about = f"learned on {found.name}: leaves out {ratio:.0%} of the key channels"
+    how = "learned on" if by == "learned" else f"by {by}, for"
+    about = f"{how} {found.name}: leaves out {ratio:.0%} of the key channels"
     save_profile(user_profiles(), output, kv.spec().removeprefix("leankv:"), about)
     say(f"wrote mask {output}@{found.digest} to {path}")
     say(f"wrote profile {output} to {user_profiles()}: {kv.spec()}")

@@ -153,7 +153,7 @@ def measured(loaded: LoadedModel, title: str, masks: Masks, advance: Advance) ->
     with attach(model, f"k8v8,mask={title}", channels=masks.layers) as attached:
         places = [i for i, layer in enumerate(attached.channels) if layer]
         document, asked = _questions(loaded)
-        caches, sums = own_caches(model), _Sums(places)
+        caches, sums = own_caches(model), SizeSums(places)
         with watched(model, caches, sums.add):
             prefill(model, document, caches)
         advance("reading")
@@ -167,7 +167,7 @@ def measured(loaded: LoadedModel, title: str, masks: Masks, advance: Advance) ->
     return Look(title, masks, pairs, sums.sizes(len(document)), Heads(base, loss, len(document)))
 
 
-class _Sums:
+class SizeSums:
     """Squares of queries and keys, summed over tokens as attention calls come.
 
     Args:

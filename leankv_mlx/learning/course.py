@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import mlx.core as mx
+
 from leankv_mlx.cache.masks import Masks, save
 from leankv_mlx.errors import ContextLengthError, UnsupportedError, UsageError
 from leankv_mlx.evaluation.lab import Progress
@@ -13,9 +15,11 @@ from leankv_mlx.learning.beginning import asking, places_of
 from leankv_mlx.learning.checkpoint import Checkpoint
 from leankv_mlx.learning.lessons import Material, prepare
 from leankv_mlx.learning.masks import Course, learn
+from leankv_mlx.learning.sizes import By, worth_by
 from leankv_mlx.mlx_lm.attachment import own_caches
 from leankv_mlx.mlx_lm.context import context_length
 from leankv_mlx.mlx_lm.loading import LoadedModel, fingerprint, load
+from leankv_mlx.mlx_lm.machine import on_cpu
 from leankv_mlx.mlx_lm.masks import asking_shapes
 
 _LESSON_TOKENS = 128
@@ -25,10 +29,18 @@ _LEAST_TOKENS = 512
 
 
 def taught(
-    model: str | None, name: str, course: Course, material: Material, progress: Progress
+    model: str | None,
+    name: str,
+    course: Course,
+    material: Material,
+    progress: Progress,
+    by: By = "learned",
 ) -> tuple[Masks, Path]:
-    """Load a model, learn a mask of it and write that; a course that was begun under this name goes
+    """Load a model, make a mask of it and write that; a course that was begun under this name goes
     on.
+
+    Args:
+        by: what channels are worth.
 
     Returns:
         The mask and its file.
@@ -46,25 +58,19 @@ def taught(
         raise UsageError(f"--tokens {material.tokens} is too small; give at least {_LEAST_TOKENS}.")
     # Products of the native backend have no gradients.
     loaded = load(model, projections="mlx")
-    _check(loaded, material.tokens)
+    if on_cpu():  # the bundled model is loaded as it is, and 16 bits are slow there
+        loaded.model.set_dtype(mx.float32)
+    shapes = _checked(loaded, material.tokens)
     identity = fingerprint(loaded.path)
     text = "" if material.text is None else hashlib.sha256(material.text.encode()).hexdigest()
     described = {**asdict(replace(material, text=None)), **asdict(course)}
     checkpoint = Checkpoint(name, {**described, "model": identity, "text": text})
-    progress.start(material.work + 2 * _LESSON_TOKENS * course.steps)
-    with asking(loaded.model):
-        lessons = prepare(loaded, material, progress.advance)
-
-        done = 0
-
-        def look(step: int, loss: float) -> None:
-            nonlocal done
-            what = f"step {step} of {course.steps}, divergence {loss:.4f}"
-            progress.advance(what, 2 * _LESSON_TOKENS * (step - done))  # those of a killed run too
-            done = step
-
-        found = learn(loaded.model, lessons, course, material.seed, checkpoint, look)
-    notes = {key: str(value) for key, value in described.items() if value is not None}
+    if by == "learned":
+        found = _learned(loaded, course, material, checkpoint, progress)
+    else:
+        worth = worth_by(by, loaded, shapes, material)
+        found, described = Masks.of(worth, course.ratio), {"seed": material.seed}
+    notes = {"by": by, **{key: str(value) for key, value in described.items() if value is not None}}
     notes |= {"text": text[:8] or "generated"}
     found = replace(found, model=identity, name=loaded.path.name, notes=notes)
     path = save(found, name)
@@ -72,8 +78,30 @@ def taught(
     return found, path
 
 
-def _check(loaded: LoadedModel, tokens: int) -> None:
-    """Whether a model can learn a mask from documents of so many tokens.
+def _learned(
+    loaded: LoadedModel,
+    course: Course,
+    material: Material,
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> Masks:
+    progress.start(material.work + 2 * _LESSON_TOKENS * course.steps)
+    done = 0
+
+    def look(step: int, loss: float) -> None:
+        nonlocal done
+        what = f"step {step} of {course.steps}, divergence {loss:.4f}"
+        progress.advance(what, 2 * _LESSON_TOKENS * (step - done))  # those of a killed run too
+        done = step
+
+    with asking(loaded.model):
+        lessons = prepare(loaded, material, progress.advance)
+        return learn(loaded.model, lessons, course, material.seed, checkpoint, look)
+
+
+def _checked(loaded: LoadedModel, tokens: int) -> list[tuple[int, int]]:
+    """KV heads and head_dim of each compressed layer, if the model can learn a mask from documents
+    of so many tokens.
 
     Raises:
         UnsupportedError: it cannot have one.
@@ -93,3 +121,4 @@ def _check(loaded: LoadedModel, tokens: int) -> None:
             "learning masks does not go with this model, whose layers have heads of several "
             "numbers or sizes."
         )
+    return shapes

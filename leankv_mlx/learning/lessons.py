@@ -149,12 +149,13 @@ def _about_document(
         yield _lesson(loaded, beginning, behind[:-1], len(turn) - shared - 1)
 
 
-def _going_on(
-    loaded: LoadedModel, material: Material, i: int, advance: Advance
-) -> Iterator[Lesson]:
-    rng = seeded("train", "texts", material.seed, i)
-    count = material.tokens
-    own = material.text
+def text_of(loaded: LoadedModel, material: Material, i: int) -> list[int]:
+    """The tokens of the text of a number.
+
+    Raises:
+        UsageError: the user's text is too short.
+    """
+    rng, count, own = _of_text(material, i), material.tokens, material.text
     text = _generated(rng, count) if own is None else _excerpt(own, rng, count)
     tokens = prompts.encode(loaded.tokenizer, text)[:count]
     if len(tokens) < count:
@@ -162,11 +163,22 @@ def _going_on(
             f"the text is too short for lessons of {count} tokens; give a longer one, or fewer "
             "--tokens."
         )
-    stops = sorted(rng.sample(range(count // 6, count - TEXT_TOKENS), STOPS))
+    return tokens
+
+
+def _of_text(material: Material, *parts: str | int) -> random.Random:
+    return seeded("train", "texts", material.seed, *parts)
+
+
+def _going_on(
+    loaded: LoadedModel, material: Material, i: int, advance: Advance
+) -> Iterator[Lesson]:
+    tokens, rng = text_of(loaded, material, i), _of_text(material, i, "stops")
+    stops = sorted(rng.sample(range(len(tokens) // 6, len(tokens) - TEXT_TOKENS), STOPS))
     for beginning in read(loaded.model, tokens, stops):
         behind = tokens[beginning.tokens : beginning.tokens + TEXT_TOKENS]
         yield _lesson(loaded, beginning, behind, 0)
-    advance("reading texts", count)
+    advance("reading texts", len(tokens))
 
 
 def _lesson(loaded: LoadedModel, beginning: Beginning, tokens: Sequence[int], first: int) -> Lesson:
