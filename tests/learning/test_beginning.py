@@ -40,7 +40,7 @@ def test_one_reading_gives_what_separate_ones_give(name: str) -> None:
     model = TINY[name](64)
     wanted = model(mx.array([text]))[0]
     with asking(model):
-        together = list(read(model, text, STOPS))
+        together = read(model, text, STOPS)
         before = [[mx.array(x) for x in arrays(beginning)] for beginning in together]
         for _ in range(2):
             for stop, beginning in zip(STOPS, together, strict=True):
@@ -56,6 +56,16 @@ def test_one_reading_gives_what_separate_ones_give(name: str) -> None:
             assert all(map(mx.array_equal, arrays(beginning), held))
     assert sorted(together[0].rows) == places_of(model) == list(TINY[name].compressed)
     assert len(together[0].others) == len(model.layers) - len(together[0].rows)
+
+
+def test_beginnings_of_a_text_take_the_memory_of_the_longest() -> None:
+    model, text = TINY["llama"](64), drawn(1000)
+    with asking(model):
+        before = mx.get_active_memory()
+        found = read(model, text, [700, 800, 900, 1000])
+        taken = mx.get_active_memory() - before
+    longest = sum(x.nbytes for rows in found[-1].rows.values() for x in rows)
+    assert longest == 3 * 2 * 2 * 1000 * 64 * 4 <= taken < 1.2 * longest
 
 
 def test_rows_have_what_the_cache_keeps_exact_rows_in() -> None:
@@ -99,4 +109,4 @@ def test_a_model_that_masks_tokens_itself_is_refused(monkeypatch: pytest.MonkeyP
         with pytest.raises(UnsupportedError, match="masks tokens itself"):
             logits(model, beginning, text[90:], None)
         with pytest.raises(UnsupportedError, match="masks tokens itself"):
-            list(read(model, text, [90]))
+            read(model, text, [90])
