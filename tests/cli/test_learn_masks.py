@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 from mlx import nn
 
@@ -16,8 +15,7 @@ from leankv_mlx.cli.app import run
 from leankv_mlx.evaluation.lab import Progress
 from leankv_mlx.learning import course as courses
 from leankv_mlx.learning import lessons
-from leankv_mlx.mlx_lm.loading import LoadedModel
-from leankv_mlx.mlx_lm.loading import load as load_model
+from leankv_mlx.learning import masks as learning
 from leankv_mlx.profiles import profiles
 from tests.learning import tiny
 from tests.models import TINY
@@ -30,15 +28,24 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LEANKV_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(lessons, "QUESTIONS", 2)
     monkeypatch.setattr(lessons, "STOPS", 2)
-    monkeypatch.setattr(courses, "load", in_float32)
     return tmp_path / "home"
 
 
-def in_float32(*of: Any, **options: Any) -> LoadedModel:
-    """The bundled model computes several times faster so on a CPU."""
-    loaded = load_model(*of, **options)
-    loaded.model.set_dtype(mx.float32)
-    return loaded
+def test_what_cannot_be_written_is_one_line_and_is_not_learned_anew(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own_home.mkdir()
+    (own_home / "profiles.toml").write_text("no profiles [")
+    assert run(["learn", "masks", "-o", "mine", *FEW]) == 2
+    assert "is not a file of profiles" in one_line(capsys)
+    (own_home / "profiles.toml").unlink()
+    (own_home / "masks").write_text("no folder")
+    assert run(["learn", "masks", "-o", "mine", *FEW]) == 1
+    assert f"cannot write {own_home}/masks/mine.safetensors: " in one_line(capsys)
+    (own_home / "masks").unlink()
+    monkeypatch.setattr(learning, "_gradient", lambda *_: pytest.fail("it learns"))
+    assert run(["learn", "masks", "-o", "mine", *FEW]) == 0
+    assert profiles()["mine"] == f"k4v4,mask=mine@{load('mine').digest}"
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -82,6 +89,7 @@ def test_a_mask_and_a_profile_come_of_the_bundled_model(
         (["-o", "mine", "--ratio", "1.5"], 2, "--ratio 1.5 is out of range"),
         (["-o", "mine", "--ratio", "nan"], 2, "--ratio nan is out of range"),
         (["-o", "mine", "--ratio", "most"], 2, "'--ratio': Input should be a valid number"),
+        (["-o", "mine", "--by", "luck"], 2, "--by luck is unknown; use one of learned, keys, "),
         (["-o", "mine", "--steps", "1"], 2, "--steps 1 is too small"),
         (["-o", "mine", "--documents", "0"], 2, "--documents 0 is too small"),
         (["-o", "mine", "--tokens", "511"], 2, "--tokens 511 is too small"),
@@ -154,7 +162,7 @@ def test_progress_and_nothing_else_goes_to_stderr(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def taught(*arguments: Any) -> tuple[Masks, Path]:
-        progress: Progress = arguments[-1]
+        (progress,) = (x for x in arguments if isinstance(x, Progress))
         progress.start(100)
         progress.advance("step 3 of 7, divergence 0.1234", 50)
         return tiny.masks(2, 2, 64), Path("there")

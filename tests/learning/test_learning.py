@@ -126,6 +126,14 @@ def test_what_is_learned_is_better_than_what_is_drawn(
     assert found[0] < min(found[1:])
 
 
+def test_gates_close_by_what_they_cost(model: nn.Module, lessons: Lessons) -> None:
+    worth = []
+    for price in (0.0, 0.3, 3.0):
+        course, checkpoint = Course(0.5, steps=10, price=price), Checkpoint("mine", {"at": price})
+        worth.append(run(model, lessons, course=course, checkpoint=checkpoint)[0].alphas.mean())
+    assert 1 > worth[0] > worth[1] > worth[2]
+
+
 def test_an_interrupted_course_goes_on_and_ends_with_the_same_mask(
     model: nn.Module, lessons: Lessons, whole: Masks
 ) -> None:
