@@ -159,7 +159,7 @@ class BlockTable:
             self.pool.compact()
 
     def parts(
-        self, heads: NDArray[np.intp] | slice, words: Sequence[slice], among: Among | None
+        self, heads: NDArray[np.intp], words: Sequence[slice], among: Among | None
     ) -> "BlockTable":
         """A table of some of its heads and of the same slots, whose blocks are these parts of its
         own side by side, in a pool just as large as they are. Its own blocks are left alone.

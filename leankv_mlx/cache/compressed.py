@@ -11,9 +11,10 @@ import mlx.core as mx
 import numpy as np
 
 from leankv_mlx.cache.fetch import Arrays, Calls, Fetch
-from leankv_mlx.cache.layer import Layer, Shape
+from leankv_mlx.cache.layer import Layer
 from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.sequence import Sequence
+from leankv_mlx.cache.shape import Shape
 from leankv_mlx.cache.stage import Stage
 from leankv_mlx.cache.state import CacheState, ChannelsState
 from leankv_mlx.codec.channels import Channels

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import mlx.core as mx
@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from leankv_mlx.blocks import BlockTable
 from leankv_mlx.cache.body import CompressedBody
+from leankv_mlx.cache.equalizing import equalized, unequalized
 from leankv_mlx.cache.exact import ExactRows, owned
 from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.seen import SeenQueries
+from leankv_mlx.cache.shape import Shape
 from leankv_mlx.cache.state import BodyState, LayerState
 from leankv_mlx.cache.tier import Share
 from leankv_mlx.codec.channels import Channels
@@ -21,7 +23,6 @@ from leankv_mlx.codec.equalize import Equalizer
 from leankv_mlx.codec.format import TILE, Format, padded
 from leankv_mlx.codec.space import Space
 from leankv_mlx.config import CompressionConfig
-from leankv_mlx.errors import ConfigError
 from leankv_mlx.kernels import Backend, Centers, Rows, View, resolve_backend
 from leankv_mlx.kernels.append import append
 from leankv_mlx.kernels.gather import working_copy
@@ -29,15 +30,6 @@ from leankv_mlx.sparsity import LargestReceived, Observations
 
 CENTER_TOKENS = 512
 """Tier tokens that the centers are fitted on, at most."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """KV heads and head dims."""
-
-    heads: int
-    k_dim: int
-    v_dim: int
 
 
 class Layer:
@@ -77,12 +69,8 @@ class Layer:
         dtypes: tuple[mx.Dtype, mx.Dtype],
         channels: Channels | None = None,
     ) -> None:
-        if channels and (channels.heads, channels.head_dim) != (shape.heads, shape.k_dim):
-            raise ConfigError(
-                f"mask={config.mask} is for {channels.heads} heads of {channels.head_dim} key "
-                f"channels, but this layer has {shape.heads} of {shape.k_dim}; learn one for this "
-                "model (leankv learn masks)."
-            )
+        if channels:
+            shape.check(channels, config.mask)
         self.shape = shape
         self.offset = 0
         self.body: CompressedBody | None = None
@@ -187,7 +175,7 @@ class Layer:
             return
         self._seen.add(queries.reshape(self.shape.heads, -1, self.shape.k_dim))
         if self.body is not None:
-            self.exact, self.body, self.space = exact, None, self._unequalized()
+            self.exact, self.body, self.space = exact, None, replace(self.space, equalizer=None)
             self.compress()
             mx.eval(self.state)
 
@@ -252,12 +240,8 @@ class Layer:
                 mx.eval(exact)  # what reads the pool must be done before it is written again
             self.body.cut(whole * TILE)
         if not self.body.slots and (not self.body.ragged or self.offset == sinks):
-            plain = self._unequalized()
-            if self.space.equalizer and self.offset:
-                keys, _ = self.space.undone(*exact)
-                exact = Rows(plain.rotations[0].apply(plain.scaled(keys)), exact.v)
-            self.body, self.space = None, plain
-            self._fitted, self.placed = False, 0
+            self.space, exact = unequalized(self.space, exact)
+            self.body, self._fitted, self.placed = None, False, 0
         self.exact = exact
 
     def view(self) -> View:
@@ -403,17 +387,10 @@ class Layer:
 
     def _equalize(self, start: int, stop: int) -> None:
         """Fit the equalizer on the first of the exact rows start..stop, and apply it to all."""
-        rotation = self.space.rotations[0]
-        keys = self.space.unscaled(rotation.undo(self.exact.k.astype(mx.float32)))
         squares = self._seen.mean_squares()
         self._seen, self._fitted = SeenQueries(), squares is not None
-        equalizer = Equalizer.fit(keys[:, start : min(stop, start + CENTER_TOKENS)], squares)
-        self.space = replace(self.space, equalizer=equalizer)
-        equal = rotation.apply(self.space.scaled(keys))
-        self.exact = Rows(equal.astype(self.exact.k.dtype), self.exact.v)
-
-    def _unequalized(self) -> Space:
-        return replace(self.space, equalizer=None)
+        fitted = slice(start, min(stop, start + CENTER_TOKENS))
+        self.space, self.exact = equalized(self.space, self.exact, fitted, squares)
 
 
 @lru_cache(maxsize=64)

@@ -148,13 +148,12 @@ class BodyTier:
             format: with 0 bits for the groups that go.
             among: the heads; None for all.
         """
-        kept, all_keys = (TILE * sum(each.k_bits) for each in (format, self.format))
-        heads = slice(None) if among is None else among.heads
-        words = [slice(kept), slice(all_keys, None)]
-        table, side = self.table.parts(heads, words, among), self.side
-        if side is not None and among is not None:
+        kept, keys = (TILE * sum(each.k_bits) for each in (format, self.format))
+        heads, side = np.arange(self.table.heads) if among is None else among.heads, self.side
+        if side is not None:
             own = np.isin(np.repeat(np.arange(self.table.heads), self.table.lengths), heads)
             side = side[0][own], side[1][own]
+        table = self.table.parts(heads, [slice(kept), slice(keys, None)], among)
         return BodyTier(format, table, side)
 
     def view(self) -> Tier:
