@@ -56,8 +56,8 @@ class CompressionConfig:
             `kernels.types.Centers`).
         equalize: also scale the channels of the keys before encoding, and those of the queries by
             the inverse (exact too, see `codec.equalize`).
-        mask: which key channels codes keep, by a mask that was learned for the model; "" for all,
-            see `codec.channels`.
+        mask: which key channels codes keep once the prompt is in, by a mask that was learned for
+            the model; "" for all, see `codec.channels`.
         policy: which tokens are kept, with its own settings, see `leankv_mlx.policies`.
         scorer: what tokens are judged by, see `leankv_mlx.scorers`.
         skip: attention weight below which a token's value may be taken for its center, see
@@ -109,6 +109,12 @@ class CompressionConfig:
         check_sparse(self.sparse)
         check_mask(self.mask)
         check_words(self)
+
+    @property
+    def settles(self) -> bool:
+        """Whether something of a prompt goes once it is in: tokens by the policy, or key channels
+        by the mask."""
+        return self.policy.drops or bool(self.mask)
 
     @property
     def tiers(self) -> tuple[tuple[Groups, Groups], ...]:

@@ -88,6 +88,7 @@ def _group(heads: Heads, tokens: int, config: CompressionConfig, settings: Setti
     keys, values = (mx.random.normal(shape).astype(mx.bfloat16) for _ in "kv")
     for cache in (cache for some in caches.values() for cache in some):
         cache.update(keys, values)  # once: only what was attended to may be followed by more
+        cache.sequence.narrow()
         wait([cache])
     arms = {name: decode_step(some, queries) for name, some in caches.items()}
     timings = interleave(arms, settings.budget).divided(dict.fromkeys(arms, LAYERS))

@@ -1,6 +1,7 @@
 """Which blocks of a pool hold the slots of one sequence, head by head."""
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -156,6 +157,27 @@ class BlockTable:
         self._keep(lengths)
         if self.pool.wasteful:
             self.pool.compact()
+
+    def parts(
+        self, heads: NDArray[np.intp], words: Sequence[slice], among: Among | None
+    ) -> "BlockTable":
+        """A table of some of its heads and of the same slots, whose blocks are these parts of its
+        own side by side, in a pool just as large as they are. Its own blocks are left alone.
+
+        Args:
+            heads: which of its rows.
+            words: of a block, those that are taken.
+            among: which heads of the layer they are; None for all of them.
+        """
+        lengths = self._lengths[heads]
+        ids = self._ids[heads][:, : int(_blocks(lengths).max(initial=0))]
+        used = _owned_mask(ids.shape[1], lengths)
+        places = mx.array(self.pool.places(ids[used]))
+        array = mx.concatenate([self.pool.array[:, part][places] for part in words], axis=1)
+        fresh = np.arange(len(places), dtype=np.int32)
+        own = np.zeros_like(ids)
+        own[used] = fresh
+        return BlockTable.holding(BlockPool.holding(array, fresh), own, lengths, among)
 
     def replace_tails(self, fixed: np.ndarray, slots: np.ndarray, blocks: mx.array) -> None:
         """Keep the first `fixed` [H] blocks of each head and continue with new ones.

@@ -18,8 +18,8 @@ import mlx.core as mx
 from leankv_mlx.cache.batch_fetch import BatchFetch, Columns, remember_causal
 from leankv_mlx.cache.compressed import CompressedKVCache
 from leankv_mlx.cache.fetch import Arrays, Fetch
-from leankv_mlx.cache.layer import Shape
 from leankv_mlx.cache.memory import shared_nbytes
+from leankv_mlx.cache.shape import Shape
 from leankv_mlx.cache.stage import Stage
 from leankv_mlx.cache.together import append_all
 from leankv_mlx.errors import ShapeError, UnsupportedError

@@ -11,7 +11,7 @@ from typing import cast
 import mlx.core as mx
 
 from leankv_mlx.cache.fetch import Arrays, Fetch, Withheld, hand_out
-from leankv_mlx.cache.layer import Shape
+from leankv_mlx.cache.shape import Shape
 from leankv_mlx.cache.together import attend_all
 from leankv_mlx.errors import DroppedTokensError
 from leankv_mlx.kernels import MAX_DECODE_TOKENS, Mask

@@ -52,8 +52,8 @@ class CompressedBody:
     tokens in order and nothing but codes is stored; `place` and `keep_below` make heads ragged,
     and from then on each slot's position and score are stored too.
 
-    Heads whose codes keep other channels (see `codec.channels`) are stored in tiers of their own,
-    and those that keep none hold nothing.
+    Once it is narrowed, heads whose codes keep other channels (see `codec.channels`) are stored in
+    tiers of their own, and those that keep none hold nothing.
 
     Args:
         heads: KV heads.
@@ -152,10 +152,11 @@ class CompressedBody:
     def append_known(self, known: Encoded) -> bool:
         """Add tokens that a copy has encoded, see `last`; returns whether they can be shared."""
         highs = [high.table for high, *_ in self._shares]
-        pairs = list(zip(highs, known.tables, strict=True))
-        shared = not self.lost and all(table.pool is more.pool for table, more in pairs)
+        # Those of a copy that is not narrowed as this one is are in other pools.
+        pools = [table.pool for table in highs] == [table.pool for table in known.tables]
+        shared = not self.lost and pools
         if shared:
-            for table, more in pairs:
+            for table, more in zip(highs, known.tables, strict=True):
                 table.append_copies(more)
         return shared
 
@@ -225,6 +226,21 @@ class CompressedBody:
         self._open()
         for tier in self._tiers:
             self._rewrite(tier, tier.used & (tier.positions(self._first) < position))
+
+    def narrow(self, shares: Sequence[Share]) -> None:
+        """Give up what these shares of the heads do not keep, of a body of one share of all heads.
+        What they keep is what it was, bit for bit."""
+        (whole,) = self._shares
+        self._hold(
+            [
+                [
+                    tier.narrowed(f, share.among)
+                    for tier, f in zip(whole, share.formats, strict=True)
+                ]
+                for share in shares
+            ]
+        )
+        mx.eval([tier.table.pool.array for tier in self._tiers])  # what they come from can go
 
     def compact(self) -> None:
         """Hold no blocks in reserve."""

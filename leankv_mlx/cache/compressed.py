@@ -11,9 +11,10 @@ import mlx.core as mx
 import numpy as np
 
 from leankv_mlx.cache.fetch import Arrays, Calls, Fetch
-from leankv_mlx.cache.layer import Layer, Shape
+from leankv_mlx.cache.layer import Layer
 from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.sequence import Sequence
+from leankv_mlx.cache.shape import Shape
 from leankv_mlx.cache.stage import Stage
 from leankv_mlx.cache.state import CacheState, ChannelsState
 from leankv_mlx.codec.channels import Channels
@@ -37,7 +38,8 @@ class CompressedKVCache(Stage):
         exact_dtype: of the rows that stay uncompressed, float16 or bfloat16 for a model whose
             weights had no more but which computes in float32; None for that of keys and values.
         sequence: that the layer is of, one for all caches of a model; None for one of its own.
-        channels: which key channels codes keep, by the mask that the config names; None for all.
+        channels: which key channels codes keep once the prompt is in, by the mask that the config
+            names; None for all.
 
     Raises:
         BackendUnavailableError: the configured backend cannot run here.
@@ -162,7 +164,7 @@ class CompressedKVCache(Stage):
         moves = prefill = tokens > MAX_DECODE_TOKENS
         if self._parts:
             pass  # the update has begun
-        elif self._sequence.policy.drops:
+        elif self._sequence.follows:
             moves = not self._sequence.before_update(layer, tokens)
         elif not prefill:
             layer.compress()

@@ -122,6 +122,10 @@ class ExactRows:
         whole = self.rows()
         self.replace(Rows(*(mx.concatenate([x[:, :start], x[:, stop:]], axis=1) for x in whole)))
 
+    def forget_stored(self) -> None:
+        """What left the window is stored otherwise now: hold no blocks for other copies."""
+        self.stored = []
+
     def cut(self, n: int) -> None:
         """The last n rows of the window go."""
         own = _count(self._own)

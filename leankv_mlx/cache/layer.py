@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 import mlx.core as mx
@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from leankv_mlx.blocks import BlockTable
 from leankv_mlx.cache.body import CompressedBody
+from leankv_mlx.cache.equalizing import equalized, unequalized
 from leankv_mlx.cache.exact import ExactRows, owned
 from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.seen import SeenQueries
+from leankv_mlx.cache.shape import Shape
 from leankv_mlx.cache.state import BodyState, LayerState
 from leankv_mlx.cache.tier import Share
 from leankv_mlx.codec.channels import Channels
@@ -21,7 +23,6 @@ from leankv_mlx.codec.equalize import Equalizer
 from leankv_mlx.codec.format import TILE, Format, padded
 from leankv_mlx.codec.space import Space
 from leankv_mlx.config import CompressionConfig
-from leankv_mlx.errors import ConfigError
 from leankv_mlx.kernels import Backend, Centers, Rows, View, resolve_backend
 from leankv_mlx.kernels.append import append
 from leankv_mlx.kernels.gather import working_copy
@@ -31,20 +32,11 @@ CENTER_TOKENS = 512
 """Tier tokens that the centers are fitted on, at most."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """KV heads and head dims."""
-
-    heads: int
-    k_dim: int
-    v_dim: int
-
-
 class Layer:
     """Everything that is stored of one layer, rotated.
 
     Args:
-        channels: which key channels codes keep; None for all.
+        channels: which key channels codes keep once it is narrowed; None for all.
 
     Raises:
         ConfigError: the channels are those of another shape.
@@ -61,6 +53,7 @@ class Layer:
             is configured.
         backend: who computes; the reference where the configured one does not support the layer.
         kind: equal for layers of sequences that one operation can take together.
+        narrowed: whether codes keep only what `channels` says, see `narrow`.
         observations: the last queries, if a policy needs them.
         collector: if set, it is told of the attention of every prefill call.
         placed: tokens that had come when stored ones were last dropped or demoted; 0 if none ever
@@ -76,12 +69,8 @@ class Layer:
         dtypes: tuple[mx.Dtype, mx.Dtype],
         channels: Channels | None = None,
     ) -> None:
-        if channels and (channels.heads, channels.head_dim) != (shape.heads, shape.k_dim):
-            raise ConfigError(
-                f"mask={config.mask} is for {channels.heads} heads of {channels.head_dim} key "
-                f"channels, but this layer has {shape.heads} of {shape.k_dim}; learn one for this "
-                "model (leankv learn masks)."
-            )
+        if channels:
+            shape.check(channels, config.mask)
         self.shape = shape
         self.offset = 0
         self.body: CompressedBody | None = None
@@ -96,7 +85,8 @@ class Layer:
         self._exact = ExactRows(Rows(*empty), config.sink_tokens)
         self.dtype, self.config = dtypes[0], config
         formats = [Format.of(k, v, shape.k_dim, shape.v_dim) for k, v in config.tiers]
-        self._shares = Share.all_of(formats, channels)
+        self._whole, self._narrow = Share.all_of(formats, None), Share.all_of(formats, channels)
+        self.narrowed = False
         supported = all(map(backend.supports, formats))
         self.backend = backend if supported else resolve_backend("reference")
         self.kind = _kind(shape, config, self.backend.name, *dtypes, channels)
@@ -136,6 +126,11 @@ class Layer:
         """Whether heads may lack tokens, or are stored apart: then nothing but attention of our own
         can read the layer."""
         return self.body is not None and self.body.ragged
+
+    @property
+    def masked(self) -> bool:
+        """Whether it has channels that codes do not keep once it is narrowed."""
+        return self.space.channels is not None
 
     @property
     def recent(self) -> int:
@@ -180,7 +175,7 @@ class Layer:
             return
         self._seen.add(queries.reshape(self.shape.heads, -1, self.shape.k_dim))
         if self.body is not None:
-            self.exact, self.body, self.space = exact, None, self._unequalized()
+            self.exact, self.body, self.space = exact, None, replace(self.space, equalizer=None)
             self.compress()
             mx.eval(self.state)
 
@@ -209,6 +204,17 @@ class Layer:
             stored = self.body.last(stop - start) if shares else None
         self._exact.leave(stop - start, stored)
 
+    def narrow(self) -> None:
+        """From now on codes keep only what the channels say: those that there are give up the rest,
+        and so do tokens that come. It stays so whatever is trimmed, as a reply goes on from it."""
+        if not self.masked or self.narrowed:
+            return
+        self.narrowed = True
+        self.kind = _kind(*self.kind, "narrowed")
+        self._exact.forget_stored()
+        if self.body is not None:
+            self.body.narrow(self._narrow)
+
     def trim(self, n: int) -> None:
         """Remove the last n tokens; see `CompressedKVCache.trim`."""
         self.offset -= n
@@ -234,12 +240,8 @@ class Layer:
                 mx.eval(exact)  # what reads the pool must be done before it is written again
             self.body.cut(whole * TILE)
         if not self.body.slots and (not self.body.ragged or self.offset == sinks):
-            plain = self._unequalized()
-            if self.space.equalizer and self.offset:
-                keys, _ = self.space.undone(*exact)
-                exact = Rows(plain.rotations[0].apply(plain.scaled(keys)), exact.v)
-            self.body, self.space = None, plain
-            self._fitted, self.placed = False, 0
+            self.space, exact = unequalized(self.space, exact)
+            self.body, self._fitted, self.placed = None, False, 0
         self.exact = exact
 
     def view(self) -> View:
@@ -263,6 +265,7 @@ class Layer:
         other = Layer(self.shape, self.config, self.backend, dtypes, self.space.channels)
         other.offset, other._exact = self.offset, self._exact.copy()
         other.placed = self.placed
+        other.narrowed, other.kind = self.narrowed, self.kind
         other.dtype, other.space = self.dtype, self.space
         other._fitted, other._seen = self._fitted, self._seen.copy()
         other.body = self.body.copy() if self.body else None
@@ -346,7 +349,8 @@ class Layer:
         if self.body is not None:
             scales = self.space.equalizer.scales if self.space.equalizer else None
             body = BodyState(self.body.centers, self.body.state, scales)
-        return LayerState(self.offset, shape.heads, shape.k_dim, shape.v_dim, self.exact, body)
+        sizes = shape.heads, shape.k_dim, shape.v_dim
+        return LayerState(self.offset, *sizes, self.exact, body, self.narrowed)
 
     @classmethod
     def restored(
@@ -365,6 +369,8 @@ class Layer:
         dtypes = state.exact.k.dtype, state.exact.v.dtype
         layer = cls(shape, config, backend, dtypes, channels)
         layer.offset, layer.exact = state.offset, state.exact
+        if state.narrowed:
+            layer.narrow()
         if (body := state.body) is not None:
             if body.key_scales is not None:
                 layer.space = replace(layer.space, equalizer=Equalizer(body.key_scales))
@@ -376,21 +382,15 @@ class Layer:
 
     def _new_body(self, centers: Centers) -> CompressedBody:
         heads, rounding = self.shape.heads, self.config.rounding
-        return CompressedBody(heads, self._shares, centers, self.sinks, rounding, self.backend)
+        shares = self._narrow if self.narrowed else self._whole
+        return CompressedBody(heads, shares, centers, self.sinks, rounding, self.backend)
 
     def _equalize(self, start: int, stop: int) -> None:
         """Fit the equalizer on the first of the exact rows start..stop, and apply it to all."""
-        rotation = self.space.rotations[0]
-        keys = self.space.unscaled(rotation.undo(self.exact.k.astype(mx.float32)))
         squares = self._seen.mean_squares()
         self._seen, self._fitted = SeenQueries(), squares is not None
-        equalizer = Equalizer.fit(keys[:, start : min(stop, start + CENTER_TOKENS)], squares)
-        self.space = replace(self.space, equalizer=equalizer)
-        equal = rotation.apply(self.space.scaled(keys))
-        self.exact = Rows(equal.astype(self.exact.k.dtype), self.exact.v)
-
-    def _unequalized(self) -> Space:
-        return replace(self.space, equalizer=None)
+        fitted = slice(start, min(stop, start + CENTER_TOKENS))
+        self.space, self.exact = equalized(self.space, self.exact, fitted, squares)
 
 
 @lru_cache(maxsize=64)

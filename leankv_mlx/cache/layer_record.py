@@ -49,6 +49,8 @@ def written(cache: CompressedKVCache, name: str, tensors: Tensors) -> dict[str, 
         arrays = {"order": state.channels.order, "groups": state.channels.groups}
     if (layer := state.layer) is not None:
         record |= {field: getattr(layer, field) for field in _NUMBERS}
+        if state.channels is not None:
+            record["narrowed"] = layer.narrowed
         arrays |= {"k": layer.exact.k, "v": layer.exact.v}
     if layer is not None and (body := layer.body) is not None:
         arrays |= {"mu_k": body.centers.k, "mu_v": body.centers.v, "key_scales": body.key_scales}
@@ -90,10 +92,12 @@ def read(
         config = replace(config, equalize=False)
     layer, channels = None, _channels(name, tensors)
     if len(record) > 2:
-        if len(record) != 2 + len(_NUMBERS):
+        narrowed = record.get("narrowed", False)
+        wanted = {"kv", "keep_fetched", *_NUMBERS, *(["narrowed"] if channels else [])}
+        if record.keys() != wanted or not isinstance(narrowed, bool):
             raise DamagedError(LAYERS)
         numbers = [_number(record, field) for field in _NUMBERS]
-        layer = _Content(config, numbers, name, tensors, channels).layer()
+        layer = _Content(config, numbers, name, tensors, channels, narrowed).layer()
     kv = replace(config, backend=backend).spec()
     state = ChannelsState.of(channels) if channels else None
     return CompressedKVCache.from_state(CacheState(kv, keep_fetched, layer, state))
@@ -131,12 +135,14 @@ class _Content:
         name: str,
         tensors: Tensors,
         channels: Channels | None,
+        narrowed: bool,
     ) -> None:
         self._config = config
         self._offset, self._heads, self._k_dim, self._v_dim = numbers
         self._name = name
         self._tensors = tensors
         self._channels = channels
+        self._narrowed = narrowed
         self._exact = 0
 
     def layer(self) -> LayerState:
@@ -159,7 +165,7 @@ class _Content:
         _expect(mu_k, (heads, k_pad), (mx.float32,))
         _expect(mu_v, (heads, v_pad), (mx.float32,))
         formats = [Format.of(*bits, self._k_dim, self._v_dim) for bits in self._config.tiers]
-        shares = Share.all_of(formats, kept)
+        shares = Share.all_of(formats, kept if self._narrowed else None)
         placed = [(format, share) for share in shares for format in share.formats]
         lost = self._has("0.positions")
         tiers = [self._tier(i, *of, lost) for i, of in enumerate(placed)]
@@ -172,7 +178,8 @@ class _Content:
         return self._state(Rows(k, v), body)
 
     def _state(self, exact: Rows, body: BodyState | None = None) -> LayerState:
-        return LayerState(self._offset, self._heads, self._k_dim, self._v_dim, exact, body)
+        sizes = self._heads, self._k_dim, self._v_dim
+        return LayerState(self._offset, *sizes, exact, body, self._narrowed)
 
     def _key_scales(self) -> mx.array:
         scales = self._take("key_scales")

@@ -97,6 +97,11 @@ class Sequences:
         for sequence in self.sequences:
             sequence.end_prompt()
 
+    def narrow(self) -> None:
+        """Codes keep only what a mask says from now on, see `Sequence.narrow`."""
+        for sequence in self.sequences:
+            sequence.narrow()
+
     def forget_queries(self) -> None:
         """Another prompt begins, see `Sequence.forget_queries`."""
         for sequence in self.sequences:

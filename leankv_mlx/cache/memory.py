@@ -8,8 +8,6 @@ import numpy as np
 
 from leankv_mlx.blocks import BlockPool, BlockTable
 from leankv_mlx.blocks.pool import grown
-from leankv_mlx.cache.tier import Share
-from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.format import TILE, Format
 from leankv_mlx.config import CompressionConfig
 
@@ -68,17 +66,16 @@ def planned(
     v_dim: int,
     element_bytes: int = 2,
     chunk: int = 2048,
-    channels: Channels | None = None,
 ) -> CacheMemory:
     """What `CompressedKVCache.memory` will count for one layer, without a buffer.
 
     Exact for tokens that arrive in chunks of `chunk` (more than 8 at a time) and keep everything;
-    after single tokens up to 32 of them are still exact rows that are counted as codes here.
+    after single tokens up to 32 of them are still exact rows that are counted as codes here. What
+    goes once a prompt is in, tokens or key channels, is all there.
 
     Args:
         heads: KV heads.
         element_bytes: bytes of an element of the uncompressed rows.
-        channels: which key channels codes keep; None for all.
     """
     if tokens == 0:
         return CacheMemory()
@@ -91,19 +88,16 @@ def planned(
     if columns[-1] and config.equalize:
         centers += 4 * heads * k_dim
     found = CacheMemory(exact=exact, centers=centers, allocated=exact + centers)
-    if columns[-1]:
-        for share in Share.all_of([format], channels):
-            found += _planned(share.formats[0].words, share.heads(heads), heads, columns)
-    return found
+    return found + _planned(format.words, heads, columns) if columns[-1] else found
 
 
-def _planned(words: int, heads: int, of: int, columns: Sequence[int]) -> CacheMemory:
-    """Blocks of so many heads of a layer, each of `words`, that come `columns` at a time."""
+def _planned(words: int, heads: int, columns: Sequence[int]) -> CacheMemory:
+    """Blocks of so many heads, each of `words`, that come `columns` at a time."""
     capacity = 0
     for width in columns:
         if width * heads > capacity:
             capacity = grown(capacity, width * heads)
-    blocks, tables = columns[-1] * heads, 4 * of * (columns[-1] + 1)
+    blocks, tables = columns[-1] * heads, 4 * heads * (columns[-1] + 1)
     return CacheMemory(
         codes=blocks * (4 * words - 4 * TILE),
         scales=blocks * TILE * 4,

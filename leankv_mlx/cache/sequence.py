@@ -40,8 +40,7 @@ class Sequence:
         policy: which stored tokens stay.
         scorer: what they are judged by.
         layers: in the order in which the model runs them; a layer comes with its first tokens.
-        phase: whether the prompt is in. It is followed only where the policy drops tokens; nothing
-            else asks.
+        phase: whether the prompt is in, where that is followed.
     """
 
     def __init__(self, policy: Policy, scorer: Scorer, phase: Phase | None = None) -> None:
@@ -61,6 +60,12 @@ class Sequence:
     def stored(self) -> list[Layer]:
         """Those of its layers that have stored tokens."""
         return [layer for layer in self.layers if layer.body]
+
+    @property
+    def follows(self) -> bool:
+        """Whether something goes when the prompt is in, tokens by the policy or key channels by a
+        mask: then the phase is followed. Nothing else asks for it."""
+        return self.policy.drops or any(layer.masked for layer in self.layers)
 
     # Its layers.
 
@@ -125,19 +130,24 @@ class Sequence:
         self.phase.begin_prompt(1, 1)
 
     def end_prompt(self) -> None:
-        """The whole prompt is in: judge all stored tokens by its last queries, and place them.
+        """The whole prompt is in: narrow all layers, judge all stored tokens by its last queries,
+        and place them. Tokens are judged by what is left of them, as what is generated will see
+        them, and what is narrowed leaves a budget more of them.
 
         Raises:
             ConfigError: policy=budget with less than what is never dropped, now that it is known
                 what the observed queries take.
         """
-        if not self.policy.drops:
+        if not self.follows:
             return
         placement = self._placement
         placement.check_limit(self.layers)
         self.phase.end_prompt()
         for layer in self.layers:
             layer.compress()
+        self.narrow()
+        if not self.policy.drops:
+            return
         judged = None if self.scorer.repeats else placement.judged(self.layers)
         if judged is None:
             placement.keep_to_limit()  # while there are queries to judge by
@@ -145,6 +155,11 @@ class Sequence:
         if judged:
             placement.place(*judged)
         placement.keep_to_limit()
+
+    def narrow(self) -> None:
+        """Codes keep only what a mask says from now on, see `Layer.narrow`; nothing without one."""
+        for layer in self.layers:
+            layer.narrow()
 
     def forget_queries(self) -> None:
         """Another prompt begins: let stored tokens be judged by what comes next alone, as if they
@@ -184,8 +199,8 @@ class Sequence:
     # What its layers tell.
 
     def before_update(self, layer: Layer, tokens: int) -> bool:
-        """To be called for every layer before it takes `tokens` more, where the policy drops
-        tokens. For a step of generated tokens a full window makes room first; it is returned
+        """To be called for every layer before it takes `tokens` more, where the phase is followed.
+        For a step of generated tokens a full window makes room first; it is returned
         whether this is one, and otherwise the layer is to be compressed once they were attended
         to.
 
@@ -213,7 +228,7 @@ class Sequence:
         if leads:
             layers = [x for x in self.layers if x.offset == layer.offset and x.overfull]
         by_queries = not self.scorer.repeats
-        if self.phase.now == "reply" and by_queries:
+        if self.phase.now == "reply" and by_queries and self.policy.drops:
             self._placement.place_leaving(layers)
         else:
             for each in layers:

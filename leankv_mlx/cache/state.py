@@ -45,7 +45,8 @@ class BodyState(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """One layer without its settings; the observed queries are no part of it."""
+    """One layer without its settings; the observed queries are no part of it, but whether its codes
+    keep only what its channels say."""
 
     offset: int
     heads: int
@@ -53,6 +54,7 @@ class LayerState(NamedTuple):
     v_dim: int
     exact: Rows
     body: BodyState | None = None
+    narrowed: bool = False
 
 
 class ChannelsState(NamedTuple):
@@ -103,15 +105,15 @@ class CacheState(NamedTuple):
             return cls(kv, keep_fetched, None, channels)
         if isinstance(rest[0], int):  # of an earlier version
             offset, heads, k_dim, v_dim, k, v, *middle = rest
-            numbers, exact = (offset, heads, k_dim, v_dim), (k, v)
+            numbers, exact, narrowed = (offset, heads, k_dim, v_dim), (k, v), False
             body = None
             if middle:
                 mu_k, mu_v, tiers, *scales = middle
                 body = ((mu_k, mu_v), tiers, *scales)
         else:
-            *numbers_, exact, body = rest[0]
-            numbers = tuple(numbers_)
-        layer = LayerState(*numbers, Rows(*exact))
+            offset, heads, k_dim, v_dim, exact, body, *acts = rest[0]
+            numbers, narrowed = (offset, heads, k_dim, v_dim), bool(acts and acts[0])
+        layer = LayerState(*numbers, Rows(*exact), None, narrowed)
         if body is not None:
             centers, tiers, *scales = body
             made = BodyState(Centers(*centers), [TierState(*t) for t in tiers], *scales)

@@ -140,6 +140,22 @@ class BodyTier:
         among = self.table.among
         return slice(None) if among is None else among.heads
 
+    def narrowed(self, format: Format, among: Among | None) -> BodyTier:
+        """The slots of some of the heads of a tier of all, without the last groups of their keys.
+        What is kept is copied bit for bit; no block is written, because copies may have it, too.
+
+        Args:
+            format: with 0 bits for the groups that go.
+            among: the heads; None for all.
+        """
+        kept, keys = (TILE * sum(each.k_bits) for each in (format, self.format))
+        heads, side = np.arange(self.table.heads) if among is None else among.heads, self.side
+        if side is not None:
+            own = np.isin(np.repeat(np.arange(self.table.heads), self.table.lengths), heads)
+            side = side[0][own], side[1][own]
+        table = self.table.parts(heads, [slice(kept), slice(keys, None)], among)
+        return BodyTier(format, table, side)
+
     def view(self) -> Tier:
         """As kernels see it: over all KV heads of the layer."""
         table, among = self.table, self.table.among

@@ -8,7 +8,8 @@ import mlx.core as mx
 
 from leankv_mlx.cache.compressed import CompressedKVCache
 from leankv_mlx.cache.fetch import Fetch
-from leankv_mlx.cache.layer import Layer, Shape
+from leankv_mlx.cache.layer import Layer
+from leankv_mlx.cache.shape import Shape
 from leankv_mlx.kernels import MAX_DECODE_TOKENS, Rows
 from leankv_mlx.kernels.append import append_batch
 from leankv_mlx.kernels.decode_attention import decode_attention_batch

@@ -95,7 +95,7 @@ def masks(
     from leankv_mlx.learning.lessons import Material
     from leankv_mlx.learning.masks import Course
     from leankv_mlx.learning.sizes import By
-    from leankv_mlx.profiles import check_name, save_profile, user_profiles
+    from leankv_mlx.profiles import check_name, profiles, save_profile, user_profiles
     from leankv_mlx.settings import Mask
 
     if not output:
@@ -103,6 +103,7 @@ def masks(
     check_name(output)
     if by not in get_args(By):
         raise UsageError(f"--by {by} is unknown; use one of {', '.join(get_args(By))}.")
+    profiles()  # a file of them that is damaged is better told now than after an hour
     course = Course(ratio, steps)
     material = Material(documents, tokens, seed, None if text is None else read_text(text))
     with progress_bar() as progress:

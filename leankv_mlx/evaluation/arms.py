@@ -49,6 +49,11 @@ class Arm:
         return self.config is not None and self.config.policy.drops
 
     @property
+    def settles(self) -> bool:
+        """Whether something of a prompt goes once it is in, tokens or key channels."""
+        return self.config is not None and self.config.settles
+
+    @property
     def sparse(self) -> bool:
         """Whether decode steps leave out channels."""
         return self.config is not None and bool(self.config.sparse)
@@ -124,7 +129,7 @@ class Size:
 
 
 def settle(model: nn.Module, caches: list[Any], tokens: Sequence[int]) -> None:
-    """The whole prompt is in: policies drop what they drop."""
+    """The whole prompt is in: policies drop what they drop, and codes what a mask leaves out."""
     if judges_by_repetition(caches):
         settle_document(model, caches, tokens)
     else:

@@ -7,8 +7,8 @@ past of its call: nothing is scored by a single prefill. The calls are aligned w
 the window, so that a query sees exactly the rows that token-by-token decoding would show it:
 the same tokens exact and the same ones as codes. Only the kernel depends on the step: up to 8
 tokens attend to the codes, more of them to a decoded copy of the compressed cache. Settings with a
-policy take the first half for the prompt, drop tokens at its end, and go on in calls of 8 tokens,
-as if those were generated.
+policy or a mask of channels take the first half for the prompt, drop at its end what they drop, and
+go on in calls of 8 tokens, as if those were generated.
 
 The model computes in float32 throughout. The uncompressed arm goes through the same calls, once for
 all arms: they read a chunk side by side, so that its distributions, in float32, are there for one
@@ -229,7 +229,7 @@ class _Reading:
         self.at = _start(arm.config, chunk.context)
         self._model, self._advance = model, advance
         self._products = products_of(model, attachment)
-        self._step = min(step, MAX_DECODE_TOKENS) if arm.drops or arm.sparse else step
+        self._step = min(step, MAX_DECODE_TOKENS) if arm.settles or arm.sparse else step
         self._caches = make_caches(model)
         prompt = cast(list[int], chunk.tokens[: self.at].tolist())
         prefill(model, prompt, self._caches)

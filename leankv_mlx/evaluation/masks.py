@@ -251,6 +251,7 @@ def _losses_without(
         for layer, place in enumerate(places):
             own, ours = caches[place], made[place]
             ours.update_and_fetch(*(x[..., : own.offset, :] for x in (own.keys, own.values)))
+            ours.sequence.narrow()
             changed = [ours if i == place else cache for i, cache in enumerate(caches)]
             found.append(_loss(model, changed, asked))
             advance(f"layer {layer} head {head}")

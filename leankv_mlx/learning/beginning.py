@@ -65,25 +65,34 @@ def asking(model: nn.Module) -> Iterator[None]:
         patches.unpatch(targets)
 
 
-def read(model: nn.Module, tokens: Sequence[int], stops: Sequence[int]) -> Iterator[Beginning]:
-    """Read a text and give its beginnings of so many tokens, ascending; while `asking`."""
-    dtype = weights_dtype(model)
-    caches, done = own_caches(model), 0
-    held: dict[int, _Read] = {place: _Read() for place in places_of(model)}
+def read(model: nn.Module, tokens: Sequence[int], stops: Sequence[int]) -> list[Beginning]:
+    """Read a text once: its beginnings of so many tokens, ascending, which share their rows. To be
+    used while `asking`."""
+    caches = own_caches(model)
+    held = {place: _Read() for place in places_of(model)}
     for place, cache in held.items():
         caches[place] = cache
+    others: list[dict[int, Any]] = []
+    done = 0
     for stop in stops:
         while done < stop:
             part = tokens[done : min(stop, done + PREFILL_CHUNK)]
             model(mx.array([list(part)]), cache=caches)
             mx.eval([cache.state for cache in caches])
             done += len(part)
-        mx.clear_cache()
-        rows = {place: Rows(*(x.astype(dtype or x.dtype) for x in cache.rows))
-                for place, cache in held.items()}  # fmt: skip
+        others.append({i: deepcopy(cache) for i, cache in enumerate(caches) if i not in held})
+    dtype = weights_dtype(model)
+    whole = {
+        place: Rows(*(x.astype(dtype or x.dtype) for x in cache.rows))
+        for place, cache in held.items()
+    }
+    found = []
+    for stop, rest in zip(stops, others, strict=True):
+        rows = {place: Rows(*(x[:, :stop] for x in each)) for place, each in whole.items()}
         mx.eval(list(rows.values()))
-        others = {i: deepcopy(cache) for i, cache in enumerate(caches) if i not in held}
-        yield Beginning(stop, rows, others)
+        found.append(Beginning(stop, rows, rest))
+    mx.clear_cache()
+    return found
 
 
 def check_causal(mask: Mask) -> None:

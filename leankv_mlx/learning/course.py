@@ -6,8 +6,6 @@ import hashlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import mlx.core as mx
-
 from leankv_mlx.cache.masks import Masks, save
 from leankv_mlx.errors import ContextLengthError, UnsupportedError, UsageError
 from leankv_mlx.evaluation.lab import Progress
@@ -19,8 +17,8 @@ from leankv_mlx.learning.sizes import By, worth_by
 from leankv_mlx.mlx_lm.attachment import own_caches
 from leankv_mlx.mlx_lm.context import context_length
 from leankv_mlx.mlx_lm.loading import LoadedModel, fingerprint, load
-from leankv_mlx.mlx_lm.machine import on_cpu
 from leankv_mlx.mlx_lm.masks import asking_shapes
+from leankv_mlx.mlx_lm.precision import compute_in_float32
 
 _LESSON_TOKENS = 128
 """Of the tokens behind a beginning, about: what a step weighs beside the reading of documents."""
@@ -58,8 +56,7 @@ def taught(
         raise UsageError(f"--tokens {material.tokens} is too small; give at least {_LEAST_TOKENS}.")
     # Products of the native backend have no gradients.
     loaded = load(model, projections="mlx")
-    if on_cpu():  # the bundled model is loaded as it is, and 16 bits are slow there
-        loaded.model.set_dtype(mx.float32)
+    compute_in_float32(loaded.model)  # the bundled one, too, which `load` leaves as it is
     shapes = _checked(loaded, material.tokens)
     identity = fingerprint(loaded.path)
     text = "" if material.text is None else hashlib.sha256(material.text.encode()).hexdigest()
@@ -74,7 +71,8 @@ def taught(
     notes |= {"text": text[:8] or "generated"}
     found = replace(found, model=identity, name=loaded.path.name, notes=notes)
     path = save(found, name)
-    checkpoint.remove()
+    if by == "learned":
+        checkpoint.remove()
     return found, path
 
 

@@ -12,7 +12,6 @@ from mlx.utils import tree_flatten
 
 from leankv_mlx.cache import entries
 from leankv_mlx.cache.memory import CacheMemory, planned
-from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.format import TILE
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.mlx_lm.attachment import Attachment, own_caches
@@ -29,9 +28,8 @@ _SPARE = 0.75
 @dataclass(frozen=True, slots=True)
 class _Layer:
     """One cache with keys and values of `bound` tokens at most (0: of all); `config` is that of its
-    compression (None: it has none), `channels` those of the keys that its codes keep (None: all),
-    `exact_bytes` an element of its exact rows then, `element_bytes` one of the model's own
-    cache."""
+    compression (None: it has none), `exact_bytes` an element of its exact rows then,
+    `element_bytes` one of the model's own cache."""
 
     heads: int
     k_dim: int
@@ -40,22 +38,17 @@ class _Layer:
     exact_bytes: int
     bound: int
     config: CompressionConfig | None
-    channels: Channels | None
 
     def memory(self, tokens: int) -> CacheMemory:
         """Of a layer that is compressed."""
         assert self.config is not None
-        return planned(
-            self.config, tokens, self.heads, self.k_dim, self.v_dim, self.exact_bytes,
-            channels=self.channels,
-        )  # fmt: skip
+        return planned(self.config, tokens, self.heads, self.k_dim, self.v_dim, self.exact_bytes)
 
     def side(self, tokens: int) -> int:
-        """Bytes beside the codes, where a policy drops tokens, or heads are stored apart and a trim
-        may have cut them."""
+        """Bytes beside the codes, where a policy drops tokens, or a mask has heads stored apart and
+        a trim may cut them."""
         assert self.config is not None
-        holding = sum(map(bool, self.channels.groups)) if self.channels else self.heads
-        return _SIDE_BYTES * holding * tokens if self.config.policy.drops or self.channels else 0
+        return _SIDE_BYTES * self.heads * tokens if self.config.settles else 0
 
     def used(self, tokens: int) -> int:
         return self.memory(tokens).used if self.config else self.uncompressed(tokens)
@@ -69,7 +62,7 @@ class _Layer:
 class Footprint:
     """Bytes in use by a model's caches as a function of their length, as `measure` counts them.
 
-    That is what reading a prompt takes, before a policy drops tokens. Exact after a prompt is read;
+    That is what reading a prompt takes, before anything of it goes. Exact after a prompt is read;
     after single tokens up to 32 of them are still exact rows that are counted as codes here.
     Buffers grow by an eighth at a time, so they hold up to that much more.
     """
@@ -88,11 +81,10 @@ class Footprint:
         exact = weights_dtype(model)
         none = [None] * len(caches)
         configs = attachment.layer_configs if attachment else none
-        channels = attachment.channels if attachment else none
         layers = [
             layer
-            for cache, config, kept in zip(caches, configs, channels, strict=True)
-            for layer in _layers(cache, config, kept, exact)
+            for cache, config in zip(caches, configs, strict=True)
+            for layer in _layers(cache, config, exact)
         ]
         return cls(tuple(layers))
 
@@ -112,8 +104,10 @@ class Footprint:
         return total
 
     def shared(self, tokens: int) -> int:
-        """Bytes of `tokens` tokens that a copy never has for itself, however it goes on."""
-        found = [layer.memory(tokens) for layer in self.layers if layer.config is not None]
+        """Bytes of `tokens` tokens that a copy never has for itself, however it goes on: none
+        where something of a prompt goes once it is in, as what stays is then the copy's own."""
+        configs = ((layer, layer.config) for layer in self.layers)
+        found = [layer.memory(tokens) for layer, own in configs if own and not own.settles]
         return sum(memory.codes + memory.scales for memory in found)
 
     def uncompressed(self, tokens: int) -> int:
@@ -132,7 +126,7 @@ class Footprint:
 
 
 def _layers(
-    cache: Any, config: CompressionConfig | None, channels: Channels | None, exact: mx.Dtype | None
+    cache: Any, config: CompressionConfig | None, exact: mx.Dtype | None
 ) -> Iterator[_Layer]:
     for entry in entries([cache]):
         keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
@@ -146,7 +140,6 @@ def _layers(
                 (exact or keys.dtype).size,
                 bound,
                 config,
-                channels,
             )
 
 

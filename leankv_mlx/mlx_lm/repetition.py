@@ -41,8 +41,9 @@ def settle_document(
     """A document was read, and no question is known yet.
 
     With scores=repeat its stored tokens are judged and placed, which costs about as much as
-    reading did, and later questions find what is left. Otherwise nothing is dropped yet. What
-    comes next is judged by queries that come next, not by those of the document.
+    reading did, and later questions find what is left. Otherwise no token is dropped yet. What
+    comes next is judged by queries that come next, not by those of the document. Key channels that
+    a mask leaves out need no question: they go at once, and a document is repeated without them.
 
     Args:
         model: the model that read it.
@@ -50,10 +51,11 @@ def settle_document(
         tokens: of the document.
         instruction: tokens that ask for the repetition, for models that need to be asked.
         pace: how often `look` is called; None calls it once a part.
-        look: may raise to stop; the caches are then as they were.
+        look: may raise to stop; no token is then dropped.
     """
     sequences = Sequences.of(caches)
     sequences.forget_queries()  # or at=chunk drops tokens of the copies that repeat the document
+    sequences.narrow()
     if judges_by_repetition(caches):
         with sequences.reading():  # it need not keep to a budget before it is judged
             _repeat_and_place(model, caches, tokens, instruction, pace, look)

@@ -53,9 +53,10 @@ def one_of_each() -> list[Any]:
         arrays,
         stock.CacheList(filled(stock.KVCache(), 3), stock.KVCache()),
         ragged(filled(CompressedKVCache("leankv:policy=threshold,window=32"), 300)),
-        filled(masked("leankv:k4v3,window=32,mask=some"), 140),
-        ragged(filled(masked("leankv:policy=threshold,window=32,mask=some"), 300)),
+        narrowed(filled(masked("leankv:k4v3,window=32,mask=some"), 140)),
+        ragged(narrowed(filled(masked("leankv:policy=threshold,window=32,mask=some"), 300))),
         masked("leankv:mask=some"),
+        filled(masked("leankv:k4v3,window=32,mask=some"), 140),
     ]
 
 
@@ -63,6 +64,12 @@ def masked(kv: str, groups: tuple[int, ...] = (1, 0)) -> CompressedKVCache:
     """A cache whose first head keeps its channels, in another order, and whose second none."""
     order = np.stack([np.random.default_rng(i).permutation(DIM) for i in range(HEADS)])
     return CompressedKVCache(kv, channels=Channels.of(order, np.array(groups)))
+
+
+def narrowed(cache: CompressedKVCache) -> CompressedKVCache:
+    """The cache after its prompt."""
+    cache.sequence.narrow()
+    return cache
 
 
 def ragged(cache: CompressedKVCache) -> CompressedKVCache:
@@ -82,8 +89,8 @@ def content(value: Any) -> Any:
         if state.layer is None or state.layer.body is None:
             return [type(value).__name__, content(state)]
         tiers = [[t.blocks[t.ids], *t[2:]] for t in state.layer.body.tiers if t.ids.size]
-        return [type(value).__name__, content(state._replace(layer=[
-            *state.layer[:-1], state.layer.body._replace(tiers=tiers)]))]  # fmt: skip
+        layer = state.layer._replace(body=state.layer.body._replace(tiers=tiers))
+        return [type(value).__name__, content(state._replace(layer=layer))]
     if hasattr(value, "from_state"):
         return [type(value).__name__, content(list(value.state))]
     if isinstance(value, mx.array):

@@ -28,6 +28,7 @@ from tests.cache.prompt_files import (
     content,
     filled,
     masked,
+    narrowed,
     one_of_each,
     ragged,
     rows,
@@ -240,6 +241,7 @@ class Fuzz:
         save_prompt_cache(self.path, self.caches, {"model": "m"})
         self.good = self.path.read_bytes()
         self.header, self.data = taken_apart(self.path)
+        self.same = signed(copy.deepcopy(self.header), self.data)  # with other blanks
         self.content = content(self.caches)
         self.random = random.Random(1)
         self.messages: set[str] = set()
@@ -247,7 +249,7 @@ class Fuzz:
 
     def refused(self, changed: bytes, note: object) -> None:
         """The file is refused with one line, at once."""
-        if changed == self.good:
+        if changed in (self.good, self.same):
             return
         self.path.write_bytes(changed)
         start = time.perf_counter()
@@ -663,11 +665,15 @@ def test_a_ragged_layer_whose_body_was_trimmed_away_comes_back(tmp_path: Path) -
 
 @pytest.mark.parametrize("groups", [(1, 0), (0, 0), (1, 1)])
 @pytest.mark.parametrize("left", [139, 100, 77, 37, 36, 5, 4])
+@pytest.mark.parametrize("replies", [False, True])
 def test_a_masked_layer_is_cut_anywhere_and_comes_back(
-    groups: tuple[int, ...], left: int, tmp_path: Path
+    groups: tuple[int, ...], left: int, replies: bool, tmp_path: Path
 ) -> None:
-    """Below its window its codes stay, with positions from then on; the window is empty."""
+    """Below the window of one that is narrowed its codes stay, with positions from then on, and the
+    window is empty."""
     cache = filled(masked("leankv:k8v8,window=32,mask=some", groups), 140)
+    if replies:
+        narrowed(cache)
     assert cache.is_trimmable()
     cache.trim(140 - left)
     assert cache.is_trimmable() and cache.offset == left
@@ -675,3 +681,22 @@ def test_a_masked_layer_is_cut_anywhere_and_comes_back(
     assert content(again) == content(cache) and again.is_trimmable()
     ours, theirs = (filled(x, 150, seed=4) for x in (cache, again))
     assert content(theirs) == content(ours) and ours.offset == left + 150
+    assert theirs.layer.narrowed == replies  # also where the body went
+
+
+def test_files_say_whether_a_layer_is_narrowed(fuzz: Fuzz) -> None:
+    """By whether its prompt was in; what they say is what its tiers are."""
+    layers = json.loads(fuzz.header["__metadata__"]["layers"])
+    assert [record.get("narrowed") for record in layers[11:]] == [None, True, True, None, False]
+    for place in (12, 13, 15):
+        says = layers[place].pop("narrowed")
+        fuzz.signed(lambda h: h["__metadata__"].update(layers=json.dumps(layers)))
+        for junk in (not says, None, 1, 0, "true", []):
+            if place == 13 and junk is False:
+                continue  # one of which a policy left no token of the second head
+            layers[place]["narrowed"] = junk
+            fuzz.signed(lambda h: h["__metadata__"].update(layers=json.dumps(layers)))
+        layers[place]["narrowed"] = says
+    layers[0]["narrowed"] = True  # it has no mask
+    fuzz.signed(lambda h: h["__metadata__"].update(layers=json.dumps(layers)))
+    assert fuzz.cases == 21

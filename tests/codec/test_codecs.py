@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from leankv_mlx.cache.layer import Layer, Shape
+from leankv_mlx.cache.layer import Layer
+from leankv_mlx.cache.shape import Shape
 from leankv_mlx.codec.codecs import CODECS, Codec
 from leankv_mlx.codec.format import TILE, Format
 from leankv_mlx.config import CompressionConfig, Rounding

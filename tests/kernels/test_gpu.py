@@ -15,7 +15,7 @@ import pytest
 
 from leankv_mlx.benchmarks.tune import tune_attention
 from leankv_mlx.cache.layer import Layer
-from leankv_mlx.cache.layer import Shape as LayerShape
+from leankv_mlx.cache.shape import Shape as LayerShape
 from leankv_mlx.codec.format import TILE
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import BackendUnavailableError

@@ -13,7 +13,7 @@ import pytest
 from mlx import nn
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
-from leankv_mlx.cache import fetch
+from leankv_mlx.cache import Sequences, fetch
 from leankv_mlx.cache.masks import Masks, save
 from leankv_mlx.codec.channels import Channels
 from leankv_mlx.config import CompressionConfig
@@ -113,20 +113,24 @@ def test_every_kind_of_model_whose_attention_asks_the_cache(name: str) -> None:
 
 
 def test_it_keeps_what_it_says(loaded: LoadedModel) -> None:
-    """With all channels, in another order, a model says what it says without a mask, and with none
-    something else."""
+    """With all channels, in another order, a model says what it says without a mask, and so it does
+    within its prompt; once that is in, with none something else."""
 
-    def logits(kv: str, groups: int | None = None) -> mx.array:
+    def logits(kv: str, groups: int | None = None) -> list[mx.array]:
         layers = None if groups is None else [simple(groups=(groups,))] * LAYERS
         with attach(loaded.model, kv, channels=layers):
             caches = make_prompt_cache(loaded.model)
             loaded.model(mx.array([TOKENS]), cache=caches)
-            return loaded.model(mx.array([[7]]), cache=caches)
+            twins = deepcopy(caches)
+            Sequences.of(twins).end_prompt()
+            last = mx.array([[7]])
+            return [loaded.model(last, cache=each) for each in (caches, twins)]
 
-    expected = logits("k8v8,window=32")
+    expected = logits("k8v8,window=32")[0]
     masked = [logits("k8v8,window=32,mask=mine", groups) for groups in (2, 0)]
-    same, other = (mx.abs(each - expected).max().item() for each in masked)
-    assert same < 0.3 and other > 1
+    prompts, replies = zip(*masked, strict=True)
+    differ = [mx.abs(each - expected).max().item() for each in (*prompts, *replies)]
+    assert max(differ[:3]) < 0.3 and differ[3] > 1
 
 
 def told(model: nn.Module, kv: str, error: type[LeanKVError], **options: Any) -> str:
