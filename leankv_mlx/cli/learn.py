@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
+from leankv_mlx.cli.console import console
 from leankv_mlx.cli.console import show as show_tables
 from leankv_mlx.cli.eval import progress_bar
 from leankv_mlx.cli.reading import LastJson
 from leankv_mlx.errors import UsageError
 from leankv_mlx.resources import demo_model
-from leankv_mlx.terminal import say, say_json
+from leankv_mlx.terminal import note, say, say_json
 
 if TYPE_CHECKING:
+    from leankv_mlx.evaluation.lab import Progress
     from leankv_mlx.evaluation.masks import Look
+
+_LINES = 20
+"""That tell how far it is, where there is no bar."""
 
 _Learner = Annotated[
     str | None,
@@ -106,7 +114,7 @@ def masks(
     profiles()  # a file of them that is damaged is better told now than after an hour
     course = Course(ratio, steps)
     material = Material(documents, tokens, seed, None if text is None else read_text(text))
-    with progress_bar() as progress:
+    with _progress() as progress:
         found, path = taught(model, output, course, material, progress, cast("By", by))
     kv = replace(CompressionConfig(), mask=Mask(output, found.digest))
     how = "learned on" if by == "learned" else f"by {by}, for"
@@ -156,3 +164,30 @@ def _look(name: str, model: str | None) -> Look:
         loaded = load_model(path)
         progress.start(work(masks))
         return measured(loaded, name, masks, lambda what: progress.advance(what, 1))
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar; where there is no terminal for one, a line now and then, because it takes an hour."""
+    if console(stderr=True).is_terminal:
+        with progress_bar() as progress:
+            yield progress
+        return
+    from leankv_mlx.evaluation import lab
+
+    begin, total, done, told = time.monotonic(), 1, 0, 0
+
+    def start(work: int) -> None:
+        nonlocal total
+        total = max(1, work)
+
+    def advance(what: str, tokens: int) -> None:
+        nonlocal done, told
+        done += tokens
+        share = done / total
+        if _LINES * share >= told + 1:
+            told = int(_LINES * share)
+            left = (time.monotonic() - begin) * (1 - share) / share
+            note(f"{share:.0%}, {what}, about {left / 60:.0f} minutes left")
+
+    yield lab.Progress(start, advance)
