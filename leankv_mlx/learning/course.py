@@ -12,7 +12,7 @@ from leankv_mlx.evaluation.lab import Progress
 from leankv_mlx.learning.beginning import asking, places_of
 from leankv_mlx.learning.checkpoint import Checkpoint
 from leankv_mlx.learning.lessons import Material, prepare
-from leankv_mlx.learning.masks import Course, learn
+from leankv_mlx.learning.masks import METHOD, Course, learn
 from leankv_mlx.learning.sizes import By, worth_by
 from leankv_mlx.mlx_lm.attachment import own_caches
 from leankv_mlx.mlx_lm.context import context_length
@@ -61,7 +61,7 @@ def taught(
     identity = fingerprint(loaded.path)
     text = "" if material.text is None else hashlib.sha256(material.text.encode()).hexdigest()
     described = {**asdict(replace(material, text=None)), **asdict(course)}
-    checkpoint = Checkpoint(name, {**described, "model": identity, "text": text})
+    checkpoint = Checkpoint(name, {**described, "method": METHOD, "model": identity, "text": text})
     if by == "learned":
         found = _learned(loaded, course, material, checkpoint, progress)
     else:

@@ -4,6 +4,9 @@ A lesson is a beginning and the tokens behind it, with what the model without a 
 each of them. Documents are generated, with facts in prose or in the user's own text; facts and
 words are those of the training split, which no evaluation uses. Half of the lessons go on with
 text, because a head can be needed for that and not for retrieval.
+
+Questions see the document through the mask, as they do where it was read before them. A question
+that is read together with its document sees all of it, so lessons are the harder case.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ TEXT_TOKENS = 96
 
 _LENGTHS = (0.35, 0.55, 0.75, 1.0)  # of documents, of the longest
 _HIDDEN = (4, 8, 16)
+_TOKENS_OF_A_FACT = 40  # with as much between two of them
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 _SHORTEST, _LONGEST = 30, 220  # characters of a sentence of the user's text that is a filler
 
@@ -131,31 +135,32 @@ def _about_document(
     length = round(material.tokens * _LENGTHS[i % len(_LENGTHS)])
     own = material.text is not None and i % 2
     filler = _sentences(material.text or "", rng, length) if own else prose.sentences(rng)
-    hidden = _HIDDEN[i % len(_HIDDEN)]
+    hidden = min(_HIDDEN[i % len(_HIDDEN)], length // _TOKENS_OF_A_FACT)
     try:
         chat = document_chat(rng, length, lambda t: len(tokens(t)), "train", filler, hidden)
     except ValueError as error:
         raise UsageError(
             f"documents of {length} tokens are too short for {hidden} facts; give more --tokens."
         ) from error
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     asked = chat.asked[:QUESTIONS]
     turns = [tokens(document_turn(chat.document, fact.question)) for fact in asked]
     shared = min(prompts.shared(turns[0], turn) for turn in turns[1:])
     (beginning,) = read(loaded.model, turns[0], [shared])
     advance("reading documents", shared)
     for fact, turn in zip(asked, turns, strict=True):
-        reply = [*prompts.encode(tokenizer, fact.sentence), tokenizer.eos_token_id]
+        reply = [*prompts.encode(tokenizer, fact.sentence), *end]
         behind = [*turn[shared:], *reply]
         yield _lesson(loaded, beginning, behind[:-1], len(turn) - shared - 1)
 
 
-def text_of(loaded: LoadedModel, material: Material, i: int) -> list[int]:
-    """The tokens of the text of a number.
+def text_of(loaded: LoadedModel, material: Material, rng: random.Random) -> list[int]:
+    """The tokens of a text to go on with.
 
     Raises:
         UsageError: the user's text is too short.
     """
-    rng, count, own = _of_text(material, i), material.tokens, material.text
+    count, own = material.tokens, material.text
     text = _generated(rng, count) if own is None else _excerpt(own, rng, count)
     tokens = prompts.encode(loaded.tokenizer, text)[:count]
     if len(tokens) < count:
@@ -166,14 +171,11 @@ def text_of(loaded: LoadedModel, material: Material, i: int) -> list[int]:
     return tokens
 
 
-def _of_text(material: Material, *parts: str | int) -> random.Random:
-    return seeded("train", "texts", material.seed, *parts)
-
-
 def _going_on(
     loaded: LoadedModel, material: Material, i: int, advance: Advance
 ) -> Iterator[Lesson]:
-    tokens, rng = text_of(loaded, material, i), _of_text(material, i, "stops")
+    rng = seeded("train", "texts", material.seed, i)
+    tokens = text_of(loaded, material, rng)
     stops = sorted(rng.sample(range(len(tokens) // 6, len(tokens) - TEXT_TOKENS), STOPS))
     for beginning in read(loaded.model, tokens, stops):
         behind = tokens[beginning.tokens : beginning.tokens + TEXT_TOKENS]

@@ -33,6 +33,8 @@ from leankv_mlx.learning.checkpoint import Checkpoint
 from leankv_mlx.learning.gates import Gates, logits
 from leankv_mlx.learning.lessons import Lesson, Lessons
 
+METHOD = 1
+"""To be raised with every change of what is learned: a state of another one is not gone on from."""
 EVERY = 20
 """Steps between two states that are kept."""
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leankv_mlx.evaluation.masks import SizeSums
+from leankv_mlx.evaluation.tasks import seeded
 from leankv_mlx.learning.beginning import places_of
 from leankv_mlx.learning.lessons import Material, text_of
 from leankv_mlx.mlx_lm.attachment import own_caches
@@ -33,7 +34,8 @@ def worth_by(
     if by == "random":
         rng = np.random.default_rng(material.seed)
         return rng.random((len(shapes), *shapes[0]), np.float32)
-    tokens, caches = text_of(loaded, material, 0), own_caches(loaded.model)
+    tokens = text_of(loaded, material, seeded("train", "sizes", material.seed))
+    caches = own_caches(loaded.model)
     sums = SizeSums(places_of(loaded.model))
     with watched(loaded.model, caches, sums.add):
         prefill(loaded.model, tokens, caches)
