@@ -3,6 +3,8 @@ the mask keeps, bit for bit."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from copy import deepcopy
 from typing import Any
 
@@ -173,6 +175,25 @@ def test_copies_end_their_prompts_each_by_itself() -> None:
         assert bodies[0] and bodies[1]
         for mine, its in zip(bodies[0].tables, bodies[1].tables, strict=True):
             assert mine.pool is its.pool  # they share what was narrowed before
+
+
+def test_nothing_holds_the_blocks_of_before() -> None:
+    """Not for copies either, which look for codes of the rows that all have in common."""
+    run = Run("leankv:k4v4,mask=some")
+    run.step(400, 0)
+    other = run.copy()
+    assert run.layer.body is not None
+    pool = weakref.ref(run.layer.body.tables[0].pool)
+    for i in range(33):
+        for each in (run, other):
+            with each.cache.sequence.reading():
+                each.step(1, i)
+    for each in (run, other):
+        assert each.layer.exact_arrays[0] is run.layer.exact_arrays[0]  # they have some yet
+        assert pool() is not None
+        each.reply()
+    gc.collect()
+    assert pool() is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
