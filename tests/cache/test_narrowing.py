@@ -214,6 +214,8 @@ def test_a_batch_of_sequences_in_different_phases(backend: str) -> None:
                 assert mx.array_equal(together[j], mine[0]), (i, j)
     for layers in ([run.layer for run in alone], [row.layer for row in batch.rows]):
         assert [layer.narrowed for layer in layers if layer] == [True, True, False]
+        first, second, third = (layer.kind for layer in layers if layer)
+        assert first == second != third  # one operation has sequences of the same formats
 
 
 def test_cutting_within_a_prompt_and_after_it() -> None:
