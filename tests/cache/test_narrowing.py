@@ -138,6 +138,23 @@ def test_later_prompts_enter_masked() -> None:
     assert formats == {(4, 4, 4), (4, 4, 0)} and run.whole < run.left - 200
 
 
+def test_a_prompt_is_a_beginning_of_no_other_once_its_mask_acts() -> None:
+    """Or what a mask does within a prompt would depend on which one was read before."""
+    run = Run("leankv:k4v4,mask=some")
+    run.step(200, 0)
+    sequence = run.cache.sequence
+    assert run.cache.is_trimmable() and sequence.is_prefix(50)
+    run.reply()
+    for i in range(4):
+        run.step(1, i)
+    copies = run.copy(), run
+    for each in copies:
+        found = each.cache.sequence
+        assert not each.cache.is_trimmable() and not found.is_prefix(199)
+        assert found.is_prefix(200)  # what goes on from all of it may be another reply
+        found.verified(150)  # and drafts are taken back at any depth
+
+
 @pytest.mark.parametrize("equalize", ["on", "off"])
 def test_a_prompt_that_stays_in_the_window(equalize: str) -> None:
     """All that comes to the body is masked."""
@@ -280,7 +297,7 @@ def test_the_loops_of_mlx_lm() -> None:
 def test_a_cache_without_a_mask_has_nothing_to_narrow() -> None:
     cache = CompressedKVCache("leankv:k4v4")
     cache.update(mx.zeros((1, 1, 200, 32)), mx.zeros((1, 1, 200, 32)))
-    assert not cache.sequence.follows
+    assert not cache.sequence.settles
     cache.sequence.end_prompt()
     cache.sequence.narrow()
     assert cache.layer is not None and not cache.layer.narrowed
