@@ -164,7 +164,7 @@ class CompressedKVCache(Stage):
         moves = prefill = tokens > MAX_DECODE_TOKENS
         if self._parts:
             pass  # the update has begun
-        elif self._sequence.follows:
+        elif self._sequence.settles:
             moves = not self._sequence.before_update(layer, tokens)
         elif not prefill:
             layer.compress()
@@ -210,14 +210,14 @@ class CompressedKVCache(Stage):
 
     def is_trimmable(self) -> bool:
         """Whether any number of tokens can be removed from the end, and the rest serve another
-        prompt that begins with them: until a policy has dropped tokens, by what stood behind."""
-        return self._layer is None or self._layer.placed == 0
+        prompt that begins with them: until something of a prompt goes once it is in."""
+        return self._layer is None or self._layer.settled == 0
 
     def trim(self, n: int) -> int:
         """Remove the last n tokens (all, if there are fewer); returns how many were removed.
 
-        What a policy has dropped stays dropped: ask `Sequence.is_prefix` before another prompt
-        goes on.
+        What a policy has dropped stays dropped, and what a mask left out is left out from there on:
+        ask `Sequence.is_prefix` before another prompt goes on.
         Below the window the block that is cut is decoded, and its surviving slots become the
         window; where they cannot be arrays (see `update_and_fetch`) they stay codes, and the window
         is empty. When no body is left the centers are forgotten and fitted anew.

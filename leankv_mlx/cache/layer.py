@@ -57,8 +57,7 @@ class Layer:
         observations: the last queries, if a policy needs them.
         collector: if set, it is told of the attention of every prefill call.
         placed: tokens that had come when stored ones were last dropped or demoted; 0 if none ever
-            were. What stands in front was chosen by what stands there, so it is a beginning of
-            those tokens only.
+            were.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class Layer:
         self.dtype, self.config = dtypes[0], config
         formats = [Format.of(k, v, shape.k_dim, shape.v_dim) for k, v in config.tiers]
         self._whole, self._narrow = Share.all_of(formats, None), Share.all_of(formats, channels)
-        self.narrowed = False
+        self.narrowed, self._narrowed_at = False, 0
         supported = all(map(backend.supports, formats))
         self.backend = backend if supported else resolve_backend("reference")
         self.kind = _kind(shape, config, self.backend.name, *dtypes, channels)
@@ -128,9 +127,10 @@ class Layer:
         return self.body is not None and self.body.ragged
 
     @property
-    def masked(self) -> bool:
-        """Whether it has channels that codes do not keep once it is narrowed."""
-        return self.space.channels is not None
+    def settled(self) -> int:
+        """Tokens that had come when something of stored ones last went; 0 if nothing ever did. What
+        stands in front is what it is because they came, so it is a beginning of them only."""
+        return max(self.placed, self._narrowed_at)
 
     @property
     def recent(self) -> int:
@@ -207,9 +207,9 @@ class Layer:
     def narrow(self) -> None:
         """From now on codes keep only what the channels say: those that there are give up the rest,
         and so do tokens that come. It stays so whatever is trimmed, as a reply goes on from it."""
-        if not self.masked or self.narrowed:
+        if self.space.channels is None or self.narrowed:
             return
-        self.narrowed = True
+        self.narrowed, self._narrowed_at = True, self.offset
         self.kind = _kind(*self.kind, "narrowed")
         self._exact.forget_stored()
         if self.body is not None:
@@ -265,7 +265,8 @@ class Layer:
         other = Layer(self.shape, self.config, self.backend, dtypes, self.space.channels)
         other.offset, other._exact = self.offset, self._exact.copy()
         other.placed = self.placed
-        other.narrowed, other.kind = self.narrowed, self.kind
+        other.narrowed, other._narrowed_at = self.narrowed, self._narrowed_at
+        other.kind = self.kind
         other.dtype, other.space = self.dtype, self.space
         other._fitted, other._seen = self._fitted, self._seen.copy()
         other.body = self.body.copy() if self.body else None

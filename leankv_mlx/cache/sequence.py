@@ -40,13 +40,17 @@ class Sequence:
         policy: which stored tokens stay.
         scorer: what they are judged by.
         layers: in the order in which the model runs them; a layer comes with its first tokens.
-        phase: whether the prompt is in, where that is followed.
+        settles: whether something goes when the prompt is in: tokens, by the policy, or key
+            channels of a layer, by a mask.
+        phase: whether the prompt is in. It is followed only where something goes then; nothing else
+            asks.
     """
 
     def __init__(self, policy: Policy, scorer: Scorer, phase: Phase | None = None) -> None:
         self.policy = policy
         self.scorer = scorer
         self.layers: list[Layer] = []
+        self.settles = policy.drops
         self.phase = phase or Phase()
         self._placement = Placement(policy, scorer, self.layers, self.phase)
         self._forks: dict[int, _Fork] = {}
@@ -61,12 +65,6 @@ class Sequence:
         """Those of its layers that have stored tokens."""
         return [layer for layer in self.layers if layer.body]
 
-    @property
-    def follows(self) -> bool:
-        """Whether something goes when the prompt is in, tokens by the policy or key channels by a
-        mask: then the phase is followed. Nothing else asks for it."""
-        return self.policy.drops or any(layer.masked for layer in self.layers)
-
     # Its layers.
 
     def join(self, layer: Layer) -> None:
@@ -78,6 +76,7 @@ class Sequence:
         if layer.offset == 0:  # copies and files of what was begun are not refused
             self._placement.check_limit([*self.layers, layer])
         self.layers.append(layer)
+        self.settles |= layer.space.channels is not None
 
     def leave(self, layer: Layer) -> None:
         """Let go of a layer, which goes on in another sequence or ends."""
@@ -138,7 +137,7 @@ class Sequence:
             ConfigError: policy=budget with less than what is never dropped, now that it is known
                 what the observed queries take.
         """
-        if not self.follows:
+        if not self.settles:
             return
         placement = self._placement
         placement.check_limit(self.layers)
@@ -180,9 +179,10 @@ class Sequence:
     def is_prefix(self, tokens: int) -> bool:
         """Whether the first `tokens` tokens are what they would be if no others had come.
 
-        After a policy has dropped some they are that only with all those that it looked at.
+        After a prompt of which something goes they are that only with all of it: tokens that a
+        policy dropped for one prompt would be missing in another, and a mask would act within it.
         """
-        return all(tokens >= layer.placed for layer in self.layers)
+        return all(tokens >= layer.settled for layer in self.layers)
 
     def verified(self, rejected: int) -> None:
         """Drafts were verified: the prompt is in, and the last `rejected` tokens go. Its caches are
@@ -199,8 +199,8 @@ class Sequence:
     # What its layers tell.
 
     def before_update(self, layer: Layer, tokens: int) -> bool:
-        """To be called for every layer before it takes `tokens` more, where the phase is followed.
-        For a step of generated tokens a full window makes room first; it is returned
+        """To be called for every layer before it takes `tokens` more, where something goes when the
+        prompt is in. For a step of generated tokens a full window makes room first; it is returned
         whether this is one, and otherwise the layer is to be compressed once they were attended
         to.
 

@@ -1,10 +1,12 @@
 """Which key channels of each KV head codes keep (LeanK, arXiv 2508.02215).
 
-A mask is static: learned once for a model, the same for every token. Sink tokens and window keep
-all channels, codes only what the mask keeps, in groups of 32 (`codec.format`). So that what a head
-keeps are its first groups, its channels are put in another order, the kept ones first, and groups
-are rotated apart: then one rotated query serves exact rows, which hold all groups, and codes, which
-hold the first ones. A head that keeps none holds no token between sink tokens and window.
+A mask is static: learned once for a model, the same for every token. A prompt is read with all
+channels; once it is in, sink tokens and window keep all, and codes only what the mask keeps, in
+groups of 32 (`codec.format`). So that what a head keeps are its first groups, its channels are put
+in another order, the kept ones first, and groups are rotated apart: then one rotated query serves
+exact rows, which hold all groups, and codes, which hold the first ones, and codes that give up
+groups need not be made anew. A head that keeps none then holds no token between sink tokens and
+window.
 """
 
 from __future__ import annotations

@@ -126,10 +126,9 @@ class RaggedLayers(RuleBasedStateMachine):
         self.models: list[Model] = []
         self.seed = 0
 
-    @property
-    def holding(self) -> list[int]:
+    def holding(self, layer: Layer) -> list[int]:
         """The heads that hold stored tokens."""
-        kept = self.channels
+        kept = self.channels if layer.narrowed else None
         return [h for h in range(H) if kept is None or kept.groups[h]]
 
     def rows(self, n: int) -> tuple[mx.array, mx.array]:
@@ -157,7 +156,7 @@ class RaggedLayers(RuleBasedStateMachine):
         moved = [np.array(x[:, start:stop]) for x in layer.exact]
         at = layer.exact_positions[start:stop]
         layer.compress()
-        for h in self.holding if len(at) else ():
+        for h in self.holding(layer) if len(at) else ():
             rows = round_trip(layer, h, moved[0][h], moved[1][h], (8, 4))
             model.heads[h] |= agreed(stored(layer)[h], at, rows, HIGH)
 
@@ -248,10 +247,18 @@ test_ragged_layers = RaggedLayers.TestCase
 
 
 class MaskedLayers(RaggedLayers):
-    """The same where a head may hold no stored token, and the other ones have another order."""
+    """The same where a head holds no stored token once its layer is narrowed, and the other one has
+    another order."""
 
     kv = f"{KV},mask=some"
     channels = Channels((tuple(range(DIM)), tuple(reversed(range(DIM)))), (0, 1))
+
+    @rule(which=RaggedLayers.layers)
+    def narrow(self, which: int) -> None:
+        model = self.models[which]
+        model.cache.sequence.narrow()
+        holding = self.holding(model.layer)
+        model.heads = [head if h in holding else {} for h, head in enumerate(model.heads)]
 
 
 MaskedLayers.TestCase.settings = RaggedLayers.TestCase.settings

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from leankv_mlx.cache import CompressedKVCache
 from leankv_mlx.cache.masks import Masks, save
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.documents.prefix import Opened, Opener
@@ -56,6 +58,26 @@ def test_a_document_of_one_mask_is_not_opened_with_the_next(
     back, same = opened(loaded, shelf)
     assert back.cached and mx.array_equal(said, same)
     assert len(shelf.files) == 2 and not shelf.notes
+
+
+@pytest.mark.parametrize("policy", ["", ",policy=budget,ratio=20,scores=repeat"])
+def test_a_document_is_stored_without_what_its_mask_leaves_out(
+    loaded: LoadedModel, shelf: Shelf, policy: str
+) -> None:
+    """And questions find it so, the first like the second, read or opened."""
+    learn(loaded, 0)
+    config, said = CompressionConfig.parse(f"{CONFIG.spec()}{policy}"), []
+    document = TOKENS * 4
+    for _ in "read", "opened":
+        with Reader(loaded, config, 10**9, shelf.cache) as reader:
+            found = reader._opener.open(document, "report.txt", lambda done, total: None).caches
+            layers = [c.layer for c in found if isinstance(c, CompressedKVCache)]
+            assert layers and all(layer.narrowed and layer.body for layer in layers)
+            for question in ([7, 8, 9] * 20, [9, 8] * 20):
+                caches = deepcopy(found)
+                loaded.model(mx.array([question]), cache=caches)
+                said.append(loaded.model(mx.array([[7]]), cache=caches))
+    assert mx.array_equal(said[0], said[2]) and mx.array_equal(said[1], said[3])
 
 
 def test_nothing_is_stored_by_the_name_of_a_mask_alone(loaded: LoadedModel, shelf: Shelf) -> None:

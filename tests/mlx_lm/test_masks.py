@@ -269,10 +269,15 @@ def test_mlx_lms_own_files_hold_channels_too(loaded: LoadedModel, tmp_path: Path
     with attach(loaded.model, "k4v4,window=32,mask=mine"):
         caches = make_prompt_cache(loaded.model)
         loaded.model(mx.array([TOKENS]), cache=caches)
-        save_prompt_cache(file, caches)
-        again = load_prompt_cache(file)
-        logits = [loaded.model(mx.array([[7]]), cache=each) for each in (caches, again)]
-    assert mx.array_equal(*logits)
+        for narrowed in (False, True):
+            if narrowed:
+                Sequences.of(caches).narrow()
+            save_prompt_cache(file, caches)
+            again = load_prompt_cache(file)
+            assert [cache.layer.narrowed for cache in again] == [narrowed] * LAYERS
+            twins = deepcopy(caches)
+            logits = [loaded.model(mx.array([[7]]), cache=each) for each in (twins, again)]
+            assert mx.array_equal(*logits)
     assert [cache.channels for cache in again] == list(mask.layers)
 
 
