@@ -190,7 +190,7 @@ def test_documents_that_facts_fill_are_one_line(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lessons, "_lesson", lambda *_: None)
-    monkeypatch.setattr(lessons, "_LENGTHS", (0.2,))
-    monkeypatch.setattr(lessons, "_HIDDEN", (16,))
-    with asking(loaded.model), pytest.raises(UsageError, match=r"tokens are too short for 16 fac"):
+    monkeypatch.setattr(lessons, "_LENGTHS", (0.1,))
+    monkeypatch.setattr(lessons, "_TOKENS_OF_A_FACT", 5)
+    with asking(loaded.model), pytest.raises(UsageError, match=r"tokens are too short for . facts"):
         prepare(loaded, replace(GENERATED, documents=1), lambda *_: None)
