@@ -47,11 +47,11 @@ def test_a_layer_of_another_codec() -> None:
     """Compressed, decoded, copied and trimmed like any other, by the reference alone."""
     config = CompressionConfig.parse("leankv:k8v4,equalize=off,backend=reference")
     layer = Layer(Shape(2, 64, 64), config, resolve_backend("reference"), (mx.float32,) * 2)
-    (share,) = layer._shares
+    (share,) = layer._whole
     format = replace(share.formats[0], codec="even")
     here = [name for name, why in available_backends().items() if why is None]
     assert [name for name in here if resolve_backend(name).supports(format)] == ["reference"]
-    layer._shares = [replace(share, formats=(format,))]
+    layer._whole = [replace(share, formats=(format,))]
     rows = mx.random.normal((2, 300, 64), key=mx.random.key(1))
     layer.append(rows, rows)
     layer.compress()

@@ -52,7 +52,7 @@ def test_kept_by_frequency_is_in_the_models_order_of_channels() -> None:
     alphas[0, :, 16:32] = alphas[0, :, 48:] = 1  # both channels of the slower half of the pairs
     found = look("mine", Masks.of(alphas, 0.5))
     assert found.masks.channels.tolist() == [[32, 32]]
-    assert found.kept[0, 0].tolist() == [i % 32 >= 16 for i in range(64)]
+    assert found.masks.kept[0, 0].tolist() == [i % 32 >= 16 for i in range(64)]
     assert found.by_pair().tolist() == [0] * 16 + [1] * 16
     assert found.bands() == [0] * 4 + [1] * 4
 
@@ -61,7 +61,7 @@ def test_kept_by_frequency_is_in_the_models_order_of_channels() -> None:
 def test_a_head_keeps_no_more_channels_than_it_has(dim: int) -> None:
     found = look("mine", mask((2, 2, dim), 0))
     assert found.masks.channels.tolist() == [[dim] * 2] * 2
-    assert found.kept.all() and set(found.bands()) == {1.0}
+    assert found.masks.kept.all() and set(found.bands()) == {1.0}
 
 
 def test_without_the_model_there_is_what_the_file_tells() -> None:
@@ -83,7 +83,7 @@ def test_the_head_that_retrieves_is_found(seen: Look) -> None:
     assert losses[-1] > 0.3 and losses[-2] < 0.1 * losses[-1]
     assert seen.heads.base < 0.1 and 250 < seen.heads.tokens <= 300
     row = tables(seen)[-1].rows[0]
-    assert row[:2] == ["layer 4 head 1", str(seen.channels[RETRIEVES])]
+    assert row[:2] == ["layer 4 head 1", str(seen.masks.channels[RETRIEVES])]
     document = seen.as_dict()["heads"]
     assert [(document[0]["layer"], document[0]["head"]), len(document)] == [RETRIEVES, 10]
 
