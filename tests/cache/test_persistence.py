@@ -640,11 +640,11 @@ def test_fuzz_structured_with_a_right_digest(fuzz: Fuzz) -> None:
 # What was written is read, however little it is.
 
 
-@pytest.mark.parametrize("at", range(15))
+@pytest.mark.parametrize("at", range(16))
 def test_a_cache_that_was_trimmed_to_nothing_comes_back(at: int, tmp_path: Path) -> None:
     """Refused by its own reader: a layer that has a shape and no tokens."""
     cache = one_of_each()[at]
-    if not cache.is_trimmable():
+    if not isinstance(cache, CompressedKVCache) and not cache.is_trimmable():
         pytest.skip("this class keeps no past to go back to")
     cache.trim(10**6)
     (again,) = reloaded([cache], tmp_path)
