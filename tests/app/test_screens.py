@@ -59,6 +59,7 @@ def test_models_are_listed_with_what_fits(tmp_path: Path, monkeypatch: pytest.Mo
 
     async def script(d: Driver) -> None:
         await d.emit(LOADED)
+        await d.shows("leankv-chat")  # the picture has the header, too
         await d.pilot.press("ctrl+o")
         await d.shows("qwen3-0.6b")
         lines = {line.split()[1]: line for line in d.text.splitlines() if "qwen3-0.6b" in line}
