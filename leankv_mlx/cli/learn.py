@@ -89,7 +89,7 @@ def masks(
     text: _Text = None,
     tokens: _Tokens = 2048,
     documents: _Documents = 24,
-    steps: _Steps = 600,
+    steps: _Steps = 200,
     seed: _Seed = 0,
     by: _By = "learned",
 ) -> None:
