@@ -58,7 +58,7 @@ class CacheFileError(LeanKVError):
 
 
 class CalibrationError(LeanKVError):
-    """Thresholds of a model are missing, cannot be read, or belong to another model."""
+    """Thresholds or a mask of a model are missing, cannot be read, or belong to another model."""
 
 
 class DocumentError(LeanKVError):

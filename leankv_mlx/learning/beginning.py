@@ -6,8 +6,7 @@ the few tokens behind it, and many lessons share one beginning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,6 @@ from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import UnsupportedError
 from leankv_mlx.kernels import Backend, Mask, Rows, resolve_backend
 from leankv_mlx.kernels.prefill_attention import prefill_attention
-from leankv_mlx.mlx_lm import patches
 from leankv_mlx.mlx_lm.attachment import Attachment, own_caches
 from leankv_mlx.mlx_lm.precision import weights_dtype
 from leankv_mlx.mlx_lm.reading import PREFILL_CHUNK
@@ -54,17 +52,6 @@ def places_of(model: nn.Module) -> list[int]:
     return [place for place, config in enumerate(found) if config is not None]
 
 
-@contextmanager
-def asking(model: nn.Module) -> Iterator[None]:
-    """Inside of the block the model's attention asks the caches of this package."""
-    targets = patches.targets(model)
-    patches.patch(targets)
-    try:
-        yield
-    finally:
-        patches.unpatch(targets)
-
-
 def read(model: nn.Module, tokens: Sequence[int], stops: Sequence[int]) -> list[Beginning]:
     """Read a text once: its beginnings of so many tokens, ascending, which share their rows. To be
     used while `asking`."""
@@ -95,6 +82,9 @@ def read(model: nn.Module, tokens: Sequence[int], stops: Sequence[int]) -> list[
     return found
 
 
+_MASKS = "learning masks does not go with a model that masks tokens itself."
+
+
 def check_causal(mask: Mask) -> None:
     """Whether a model masks nothing but what comes later, all that is computed here.
 
@@ -102,10 +92,24 @@ def check_causal(mask: Mask) -> None:
         UnsupportedError: it does.
     """
     if isinstance(mask, mx.array):
-        raise UnsupportedError("learning masks does not go with a model that masks tokens itself.")
+        raise UnsupportedError(_MASKS)
 
 
-class _Read:
+class Causal:
+    """What the caches of lessons have in common."""
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
+        """As mlx-lm's own caches make it where there is no sliding window.
+
+        Raises:
+            UnsupportedError: the model has one, or wants an array.
+        """
+        if return_array or window_size is not None:
+            raise UnsupportedError(_MASKS)
+        return "causal"
+
+
+class _Read(Causal):
     """A cache that keeps all tokens as they are, with the fastest attention over them."""
 
     def __init__(self) -> None:
@@ -117,10 +121,6 @@ class _Read:
     def state(self) -> Rows:
         """All tokens."""
         return self.rows
-
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
-        """As mlx-lm's own caches make it where there is no sliding window."""
-        return "causal"
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Keys and values [1, H, L, head_dim] of the next tokens."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from leankv_mlx.cache.masks import Masks, save
 from leankv_mlx.errors import ContextLengthError, UnsupportedError, UsageError
 from leankv_mlx.evaluation.lab import Progress
-from leankv_mlx.learning.beginning import asking, places_of
+from leankv_mlx.learning.beginning import places_of
 from leankv_mlx.learning.checkpoint import Checkpoint
 from leankv_mlx.learning.lessons import Material, prepare
 from leankv_mlx.learning.masks import METHOD, Course, learn
@@ -18,6 +18,7 @@ from leankv_mlx.mlx_lm.attachment import own_caches
 from leankv_mlx.mlx_lm.context import context_length
 from leankv_mlx.mlx_lm.loading import LoadedModel, fingerprint, load
 from leankv_mlx.mlx_lm.masks import asking_shapes
+from leankv_mlx.mlx_lm.patches import asking
 from leankv_mlx.mlx_lm.precision import compute_in_float32
 
 _LESSON_TOKENS = 128

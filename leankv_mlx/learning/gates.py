@@ -17,7 +17,7 @@ from leankv_mlx.cache.fetch import hand_out
 from leankv_mlx.cache.layer import CENTER_TOKENS
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.kernels import Mask, Rows
-from leankv_mlx.learning.beginning import Beginning, check_causal
+from leankv_mlx.learning.beginning import Beginning, Causal, check_causal
 from leankv_mlx.mlx_lm.reading import PREFILL_CHUNK
 from leankv_mlx.settings import BLOCK_SLOTS
 
@@ -54,7 +54,7 @@ def logits(
     return out[0].astype(mx.float32)
 
 
-class _Gated:
+class _Gated(Causal):
     """One layer's cache for one call."""
 
     def __init__(self, rows: Rows, gate: tuple[mx.array, mx.array] | None) -> None:
@@ -62,10 +62,6 @@ class _Gated:
         self._before = rows
         self._gate = gate
         self._rows = rows
-
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
-        """As mlx-lm's own caches make it where there is no sliding window."""
-        return "causal"
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Keys and values [1, H, L, head_dim] of the tokens of the call."""

@@ -155,3 +155,15 @@ def unpatch(targets: Iterable[Target]) -> None:
             if found.users == 0:
                 del _PATCHES[target.key]
                 found.undo()
+
+
+@contextmanager
+def asking(model: nn.Module) -> Iterator[None]:
+    """Inside of the block the model's attention asks what its arrays stand for, see
+    `cache.owner_of`, without caches of this package being made."""
+    patched = targets(model)
+    patch(patched)
+    try:
+        yield
+    finally:
+        unpatch(patched)

@@ -12,7 +12,7 @@ from mlx import nn
 
 from leankv_mlx.cache.fetch import Arrays, hand_out
 from leankv_mlx.kernels import Mask
-from leankv_mlx.mlx_lm import patches
+from leankv_mlx.mlx_lm.patches import asking
 
 See = Callable[[int, mx.array, mx.array], None]
 """Gets the number of a cache, the queries [1, Hq, L, head_dim] and all keys [1, H, N, head_dim] of
@@ -51,16 +51,14 @@ def watched(model: nn.Module, caches: Sequence[Any], see: See) -> Iterator[None]
         caches: of mlx-lm's own classes.
     """
     watching = [(i, cache) for i, cache in enumerate(caches) if hasattr(cache, "update_and_fetch")]
-    targets = patches.targets(model)
-    patches.patch(targets)
-    try:
-        for index, cache in watching:
-            cache.update_and_fetch = _watching(cache.update_and_fetch, index, see)
-        yield
-    finally:
-        patches.unpatch(targets)
-        for _, cache in watching:
-            vars(cache).pop("update_and_fetch", None)
+    with asking(model):
+        try:
+            for index, cache in watching:
+                cache.update_and_fetch = _watching(cache.update_and_fetch, index, see)
+            yield
+        finally:
+            for _, cache in watching:
+                vars(cache).pop("update_and_fetch", None)
 
 
 def _watching(

@@ -10,8 +10,9 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from leankv_mlx.errors import UnsupportedError
-from leankv_mlx.learning.beginning import Beginning, asking, places_of, read
+from leankv_mlx.learning.beginning import Beginning, places_of, read
 from leankv_mlx.learning.gates import logits
+from leankv_mlx.mlx_lm.patches import asking
 from leankv_mlx.mlx_lm.precision import compute_in_float32
 from tests.learning.tiny import drawn
 from tests.models import TINY
@@ -101,6 +102,26 @@ def test_a_model_that_masks_tokens_itself_is_refused(monkeypatch: pytest.MonkeyP
     def sliding(h: mx.array, cache: Any) -> mx.array:
         at = mx.arange(cache.offset + h.shape[1])
         return (at <= at[-h.shape[1] :, None]) & (at > at[-h.shape[1] :, None] - 20)
+
+    model, text = TINY["llama"](64), drawn(100)
+    with asking(model):
+        (beginning,) = read(model, text, [90])
+        monkeypatch.setattr(llama, "create_attention_mask", sliding)
+        with pytest.raises(UnsupportedError, match="masks tokens itself"):
+            logits(model, beginning, text[90:], None)
+        with pytest.raises(UnsupportedError, match="masks tokens itself"):
+            read(model, text, [90])
+
+
+@pytest.mark.parametrize("asks", [{"window_size": 20}, {"return_array": True}])
+def test_a_window_that_a_cache_is_asked_for_is_not_passed_over(
+    monkeypatch: pytest.MonkeyPatch, asks: dict[str, Any]
+) -> None:
+    """A model with sliding layers that have mlx-lm's plain cache."""
+    from mlx_lm.models import llama
+
+    def sliding(h: mx.array, cache: Any = None) -> Any:
+        return cache.make_mask(h.shape[1], **asks)
 
     model, text = TINY["llama"](64), drawn(100)
     with asking(model):

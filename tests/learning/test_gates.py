@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from leankv_mlx.cache import Sequences
 from leankv_mlx.cache.fetch import hand_out
 from leankv_mlx.kernels import Mask, Rows
-from leankv_mlx.learning.beginning import Beginning, asking, read
+from leankv_mlx.learning.beginning import Beginning, read
 from leankv_mlx.learning.gates import Gates, _Gated, logits
 from leankv_mlx.learning.masks import divergence, gates_of
 from leankv_mlx.mlx_lm import attach, make_caches
+from leankv_mlx.mlx_lm.patches import asking
 from leankv_mlx.mlx_lm.reading import prefill
 from tests.learning.tiny import drawn, lessons, masks
 from tests.models import KV_HEADS, TINY

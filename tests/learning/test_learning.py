@@ -23,13 +23,13 @@ from leankv_mlx.errors import CalibrationError, UsageError
 from leankv_mlx.evaluation.lab import SILENT
 from leankv_mlx.learning import course as courses
 from leankv_mlx.learning import masks as learning
-from leankv_mlx.learning.beginning import asking
 from leankv_mlx.learning.checkpoint import Checkpoint
 from leankv_mlx.learning.course import taught
 from leankv_mlx.learning.lessons import Lessons, Material
 from leankv_mlx.learning.masks import Course, divergence, gates_of, learn
 from leankv_mlx.mlx_lm import load as load_model
 from leankv_mlx.mlx_lm.loading import fingerprint
+from leankv_mlx.mlx_lm.patches import asking
 from leankv_mlx.resources import demo_model
 from tests.learning import tiny
 from tests.models import TINY

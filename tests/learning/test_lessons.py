@@ -15,9 +15,10 @@ from leankv_mlx.evaluation import prose
 from leankv_mlx.evaluation.prose import dealt
 from leankv_mlx.evaluation.tasks import NUMBERS
 from leankv_mlx.learning import lessons
-from leankv_mlx.learning.beginning import asking, read
+from leankv_mlx.learning.beginning import read
 from leankv_mlx.learning.lessons import LIKELY, TEXT_TOKENS, Lesson, Lessons, Material, prepare
 from leankv_mlx.mlx_lm import LoadedModel, load
+from leankv_mlx.mlx_lm.patches import asking
 
 FACT = re.compile(r"The ([\w ]+) of the ([\w-]+) (\w+) is (\w+(?: \w+)?)\.")
 GENERATED = Material(documents=2, tokens=512, seed=3)

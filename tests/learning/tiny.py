@@ -9,10 +9,11 @@ import numpy as np
 from mlx import nn
 
 from leankv_mlx.cache.masks import Masks
-from leankv_mlx.learning.beginning import asking, read
+from leankv_mlx.learning.beginning import read
 from leankv_mlx.learning.gates import logits
 from leankv_mlx.learning.lessons import Lesson, Lessons
 from leankv_mlx.mlx_lm.loading import LoadedModel
+from leankv_mlx.mlx_lm.patches import asking
 from tests.models import VOCAB
 
 
