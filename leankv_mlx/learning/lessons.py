@@ -34,6 +34,8 @@ STOPS = 6
 TEXT_TOKENS = 96
 """Of a lesson that goes on with text."""
 
+_SPARED = 6
+"""Every sixth lesson is for the exam."""
 _LENGTHS = (0.35, 0.55, 0.75, 1.0)  # of documents, of the longest
 _HIDDEN = (4, 8, 16)
 _TOKENS_OF_A_FACT = 40  # with as much between two of them
@@ -70,10 +72,15 @@ class Lessons:
     answers: tuple[Lesson, ...]
     texts: tuple[Lesson, ...]
 
+    @property
+    def exam(self) -> tuple[Lesson, ...]:
+        """What is never drawn, to judge by; of answers, which are many, a third."""
+        return self.answers[_SPARED - 1 :: 3 * _SPARED] + self.texts[_SPARED - 1 :: _SPARED]
+
     def draw(self, seed: int, step: int) -> tuple[Lesson, Lesson]:
         """One of each kind."""
         rng = random.Random(f"{seed}/{step}")
-        return rng.choice(self.answers), rng.choice(self.texts)
+        return rng.choice(_drawn(self.answers)), rng.choice(_drawn(self.texts))
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,10 @@ class Material:
         """Tokens to read, about."""
         mean = sum(_LENGTHS) / len(_LENGTHS)
         return round(self.tokens * (mean * self.documents + self.texts))
+
+
+def _drawn(lessons: Sequence[Lesson]) -> list[Lesson]:
+    return [lesson for i, lesson in enumerate(lessons, 1) if i % _SPARED]
 
 
 def prepare(loaded: LoadedModel, material: Material, advance: Advance) -> Lessons:

@@ -16,6 +16,7 @@ with text.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,10 +34,10 @@ from leankv_mlx.learning.checkpoint import Checkpoint
 from leankv_mlx.learning.gates import Gates, logits
 from leankv_mlx.learning.lessons import Lesson, Lessons
 
-METHOD = 3
+METHOD = 4
 """To be raised with every change of what is learned: a state of another one is not gone on from."""
 EVERY = 20
-"""Steps between two states that are kept."""
+"""Steps between two states that are kept, and between two exams."""
 
 _BETAS = [0.9, 0.99]
 _DRAWN = 0.7
@@ -105,11 +106,15 @@ class _State:
 
     Attributes:
         loss: running mean.
+        best: what channels were worth when the exam went best, float32 [layers, H, head_dim].
+        least: divergence of that exam, inf before the first.
     """
 
     params: Params
     step: int = 0
     loss: float = 0.0
+    best: mx.array | None = None
+    least: float = math.inf
     optimizer: optim.Adam = field(
         default_factory=lambda: optim.Adam(0.0, betas=_BETAS, bias_correction=True)
     )
@@ -128,12 +133,17 @@ class _State:
         tree = {"params": self.params, "moments": {n: self.optimizer.state[n] for n in self.params}}
         flat: Any = tree_flatten(tree)
         moves = self.optimizer.step.astype(mx.int64)
-        return {**dict(flat), "loss": mx.array(self.loss), "moves": moves}
+        tensors = {**dict(flat), "loss": mx.array(self.loss), "moves": moves}
+        if self.best is not None:
+            tensors |= {"best": self.best, "least": mx.array(self.least)}
+        return tensors
 
     def restore(self, step: int, tensors: dict[str, mx.array]) -> None:
         """Become what `tensors` were of."""
         self.step, self.loss = step, float(tensors.pop("loss"))
         moves = tensors.pop("moves").astype(mx.uint64)
+        if "best" in tensors:
+            self.best, self.least = tensors.pop("best"), float(tensors.pop("least"))
         tree: Any = tree_unflatten(list(tensors.items()))
         self.params = tree["params"]
         self.optimizer.init(self.params)
@@ -167,10 +177,13 @@ def learn(
         mean = sum(loss for loss, _ in found) / len(found)
         state.loss = mean if state.step == 0 else 0.95 * state.loss + 0.05 * mean
         state.step += 1
-        if state.step % EVERY == 0 or state.step == course.steps:
+        ended = state.step == course.steps
+        if ended or (state.step >= course.first and (state.step - course.first) % EVERY == 0):
+            _examine(model, lessons, course, state)
+        if ended or state.step % EVERY == 0:
             checkpoint.save(state.step, state.tensors())
         look(state.step, state.loss)
-    return Masks.of(state.worth, course.ratio)
+    return Masks.of(state.worth if state.best is None else np.array(state.best), course.ratio)
 
 
 def divergence(model: nn.Module, lesson: Lesson, gates: Gates) -> mx.array:
@@ -186,6 +199,18 @@ def gates_of(masks: Masks) -> Gates:
     """What the cache does with a mask."""
     held = masks.groups > 0
     return Gates(mx.array(masks.kept.astype(np.float32)), mx.array(held.astype(np.float32)))
+
+
+def _examine(model: nn.Module, lessons: Lessons, course: Course, state: _State) -> None:
+    """Keep what channels are worth if the mask that it makes is the best one so far."""
+    if not (exam := lessons.exam):
+        return
+    gates, total = gates_of(Masks.of(state.worth, course.ratio)), 0.0
+    for lesson in exam:
+        total += float(divergence(model, lesson, gates))
+        mx.clear_cache()
+    if total / len(exam) < state.least:
+        state.best, state.least = mx.array(state.worth), total / len(exam)
 
 
 def _used(state: _State, course: Course) -> Params:
