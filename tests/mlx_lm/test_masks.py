@@ -15,6 +15,7 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 
 from leankv_mlx.cache import Sequences, fetch
 from leankv_mlx.cache.masks import Masks, save
+from leankv_mlx.cache.masks import load as find_mask
 from leankv_mlx.codec.channels import Channels
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.engine.catalogue import find
@@ -61,6 +62,15 @@ def simple(heads: int = 2, dim: int = 64, groups: tuple[int, ...] = (0, 1)) -> C
 
 
 # Whose it is.
+
+
+def test_the_mask_that_ships_is_that_of_the_bundled_model(loaded: LoadedModel) -> None:
+    found = find_mask("demo")
+    groups = sum(sum(layer.groups) for layer in found.layers)
+    assert (found.ratio, groups) == (0.7, 6)  # of 20
+    assert found.model == fingerprint(loaded.path) and found.notes["by"] == "learned"
+    with attach(loaded.model, "k4v4,mask=demo") as attached:
+        assert attached.config.mask == Mask("demo", found.digest)
 
 
 def test_a_name_finds_the_mask_of_the_model(loaded: LoadedModel) -> None:
