@@ -25,7 +25,8 @@ from leankv_mlx.learning import course as courses
 from leankv_mlx.learning import masks as learning
 from leankv_mlx.learning.checkpoint import Checkpoint
 from leankv_mlx.learning.course import taught
-from leankv_mlx.learning.lessons import Lessons, Material
+from leankv_mlx.learning.gates import Gates
+from leankv_mlx.learning.lessons import Lesson, Lessons, Material
 from leankv_mlx.learning.masks import Course, divergence, gates_of, learn
 from leankv_mlx.mlx_lm import load as load_model
 from leankv_mlx.mlx_lm.loading import fingerprint
@@ -124,6 +125,51 @@ def test_what_is_learned_is_better_than_what_is_drawn(
             gates = gates_of(mask)
             found.append(sum(float(divergence(model, lesson, gates)) for lesson in every))
     assert found[0] < min(found[1:])
+
+
+def many(lessons: Lessons) -> Lessons:
+    """So many that some are for the exam."""
+    return Lessons(lessons.answers * 4, lessons.texts * 4)
+
+
+def test_lessons_of_the_exam_are_never_drawn(lessons: Lessons) -> None:
+    each = many(lessons)
+    marked = Lessons(
+        *(
+            tuple(replace(one, first=i) for i, one in enumerate(x))
+            for x in (each.answers, each.texts)
+        )
+    )
+    answers, texts = zip(*(marked.draw(0, step) for step in range(200)), strict=True)
+    assert {one.first for one in answers} == {one.first for one in texts} == {0, 1, 2, 3, 4, 6, 7}
+    assert [one.first for one in marked.exam] == [5, 5]
+    assert not lessons.exam  # too few to spare any
+
+
+def test_the_mask_that_does_best_in_the_exam_is_taken(
+    model: nn.Module, lessons: Lessons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = many(lessons)
+    apart = [replace(lesson) for lesson in each.exam]  # other objects than those that are drawn
+    given = Lessons(
+        (*each.answers[:5], apart[0], *each.answers[6:]),
+        (*each.texts[:5], apart[1], *each.texts[6:]),
+    )
+    examined: list[np.ndarray] = []
+
+    def judged(model: nn.Module, lesson: Lesson, gates: Gates) -> mx.array:
+        """The second mask that is examined is the best one."""
+        if not any(lesson is one for one in apart):
+            return divergence(model, lesson, gates)
+        if lesson is apart[0]:
+            examined.append(np.array(gates.channels) > 0)
+        return mx.array(0.0 if len(examined) == 2 else 100.0)
+
+    monkeypatch.setattr(learning, "divergence", judged)
+    found, _ = run(model, given)
+    assert len(examined) > 2
+    assert (found.kept == examined[1]).all()
+    assert (found.kept != examined[-1]).any()
 
 
 def test_gates_close_by_what_they_cost(model: nn.Module, lessons: Lessons) -> None:
