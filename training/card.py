@@ -42,8 +42,9 @@ user, assistant, end |
 further questions may follow |
 | context | trained on sequences of up to {longest:,} tokens; `max_position_embeddings` is \
 {positions:,}, but what lies beyond {longest:,} was not trained |
-| mask of key channels | `--kv leankv:k4v4,mask=demo` leaves out 70% of them once a prompt is in (learned \
-by `leankv learn masks --ratio 0.7 -o demo --tokens 4096 --documents 16 --steps 500`) |
+| mask of key channels | `--kv leankv:k4v4,mask=demo` leaves out 70% of them once a prompt is in \
+(learned by `leankv learn masks --ratio 0.7 -o demo --tokens 4096 --documents 16 \
+--steps 500`) |
 | licence | MIT |
 
 Facts have the form "The {{attribute}} of the {{place}} {{thing}} is {{value}}."; the questions are
