@@ -95,38 +95,30 @@ def test_attention_is_the_model_s_own_again_afterwards() -> None:
     assert llama.scaled_dot_product_attention is original
 
 
-def test_a_model_that_masks_tokens_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it hides would be seen."""
-    from mlx_lm.models import llama
-
-    def sliding(h: mx.array, cache: Any) -> mx.array:
-        at = mx.arange(cache.offset + h.shape[1])
-        return (at <= at[-h.shape[1] :, None]) & (at > at[-h.shape[1] :, None] - 20)
-
-    model, text = TINY["llama"](64), drawn(100)
-    with asking(model):
-        (beginning,) = read(model, text, [90])
-        monkeypatch.setattr(llama, "create_attention_mask", sliding)
-        with pytest.raises(UnsupportedError, match="masks tokens itself"):
-            logits(model, beginning, text[90:], None)
-        with pytest.raises(UnsupportedError, match="masks tokens itself"):
-            read(model, text, [90])
+def _own_array(h: mx.array, cache: Any = None) -> mx.array:
+    at = mx.arange(cache.offset + h.shape[1])
+    return (at <= at[-h.shape[1] :, None]) & (at > at[-h.shape[1] :, None] - 20)
 
 
-@pytest.mark.parametrize("asks", [{"window_size": 20}, {"return_array": True}])
-def test_a_window_that_a_cache_is_asked_for_is_not_passed_over(
-    monkeypatch: pytest.MonkeyPatch, asks: dict[str, Any]
+def _window_of_the_cache(h: mx.array, cache: Any = None) -> Any:
+    return cache.make_mask(h.shape[1], window_size=20)
+
+
+def _array_of_the_cache(h: mx.array, cache: Any = None) -> Any:
+    return cache.make_mask(h.shape[1], return_array=True)
+
+
+@pytest.mark.parametrize("masks", [_own_array, _window_of_the_cache, _array_of_the_cache])
+def test_a_model_that_masks_tokens_itself_is_refused(
+    monkeypatch: pytest.MonkeyPatch, masks: Any
 ) -> None:
-    """A model with sliding layers that have mlx-lm's plain cache."""
+    """What it hides would be seen; sliding layers can have mlx-lm's plain cache, too."""
     from mlx_lm.models import llama
-
-    def sliding(h: mx.array, cache: Any = None) -> Any:
-        return cache.make_mask(h.shape[1], **asks)
 
     model, text = TINY["llama"](64), drawn(100)
     with asking(model):
         (beginning,) = read(model, text, [90])
-        monkeypatch.setattr(llama, "create_attention_mask", sliding)
+        monkeypatch.setattr(llama, "create_attention_mask", masks)
         with pytest.raises(UnsupportedError, match="masks tokens itself"):
             logits(model, beginning, text[90:], None)
         with pytest.raises(UnsupportedError, match="masks tokens itself"):
