@@ -104,7 +104,7 @@ def masks(
     from leankv_mlx.learning.masks import Course
     from leankv_mlx.learning.sizes import By
     from leankv_mlx.profiles import check_name, profiles, save_profile, user_profiles
-    from leankv_mlx.settings import Mask
+    from leankv_mlx.settings import Named
 
     if not output:
         raise UsageError("give the mask a name: -o NAME.")
@@ -116,7 +116,7 @@ def masks(
     material = Material(documents, tokens, seed, None if text is None else read_text(text))
     with _progress() as progress:
         found, path = taught(model, output, course, material, progress, cast("By", by))
-    kv = replace(CompressionConfig(), mask=Mask(output, found.digest))
+    kv = replace(CompressionConfig(), mask=Named(output, found.digest))
     how = "learned on" if by == "learned" else f"by {by}, for"
     about = f"{how} {found.name}: leaves out {ratio:.0%} of the key channels"
     save_profile(user_profiles(), output, kv.spec().removeprefix("leankv:"), about)
@@ -153,13 +153,13 @@ def _look(name: str, model: str | None) -> Look:
     from leankv_mlx.evaluation.masks import look, measured, work
     from leankv_mlx.mlx_lm.loading import fingerprint, resolve_model
     from leankv_mlx.mlx_lm.loading import load as load_model
-    from leankv_mlx.settings import Mask
+    from leankv_mlx.settings import Named
 
     masks = load(name)
     if model is None and masks.model != fingerprint(demo_model()):
         return look(name, masks)
     path = resolve_model(model)
-    masks = find(fingerprint(path), path.name, Mask(name))
+    masks = find(fingerprint(path), path.name, Named(name))
     with progress_bar() as progress:
         loaded = load_model(path)
         progress.start(work(masks))

@@ -150,8 +150,8 @@ def measured(loaded: LoadedModel, title: str, masks: Masks, advance: Advance) ->
         ContextLengthError: a document does not fit its context.
     """
     model = loaded.model
-    with attach(model, f"k8v8,mask={title}", channels=masks.layers) as attached:
-        places = [i for i, layer in enumerate(attached.channels) if layer]
+    with attach(model, f"k8v8,mask={title}", learned=masks.layers) as attached:
+        places = [i for i, layer in enumerate(attached.learned) if layer]
         document, asked = _questions(loaded)
         caches, sums = own_caches(model), SizeSums(places)
         with watched(model, caches, sums.add):
@@ -246,7 +246,7 @@ def _losses_without(
     groups = [0 if h == head else padded(dim) // TILE for h in range(heads)]
     without = Channels((tuple(range(dim)),) * heads, tuple(groups))
     found = []
-    with attach(model, "k8v8,mask=without", channels=[without] * len(places)):
+    with attach(model, "k8v8,mask=without", learned=[without] * len(places)):
         made = make_caches(model)
         for layer, place in enumerate(places):
             own, ours = caches[place], made[place]

@@ -16,8 +16,8 @@ from leankv_mlx.learning.masks import METHOD, Course, learn
 from leankv_mlx.learning.sizes import By, worth_by
 from leankv_mlx.mlx_lm.attachment import own_caches
 from leankv_mlx.mlx_lm.context import context_length
+from leankv_mlx.mlx_lm.learned import asking_shapes
 from leankv_mlx.mlx_lm.loading import LoadedModel, fingerprint, load
-from leankv_mlx.mlx_lm.masks import asking_shapes
 from leankv_mlx.mlx_lm.patches import asking
 from leankv_mlx.mlx_lm.precision import compute_in_float32
 

@@ -75,7 +75,7 @@ def fresh(kv: str) -> Caches:
     """Caches of one new sequence."""
     config = CompressionConfig.parse(kv)
     sequence, channels = Sequence(config.policy, config.scorer), KEPT if config.mask else None
-    return [CompressedKVCache(config, sequence=sequence, channels=channels) for _ in range(LAYERS)]
+    return [CompressedKVCache(config, sequence=sequence, learned=channels) for _ in range(LAYERS)]
 
 
 def attended(cache: Any, arrays: Iterable[NDArray[np.float32]]) -> mx.array:

@@ -1,7 +1,9 @@
-"""Which key channels the caches of a model keep: its own mask, and whether the model goes with one.
+"""What was learned of the keys of a model, its mask or its basis: which one its caches have, and
+whether the model goes with one.
 
-A head that keeps none holds no tokens between sink tokens and window, and no array can say so: only
-a model whose attention asks the cache can have a mask.
+A head of a mask that keeps nothing holds no tokens between sink tokens and window, and no array can
+say so; and a basis is learned from the queries that a cache is asked. So only a model whose
+attention asks the cache can have either.
 """
 
 from __future__ import annotations
@@ -13,57 +15,65 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from leankv_mlx.cache.masks import digest_of, find, share_of
+from leankv_mlx.cache import bases, masks
+from leankv_mlx.cache.learned_file import Files
 from leankv_mlx.codec.channels import Channels
+from leankv_mlx.codec.space import Learned
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import CalibrationError, ConfigError, UnsupportedError
 from leankv_mlx.mlx_lm.loading import fingerprint, folder_of
 from leankv_mlx.mlx_lm.watching import watched
-from leankv_mlx.settings import Mask
+from leankv_mlx.settings import Named
 
 
-def masked(
+def resolved(
     model: nn.Module,
     config: CompressionConfig,
     caches: Sequence[Any],
     compressed: Sequence[bool],
-    channels: Iterable[Channels] | None,
-) -> tuple[CompressionConfig, list[Channels | None]]:
-    """The settings with the digest of their mask, and what each cache of a model keeps.
+    learned: Iterable[Learned] | None,
+) -> tuple[CompressionConfig, list[Learned | None]]:
+    """The settings with the digest of their mask or basis, and what each cache of a model has.
 
     Args:
         caches: that the model makes itself; they are used up.
         compressed: which of them are replaced.
-        channels: of those, in order, in place of the mask that the settings name.
+        learned: of those, in order, in place of what the settings name.
 
     Raises:
-        ConfigError: the channels are not those of the mask, or it has no name.
-        CalibrationError: the model has no such mask, or it does not fit.
+        ConfigError: what was learned is not what the settings name, or they name nothing.
+        CalibrationError: the model has no such mask or basis, or it does not fit.
         UnsupportedError: the model cannot have one.
     """
-    mask = config.mask
-    if not mask:
-        if channels is not None:
-            raise ConfigError("channels are those of a mask; name it in the settings, mask=NAME.")
+    if not (config.mask or config.basis):
+        if learned is not None:
+            raise ConfigError(
+                "what was learned is that of a mask or a basis; name it in the settings, mask=NAME "
+                "or basis=NAME."
+            )
         return config, [None] * len(caches)
-    shapes = asking_shapes(model, caches, compressed, f"mask={mask}")
-    layers = _own(model, mask) if channels is None else tuple(channels)
+    files: Files[Any] = masks.FILES if config.mask else bases.FILES
+    named: Named = getattr(config, files.setting)
+    what = f"{files.setting}={named}"
+    shapes = asking_shapes(model, caches, compressed, what)
+    layers = _own(model, files, named) if learned is None else tuple(learned)
     if shapes != [(layer.heads, layer.head_dim) for layer in layers]:
         raise CalibrationError(
-            f"mask={mask} does not fit the layers of this model; "
-            f"run leankv learn masks MODEL -o {mask.name} with it."
+            f"{what} does not fit the layers of this model; run {files.learn(named.name)} with it."
         )
-    named = Mask(mask.name, digest_of(layers))
-    if mask.digest not in ("", named.digest):
-        raise ConfigError(f"these channels are those of mask={named}, not of mask={mask}.")
+    found = Named(named.name, files.digest_of(layers))
+    if named.digest not in ("", found.digest):
+        raise ConfigError(f"what was learned is that of {files.setting}={found}, not of {what}.")
     rest = iter(layers)
-    return replace(config, mask=named), [next(rest) if ours else None for ours in compressed]
+    change: dict[str, Any] = {files.setting: found}
+    return replace(config, **change), [next(rest) if ours else None for ours in compressed]
 
 
 def asking_shapes(
     model: nn.Module, caches: Sequence[Any], compressed: Sequence[bool], what: str
 ) -> list[tuple[int, int]]:
-    """KV heads and head_dim of each compressed layer of a model that can have a mask.
+    """KV heads and head_dim of each compressed layer of a model that can have a mask or
+    a basis.
 
     Args:
         caches: that the model makes itself; they are used up.
@@ -89,20 +99,21 @@ def asking_shapes(
 def kept(channels: Channels) -> str:
     """What a layer keeps, for its row of a report."""
     holders = sum(groups > 0 for groups in channels.groups)
-    text = f"keeps {share_of([channels]):.0%} of its key channels"
+    text = f"keeps {masks.share_of([channels]):.0%} of its key channels"
     if holders < channels.heads:
         text += f", {holders} of {channels.heads} heads hold middle tokens"
     return text
 
 
-def _own(model: nn.Module, mask: Mask) -> Sequence[Channels]:
+def _own(model: nn.Module, files: Files[Any], named: Named) -> Sequence[Learned]:
     folder = folder_of(model)
     if folder is None:
         raise CalibrationError(
-            f"mask={mask} needs the folder of the model, whose mask it is; "
+            f"{files.setting}={named} needs the folder of the model, whose {files.setting} it is; "
             "load it with leankv_mlx.mlx_lm.load."
         )
-    return find(fingerprint(folder), folder.name, mask).layers
+    layers: Sequence[Learned] = files.find(fingerprint(folder), folder.name, named).layers
+    return layers
 
 
 def _asked(model: nn.Module, caches: Sequence[Any]) -> dict[int, tuple[int, int]]:

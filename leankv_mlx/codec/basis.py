@@ -1,0 +1,105 @@
+"""A matrix for the keys of each KV head, undone in the queries.
+
+Multiplying all keys by a matrix T and all queries by its transposed inverse changes no score:
+(T^-T q).(T k) = q.k. The rotation behind it spreads the error of a stored vector over all
+directions alike, so what an error costs is the size of the keys times that of the queries, both
+summed over the directions. It is least in a basis in which both have the same diagonal covariance:
+an equalizer (`codec.equalize`) that also turns. How the matrix is learned is `learning.rotations`.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from leankv_mlx.errors import ConfigError
+
+LARGEST = 1e5
+"""Condition number, by the largest sums of columns: beyond it too little is left of float32."""
+
+
+class Basis:
+    """Of the keys of one layer; equal to any other of the same content.
+
+    Args:
+        matrix: T of each KV head, [H, head_dim, head_dim], of values that float16 has: keys are
+            columns to it. It is part of stored caches, and takes half of the bytes there.
+
+    Attributes:
+        matrix: float32 [H, head_dim, head_dim].
+        inverse: of it, float32 [H, head_dim, head_dim], computed in float64.
+
+    Raises:
+        ConfigError: it has another shape or other values, or cannot be inverted.
+    """
+
+    def __init__(self, matrix: NDArray[np.floating]) -> None:
+        if matrix.ndim != 3 or not matrix.size or matrix.shape[1] != matrix.shape[2]:
+            raise ConfigError("a basis has one square matrix for each KV head.")
+        with np.errstate(over="ignore"):
+            self._stored: NDArray[np.float16] = matrix.astype(np.float16)
+        if not np.isfinite(self._stored).all() or (self._stored != matrix).any():
+            raise ConfigError("a basis has numbers of float16.")
+        inverse = _inverted(self._stored)
+        if inverse is None:
+            raise ConfigError("a basis has matrices that can be inverted.")
+        self.matrix = mx.array(self._stored.astype(np.float32))
+        self.inverse = mx.array(inverse.astype(np.float32))
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.matrix.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.matrix.shape[1]
+
+    @property
+    def stored(self) -> mx.array:
+        """What `Basis` makes it of again, float16 [H, head_dim, head_dim]."""
+        return mx.array(self._stored)
+
+    def apply(self, keys: mx.array) -> mx.array:
+        """keys: [.., H, T, head_dim] -> T k, the dtype kept; computed in float32."""
+        return (keys.astype(mx.float32) @ self.matrix.swapaxes(1, 2)).astype(keys.dtype)
+
+    def undo(self, keys: mx.array) -> mx.array:
+        """The keys that `apply` was given, but for rounding."""
+        return (keys.astype(mx.float32) @ self.inverse.swapaxes(1, 2)).astype(keys.dtype)
+
+    def queries(self, queries: mx.array) -> mx.array:
+        """queries: [B, Hq, L, head_dim], those of a KV head side by side -> what meets keys from
+        `apply`, the dtype kept; computed in float32."""
+        grouped = queries.reshape(queries.shape[0], self.heads, -1, self.head_dim)
+        turned = grouped.astype(mx.float32) @ self.inverse
+        return turned.astype(queries.dtype).reshape(queries.shape)
+
+    @cached_property
+    def _content(self) -> tuple[tuple[int, ...], bytes]:
+        return self._stored.shape, self._stored.tobytes()
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Basis) and self._content == other._content)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._content)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+def _inverted(matrix: NDArray[np.floating]) -> NDArray[np.float64] | None:
+    """The inverses of matrices [.., n, n]; None if one of them has none to speak of."""
+    wide = matrix.astype(np.float64)
+    try:
+        inverse = np.linalg.inv(wide).astype(np.float64, copy=False)
+    except np.linalg.LinAlgError:
+        return None
+    sizes = [np.abs(x).sum(axis=-2).max(axis=-1) for x in (wide, inverse)]
+    return inverse if (sizes[0] * sizes[1] <= LARGEST).all() else None
