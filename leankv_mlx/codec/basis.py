@@ -4,7 +4,7 @@ Multiplying all keys by a matrix T and all queries by its transposed inverse cha
 (T^-T q).(T k) = q.k. The rotation behind it spreads the error of a stored vector over all
 directions alike, so what an error costs is the size of the keys times that of the queries, both
 summed over the directions. It is least in a basis in which both have the same diagonal covariance:
-an equalizer (`codec.equalize`) that also turns. How the matrix is learned is `learning.rotations`.
+an equalizer (`codec.equalize`) that also turns. How the matrix is learned is `learning.basis`.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from leankv_mlx.mlx_lm import prompts
 from leankv_mlx.mlx_lm.attachment import attach, make_caches, own_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel, check_context
 from leankv_mlx.mlx_lm.reading import prefill
-from leankv_mlx.mlx_lm.watching import watched
+from leankv_mlx.mlx_lm.watching import Call, watched
 
 Floats = NDArray[np.float32]
 Advance = Callable[[str], None]
@@ -177,8 +177,9 @@ class SizeSums:
     def __init__(self, places: Sequence[int]) -> None:
         self._sums: dict[int, list[mx.array]] = {place: [] for place in places}
 
-    def add(self, index: int, queries: mx.array, keys: mx.array) -> None:
+    def add(self, index: int, call: Call) -> None:
         """See `watching.See`."""
+        queries, keys = call.queries, call.keys
         if index not in self._sums:
             return
         (_, heads, _, dim), new = keys.shape, queries.shape[2]

@@ -22,7 +22,7 @@ from leankv_mlx.codec.space import Learned
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import CalibrationError, ConfigError, UnsupportedError
 from leankv_mlx.mlx_lm.loading import fingerprint, folder_of
-from leankv_mlx.mlx_lm.watching import watched
+from leankv_mlx.mlx_lm.watching import Call, watched
 from leankv_mlx.settings import Named
 
 
@@ -121,8 +121,8 @@ def _asked(model: nn.Module, caches: Sequence[Any]) -> dict[int, tuple[int, int]
     forward of one token that is never computed."""
     shapes: dict[int, tuple[int, int]] = {}
 
-    def see(index: int, queries: mx.array, keys: mx.array) -> None:
-        shapes[index] = keys.shape[1], keys.shape[3]
+    def see(index: int, call: Call) -> None:
+        shapes[index] = call.keys.shape[1], call.keys.shape[3]
 
     with watched(model, caches, see):
         model(mx.array([[1]]), cache=caches)

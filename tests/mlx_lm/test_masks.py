@@ -212,7 +212,7 @@ def test_looking_leaves_the_model_and_its_caches_as_they_were() -> None:
     expected = model(tokens, cache=own_caches(model))
     seen: list[tuple[int, tuple[int, ...], int]] = []
     caches = own_caches(model)
-    with watched(model, caches, lambda i, q, k: seen.append((i, q.shape, k.shape[2]))):
+    with watched(model, caches, lambda i, x: seen.append((i, x.queries.shape, x.keys.shape[2]))):
         assert mx.allclose(model(tokens, cache=caches), expected, atol=1e-5)
     assert seen == [(i, (1, 4, 50, 64), 50) for i in range(4)]
     assert dict(namespace) == before
