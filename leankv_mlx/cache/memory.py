@@ -89,7 +89,7 @@ def planned(
     if columns[-1] and config.equalizes:
         centers += 4 * heads * k_dim
     if config.basis:
-        centers += 2 * 4 * heads * k_dim**2
+        centers += (2 + 4) * heads * k_dim**2
     found = CacheMemory(exact=exact, centers=centers, allocated=exact + centers)
     return found + _planned(format.words, heads, columns) if columns[-1] else found
 

@@ -101,7 +101,7 @@ class CacheState(NamedTuple):
     ) -> CacheState:
         """Of a cache for whose keys this was learned."""
         channels = ChannelsState.of(learned) if isinstance(learned, Channels) else None
-        basis = learned.stored if isinstance(learned, Basis) else None
+        basis = learned.matrix if isinstance(learned, Basis) else None
         return cls(kv, keep_fetched, layer, channels, basis)
 
     def learned(self) -> Learned | None:
@@ -112,7 +112,7 @@ class CacheState(NamedTuple):
         """
         if self.channels is not None:
             return self.channels.read()
-        return None if self.basis is None else Basis(np.array(self.basis))
+        return None if self.basis is None else Basis.shared(np.array(self.basis))
 
     @classmethod
     def of(cls, value: Iterable[Any]) -> CacheState:

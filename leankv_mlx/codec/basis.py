@@ -9,7 +9,8 @@ an equalizer (`codec.equalize`) that also turns. How the matrix is learned is `l
 
 from __future__ import annotations
 
-from functools import cached_property
+import hashlib
+from weakref import WeakValueDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -25,29 +26,41 @@ class Basis:
     """Of the keys of one layer; equal to any other of the same content.
 
     Args:
-        matrix: T of each KV head, [H, head_dim, head_dim], of values that float16 has: keys are
-            columns to it. It is part of stored caches, and takes half of the bytes there.
+        matrix: T of each KV head, [H, head_dim, head_dim], of numbers that float16 has, because
+            that is how it is held and stored; keys are columns to it.
 
     Attributes:
-        matrix: float32 [H, head_dim, head_dim].
+        matrix: float16 [H, head_dim, head_dim].
         inverse: of it, float32 [H, head_dim, head_dim], computed in float64.
 
     Raises:
-        ConfigError: it has another shape or other values, or cannot be inverted.
+        ConfigError: it has another shape or other numbers, or cannot be inverted.
     """
 
     def __init__(self, matrix: NDArray[np.floating]) -> None:
         if matrix.ndim != 3 or not matrix.size or matrix.shape[1] != matrix.shape[2]:
             raise ConfigError("a basis has one square matrix for each KV head.")
         with np.errstate(over="ignore"):
-            self._stored: NDArray[np.float16] = matrix.astype(np.float16)
-        if not np.isfinite(self._stored).all() or (self._stored != matrix).any():
+            held = matrix.astype(np.float16)
+        if not np.isfinite(held).all() or (held != matrix).any():
             raise ConfigError("a basis has numbers of float16.")
-        inverse = _inverted(self._stored)
+        inverse = _inverted(held)
         if inverse is None:
             raise ConfigError("a basis has matrices that can be inverted.")
-        self.matrix = mx.array(self._stored.astype(np.float32))
+        self.matrix = mx.array(held)
         self.inverse = mx.array(inverse.astype(np.float32))
+        self._content = _content(held)
+
+    @classmethod
+    def shared(cls, matrix: NDArray[np.float16]) -> Basis:
+        """That of a matrix; the same object as long as one that came of it lives: caches that are
+        read from files then hold what those of the attached model hold.
+
+        Raises:
+            ConfigError: see `Basis`.
+        """
+        known = _LIVING.get(_content(matrix))
+        return _LIVING.setdefault(_content(matrix), cls(matrix)) if known is None else known
 
     @property
     def heads(self) -> int:
@@ -59,14 +72,10 @@ class Basis:
         """Channels of a head."""
         return self.matrix.shape[1]
 
-    @property
-    def stored(self) -> mx.array:
-        """What `Basis` makes it of again, float16 [H, head_dim, head_dim]."""
-        return mx.array(self._stored)
-
     def apply(self, keys: mx.array) -> mx.array:
         """keys: [.., H, T, head_dim] -> T k, the dtype kept; computed in float32."""
-        return (keys.astype(mx.float32) @ self.matrix.swapaxes(1, 2)).astype(keys.dtype)
+        turned = keys.astype(mx.float32) @ self.matrix.astype(mx.float32).swapaxes(1, 2)
+        return turned.astype(keys.dtype)
 
     def undo(self, keys: mx.array) -> mx.array:
         """The keys that `apply` was given, but for rounding."""
@@ -79,19 +88,20 @@ class Basis:
         turned = grouped.astype(mx.float32) @ self.inverse
         return turned.astype(queries.dtype).reshape(queries.shape)
 
-    @cached_property
-    def _content(self) -> tuple[tuple[int, ...], bytes]:
-        return self._stored.shape, self._stored.tobytes()
-
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Basis) and self._content == other._content)
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash(self._content)
+        return isinstance(other, Basis) and self._content == other._content
 
     def __hash__(self) -> int:
-        return self._hash
+        return hash(self._content)
+
+
+_Content = tuple[tuple[int, ...], bytes]
+_LIVING: WeakValueDictionary[_Content, Basis] = WeakValueDictionary()
+
+
+def _content(matrix: NDArray[np.float16]) -> _Content:
+    """What tells it from others: its shape, and a digest of its numbers."""
+    return matrix.shape, hashlib.blake2b(matrix.tobytes(), digest_size=16).digest()
 
 
 def _inverted(matrix: NDArray[np.floating]) -> NDArray[np.float64] | None:

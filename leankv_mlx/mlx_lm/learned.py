@@ -17,6 +17,7 @@ from mlx import nn
 
 from leankv_mlx.cache import bases, masks
 from leankv_mlx.cache.learned_file import Files
+from leankv_mlx.codec.basis import Basis
 from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.space import Learned
 from leankv_mlx.config import CompressionConfig
@@ -57,6 +58,8 @@ def resolved(
     what = f"{files.setting}={named}"
     shapes = asking_shapes(model, caches, compressed, what)
     layers = _own(model, files, named) if learned is None else tuple(learned)
+    if not all(isinstance(layer, Channels if config.mask else Basis) for layer in layers):
+        raise ConfigError(f"what was learned is no {files.setting}, as {what} names one.")
     if shapes != [(layer.heads, layer.head_dim) for layer in layers]:
         raise CalibrationError(
             f"{what} does not fit the layers of this model; run {files.learn(named.name)} with it."
@@ -72,8 +75,7 @@ def resolved(
 def asking_shapes(
     model: nn.Module, caches: Sequence[Any], compressed: Sequence[bool], what: str
 ) -> list[tuple[int, int]]:
-    """KV heads and head_dim of each compressed layer of a model that can have a mask or
-    a basis.
+    """KV heads and head_dim of each compressed layer of a model that can have a mask or a basis.
 
     Args:
         caches: that the model makes itself; they are used up.

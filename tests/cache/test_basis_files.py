@@ -102,7 +102,7 @@ def test_a_file_that_is_damaged_anywhere_is_refused() -> None:
     assert FILES.load("mine").digest == made(1).digest
 
 
-STORED = np.stack([np.array(layer.stored) for layer in made().layers])
+STORED = np.stack([np.array(layer.matrix) for layer in made().layers])
 WRONG: dict[str, tuple[dict[str, np.ndarray], dict[str, str]]] = {
     "floats of 32 bits": ({"matrices": STORED.astype(np.float32)}, {}),
     "one layer without its dimension": ({"matrices": STORED[0]}, {}),

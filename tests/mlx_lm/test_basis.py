@@ -15,6 +15,7 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 
 from leankv_mlx.cache.bases import FILES, Bases
 from leankv_mlx.codec.basis import Basis
+from leankv_mlx.codec.channels import Channels
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.engine.catalogue import find
 from leankv_mlx.engine.plan import plan
@@ -114,6 +115,9 @@ def test_bases_that_are_not_of_the_model(loaded: LoadedModel) -> None:
     assert "not of basis=mine@01234567" in other
     assert "name it" in told(loaded.model, "k4v4", ConfigError, learned=layers())
     assert "load it with" in told(TINY["llama"](), "basis=mine", CalibrationError)
+    masks = [Channels((tuple(range(DIM)),) * HEADS, (1, 1))] * LAYERS
+    assert "is no basis" in told(loaded.model, "basis=mine", ConfigError, learned=masks)
+    assert "is no mask" in told(loaded.model, "mask=mine", ConfigError, learned=layers())
     assert "do not go together" in told(loaded.model, "basis=mine,mask=mine", ConfigError)
 
 
