@@ -15,11 +15,11 @@ from leankv_mlx.settings import (
     BLOCK_SLOTS,
     Bits,
     Groups,
-    Mask,
+    Named,
     Setting,
     Sparse,
     check_bits,
-    check_mask,
+    check_named,
     check_sparse,
     check_words,
     settings_of,
@@ -58,6 +58,8 @@ class CompressionConfig:
             the inverse (exact too, see `codec.equalize`).
         mask: which key channels codes keep once the prompt is in, by a mask that was learned for
             the model; "" for all, see `codec.channels`.
+        basis: what keys are multiplied by before the rotation, and queries by the inverse, in place
+            of `equalize`: a basis that was learned for the model; "" for none, see `codec.basis`.
         policy: which tokens are kept, with its own settings, see `leankv_mlx.policies`.
         scorer: what tokens are judged by, see `leankv_mlx.scorers`.
         skip: attention weight below which a token's value may be taken for its center, see
@@ -83,7 +85,8 @@ class CompressionConfig:
     rotation: RotationName = "hadamard"
     center: bool = True
     equalize: bool = True
-    mask: Mask = field(default=Mask())
+    mask: Named = field(default=Named())
+    basis: Named = field(default=Named())
     policy: Policy = field(default=KeepAll())
     scorer: Scorer = field(default=Queries())
     skip: float = 0.0
@@ -107,7 +110,12 @@ class CompressionConfig:
         if not 0 <= self.skip < 1:
             raise ConfigError(f"skip={self.skip:g} is no attention weight; use 0, or 0.001.")
         check_sparse(self.sparse)
-        check_mask(self.mask)
+        check_named("mask", self.mask)
+        check_named("basis", self.basis)
+        if self.mask and self.basis:
+            raise ConfigError(
+                f"mask={self.mask} and basis={self.basis} do not go together; drop one of them."
+            )
         check_words(self)
 
     @property
@@ -115,6 +123,11 @@ class CompressionConfig:
         """Whether something of a prompt goes once it is in: tokens by the policy, or key channels
         by the mask."""
         return self.policy.drops or bool(self.mask)
+
+    @property
+    def equalizes(self) -> bool:
+        """Whether the channels of the keys are scaled: a basis does more than that."""
+        return self.equalize and not self.basis
 
     @property
     def tiers(self) -> tuple[tuple[Groups, Groups], ...]:
@@ -304,6 +317,8 @@ def _check_idle(config: CompressionConfig, settings: str) -> None:
 
 def _why_idle(config: CompressionConfig, name: str) -> str:
     """What a setting does nothing with, and what to use; "" if it does something."""
+    if name == "equalize" and config.basis:
+        return f"with basis={config.basis}; drop the basis"
     policies = [policy for policy in POLICIES.values() if name in settings_of(policy)]
     scorers = [scorer for scorer in SCORERS.values() if name in settings_of(scorer)]
     if not policies and scorers:

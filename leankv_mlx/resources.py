@@ -25,3 +25,8 @@ def metal_sources() -> Path:
 def masks() -> Path:
     """Folder of the channel masks that ship with the package, which need not exist."""
     return _PACKAGE / "masks"
+
+
+def bases() -> Path:
+    """Folder of the bases of keys that ship with the package, which need not exist."""
+    return _PACKAGE / "bases"

@@ -55,12 +55,12 @@ class Sparse:
 
 
 @dataclass(frozen=True, slots=True)
-class Mask:
-    """Which key channels codes keep: a mask that was learned for a model.
+class Named:
+    """Something that was learned for a model, a mask or a basis.
 
     Attributes:
-        name: of the mask; "" for none, and all channels are kept.
-        digest: of its content, 8 hex digits, so that what was stored with one mask is never read
+        name: what it is called; "" for none.
+        digest: of its content, 8 hex digits, so that what was stored with one of them is never read
             with another of the same name; "" for whatever has the name.
     """
 
@@ -174,15 +174,15 @@ def check_sparse(sparse: Sparse) -> None:
         raise ConfigError(f"sparse={sparse} names no calibration; use letters, digits, - and _.")
 
 
-def check_mask(mask: Mask) -> None:
-    """Whether a mask can be called so.
+def check_named(setting: str, value: Named) -> None:
+    """Whether a mask or a basis can be called so.
 
     Raises:
         ConfigError: it cannot.
     """
-    named = NAME_FORM.fullmatch(mask.name) and (not mask.digest or _DIGEST.fullmatch(mask.digest))
-    if (mask.name or mask.digest) and not named:
-        raise ConfigError(f"mask={mask} names no mask; use letters, digits, - and _.")
+    digest = not value.digest or _DIGEST.fullmatch(value.digest)
+    if (value.name or value.digest) and not (NAME_FORM.fullmatch(value.name) and digest):
+        raise ConfigError(f"{setting}={value} names no {setting}; use letters, digits, - and _.")
 
 
 def _short(value: float) -> str:
@@ -218,11 +218,11 @@ def _sparse(name: str, text: str) -> Sparse:
     return Sparse(_number(name, share), calibration.strip())
 
 
-def _mask(name: str, text: str) -> Mask:
+def _named(name: str, text: str) -> Named:
     called, at, digest = (part.strip() for part in text.partition("@"))
     if not called or (at and not digest):
-        raise ConfigError(f"{name}={text} names no mask; use the name of one, or drop it.")
-    return Mask(called, digest)
+        raise ConfigError(f"{name}={text} names no {name}; use the name of one, or drop it.")
+    return Named(called, digest)
 
 
 def _size(name: str, text: str) -> int:
@@ -260,6 +260,6 @@ _READERS: dict[Any, Callable[[str, str], Any]] = {
     Groups: _groups,
     LowBits: _low,
     Sparse: _sparse,
-    Mask: _mask,
+    Named: _named,
     tuple[Bits, ...]: _layers,
 }

@@ -24,7 +24,7 @@ from leankv_mlx.config import CompressionConfig, kv_text, parse_kv
 from leankv_mlx.errors import ConfigError, UsageError
 from leankv_mlx.policies import POLICIES, Budget, KeepAll, Policy, Streaming, Threshold
 from leankv_mlx.scorers import SCORERS, Queries, Repeat
-from leankv_mlx.settings import MOST_SPARSE, Sparse, settings_of
+from leankv_mlx.settings import MOST_SPARSE, Named, Sparse, settings_of
 from leankv_mlx.sizes import parse_bytes
 
 SIZES = {
@@ -191,6 +191,33 @@ def test_shares_are_read_as_numbers_or_percent_and_with_a_name() -> None:
         with pytest.raises(ConfigError, match="sparse=") as refused:
             CompressionConfig.parse(f"leankv:sparse={text}")
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("setting", ["mask", "basis"])
+def test_what_was_learned_is_named_with_or_without_its_digest(setting: str) -> None:
+    for text, named in {
+        "mine": Named("mine"), "a-b_3@0123abcd": Named("a-b_3", "0123abcd"),
+        " mine @ 01234567": Named("mine", "01234567"),
+    }.items():  # fmt: skip
+        config = CompressionConfig.parse(f"leankv:k3v3,{setting}={text}")
+        assert getattr(config, setting) == named
+        assert config.spec() == f"leankv:k3v3,{setting}={named}"
+        assert CompressionConfig.parse(config.spec()) == config and config.portable == config
+    for text in ("", "@01234567", "mine@", "mine@0123", "mine@0123ABCD", "../mine", "3x", "a b"):
+        with pytest.raises(ConfigError, match=f"{setting}=.* names no {setting}") as refused:
+            CompressionConfig.parse(f"leankv:{setting}={text}")
+        assert "\n" not in str(refused.value)
+
+
+def test_a_basis_takes_the_place_of_a_mask_and_of_scales() -> None:
+    with pytest.raises(ConfigError, match="mask=a and basis=b do not go together; drop one"):
+        CompressionConfig.parse("leankv:mask=a,basis=b")
+    for equalize in ("on", "off"):
+        with pytest.raises(ConfigError, match=f"equalize={equalize} does nothing with basis=b"):
+            CompressionConfig.parse(f"leankv:basis=b,equalize={equalize}")
+    config = CompressionConfig.parse("leankv:basis=b")
+    assert not config.equalizes and not config.settles
+    assert CompressionConfig().equalizes and not CompressionConfig(equalize=False).equalizes
 
 
 def test_what_decode_steps_leave_out_is_no_part_of_what_is_stored(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from leankv_mlx.cache import CompressedKVCache
 from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.format import TILE, padded
 from leankv_mlx.config import CompressionConfig
-from leankv_mlx.settings import Mask
+from leankv_mlx.settings import Named
 
 USUAL = ("k4v4",)
 RATIOS = (0.6, 0.7)
@@ -78,10 +78,10 @@ def masks(heads: Heads, ratio: float, layers: int) -> list[Channels]:
 def _group(heads: Heads, tokens: int, config: CompressionConfig, settings: Settings) -> list[Row]:
     """One interleaved run: all ratios, and all channels."""
     queries = mx.random.normal((1, heads.query, 1, heads.dim)).astype(mx.bfloat16)
-    masked = replace(config, mask=Mask("drawn"))
+    masked = replace(config, mask=Named("drawn"))
     found = {f"{ratio:g}": masks(heads, ratio, CACHES) for ratio in RATIOS}
     caches = {WHOLE: [CompressedKVCache(config) for _ in range(CACHES)]} | {
-        name: [CompressedKVCache(masked, channels=channels) for channels in layers]
+        name: [CompressedKVCache(masked, learned=channels) for channels in layers]
         for name, layers in found.items()
     }
     shape = 1, heads.kv, tokens, heads.dim

@@ -16,8 +16,10 @@ from leankv_mlx.cache.memory import CacheMemory
 from leankv_mlx.cache.sequence import Sequence
 from leankv_mlx.cache.shape import Shape
 from leankv_mlx.cache.stage import Stage
-from leankv_mlx.cache.state import CacheState, ChannelsState
+from leankv_mlx.cache.state import CacheState
+from leankv_mlx.codec.basis import Basis
 from leankv_mlx.codec.channels import Channels
+from leankv_mlx.codec.space import Learned
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError, DroppedTokensError, ShapeError, UnsupportedError
 from leankv_mlx.kernels import MAX_DECODE_TOKENS, Backend, Mask, Rows, View, resolve_backend
@@ -38,13 +40,13 @@ class CompressedKVCache(Stage):
         exact_dtype: of the rows that stay uncompressed, float16 or bfloat16 for a model whose
             weights had no more but which computes in float32; None for that of keys and values.
         sequence: that the layer is of, one for all caches of a model; None for one of its own.
-        channels: which key channels codes keep once the prompt is in, by the mask that the config
-            names; None for all.
+        learned: which key channels codes keep once the prompt is in, by the mask that the config
+            names, or the basis of the keys that it names; None for all channels as they are.
 
     Raises:
         BackendUnavailableError: the configured backend cannot run here.
-        ConfigError: the sequence has another policy or scorer, or the config names a mask and no
-            channels came.
+        ConfigError: the sequence has another policy or scorer, or the config names a mask or a
+            basis and it did not come.
     """
 
     merge: ClassVar[Callable[[Iterable[CompressedKVCache]], Any]]
@@ -56,15 +58,16 @@ class CompressedKVCache(Stage):
         keep_fetched: bool = False,
         exact_dtype: mx.Dtype | None = None,
         sequence: Sequence | None = None,
-        channels: Channels | None = None,
+        learned: Learned | None = None,
     ) -> None:
         self.config = CompressionConfig.parse(config) if isinstance(config, str) else config
-        if self.config.mask and channels is None:
-            raise ConfigError(
-                f"mask={self.config.mask} is known by its name alone; attach the model that it was "
-                "learned for."
-            )
-        self.channels = channels
+        for name, kind in (("mask", Channels), ("basis", Basis)):
+            if (value := getattr(self.config, name)) and not isinstance(learned, kind):
+                raise ConfigError(
+                    f"{name}={value} is known by its name alone; attach the model that it was "
+                    "learned for."
+                )
+        self.learned = learned
         self.keep_fetched = keep_fetched
         self._exact_dtype = exact_dtype
         self._backend: Backend = resolve_backend(self.config.backend)
@@ -99,8 +102,8 @@ class CompressedKVCache(Stage):
             DroppedTokensError: nothing attended to the tokens of the call before, although their
                 arrays were withheld.
             ShapeError: the arrays do not fit each other or earlier ones.
-            ConfigError: policy=budget with bytes that cannot be kept to, or channels of another
-                shape.
+            ConfigError: policy=budget with bytes that cannot be kept to, or what was learned is
+                for another shape.
         """
         return self._handed_out(self.update(keys, values))
 
@@ -252,8 +255,7 @@ class CompressedKVCache(Stage):
     def state(self) -> CacheState:
         """Everything that `from_state` needs."""
         layer = self._layer.state if self._layer else None
-        channels = ChannelsState.of(self.channels) if self.channels else None
-        return CacheState(self.config.spec(), self.keep_fetched, layer, channels)
+        return CacheState.made(self.config.spec(), self.keep_fetched, layer, self.learned)
 
     @state.setter
     def state(self, value: Iterable[Any]) -> None:
@@ -271,10 +273,10 @@ class CompressedKVCache(Stage):
     def _restore(self, state: Iterable[Any]) -> None:
         value = CacheState.of(state)
         config = CompressionConfig.parse(value.kv, stored=True)
-        channels = value.channels.read() if value.channels else None
-        CompressedKVCache.__init__(self, config, value.keep_fetched, channels=channels)
+        learned = value.learned()
+        CompressedKVCache.__init__(self, config, value.keep_fetched, learned=learned)
         if value.layer is not None:
-            self._begin(Layer.restored(value.layer, self.config, self._backend, channels))
+            self._begin(Layer.restored(value.layer, self.config, self._backend, learned))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompressedKVCache:
         """An independent copy that shares the blocks until one of the two changes them."""
@@ -288,7 +290,7 @@ class CompressedKVCache(Stage):
 
     def _copy(self, sequence: Sequence) -> CompressedKVCache:
         copy = CompressedKVCache(
-            self.config, self.keep_fetched, self._exact_dtype, sequence, self.channels
+            self.config, self.keep_fetched, self._exact_dtype, sequence, self.learned
         )
         if self._layer:
             copy._begin(self._layer.copy())
@@ -381,7 +383,7 @@ class CompressedKVCache(Stage):
             raise ShapeError("[update_and_fetch] expected at least one token, got 0.")
         if self._layer is None:
             k, v = (self._exact_dtype or dtype for dtype in dtypes)
-            self._begin(Layer(shape, self.config, self._backend, (k, v), self.channels))
+            self._begin(Layer(shape, self.config, self._backend, (k, v), self.learned))
         assert self._layer is not None
         if shape != self._layer.shape:
             raise ShapeError(f"[update_and_fetch] expected {self._layer.shape}, got {shape}.")

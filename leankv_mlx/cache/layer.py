@@ -18,10 +18,9 @@ from leankv_mlx.cache.seen import SeenQueries
 from leankv_mlx.cache.shape import Shape
 from leankv_mlx.cache.state import BodyState, LayerState
 from leankv_mlx.cache.tier import Share
-from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.equalize import Equalizer
 from leankv_mlx.codec.format import TILE, Format, padded
-from leankv_mlx.codec.space import Space
+from leankv_mlx.codec.space import Learned, Space
 from leankv_mlx.config import CompressionConfig
 from leankv_mlx.kernels import Backend, Centers, Rows, View, resolve_backend
 from leankv_mlx.kernels.append import append
@@ -36,10 +35,11 @@ class Layer:
     """Everything that is stored of one layer, rotated.
 
     Args:
-        channels: which key channels codes keep once it is narrowed; None for all.
+        learned: which key channels codes keep once it is narrowed, or the basis of the keys; None
+            for all channels as they are.
 
     Raises:
-        ConfigError: the channels are those of another shape.
+        ConfigError: that is for another shape.
 
     Attributes:
         shape: of every token.
@@ -66,10 +66,10 @@ class Layer:
         config: CompressionConfig,
         backend: Backend,
         dtypes: tuple[mx.Dtype, mx.Dtype],
-        channels: Channels | None = None,
+        learned: Learned | None = None,
     ) -> None:
-        if channels:
-            shape.check(channels, config.mask)
+        if learned:
+            shape.check(learned, config)
         self.shape = shape
         self.offset = 0
         self.body: CompressedBody | None = None
@@ -78,17 +78,18 @@ class Layer:
         self.placed = 0
         self._seen = SeenQueries()
         self._fitted = False
-        self.space = Space.of(config.rotation, shape.k_dim, shape.v_dim, channels)
+        self.space = Space.of(config.rotation, shape.k_dim, shape.v_dim, learned)
         dims = padded(shape.k_dim), padded(shape.v_dim)
         empty = (mx.zeros((shape.heads, 0, d), t) for d, t in zip(dims, dtypes, strict=True))
         self._exact = ExactRows(Rows(*empty), config.sink_tokens)
         self.dtype, self.config = dtypes[0], config
         formats = [Format.of(k, v, shape.k_dim, shape.v_dim) for k, v in config.tiers]
-        self._whole, self._narrow = Share.all_of(formats, None), Share.all_of(formats, channels)
+        self._whole = Share.all_of(formats, None)
+        self._narrow = Share.all_of(formats, self.space.channels)
         self.narrowed, self._narrowed_at = False, 0
         supported = all(map(backend.supports, formats))
         self.backend = backend if supported else resolve_backend("reference")
-        self.kind = _kind(shape, config, self.backend.name, *dtypes, channels)
+        self.kind = _kind(shape, config, self.backend.name, *dtypes, learned)
 
     @property
     def exact(self) -> Rows:
@@ -171,7 +172,7 @@ class Layer:
             exact: all tokens, as they were before any of them was compressed. A body that this
                 update began, before its queries came, is made anew from them.
         """
-        if not self.config.equalize or self._fitted:
+        if not self.config.equalizes or self._fitted:
             return
         self._seen.add(queries.reshape(self.shape.heads, -1, self.shape.k_dim))
         if self.body is not None:
@@ -188,7 +189,7 @@ class Layer:
         start, stop = self.leaving
         if start == stop:
             return
-        if self.body is None and self.config.equalize:
+        if self.body is None and self.config.equalizes:
             self._equalize(start, stop)
         moved = Rows(*(x[:, start:stop] for x in self.exact))
         if self.body is None:
@@ -262,7 +263,7 @@ class Layer:
     def copy(self) -> Layer:
         """An independent copy that shares the blocks until one of the two changes them."""
         dtypes = self.tail.k.dtype, self.tail.v.dtype
-        other = Layer(self.shape, self.config, self.backend, dtypes, self.space.channels)
+        other = Layer(self.shape, self.config, self.backend, dtypes, self.space.learned)
         other.offset, other._exact = self.offset, self._exact.copy()
         other.placed = self.placed
         other.narrowed, other._narrowed_at = self.narrowed, self._narrowed_at
@@ -318,11 +319,9 @@ class Layer:
     def memory(self) -> CacheMemory:
         """Bytes, counted from the buffers."""
         exact, queries = sum(x.nbytes for x in self.exact_arrays), self._queries_nbytes
-        if self.body is None:
-            return CacheMemory(exact=exact, side=queries, allocated=exact + queries)
-        centers = sum(x.nbytes for x in self.body.centers)
-        centers += self.space.equalizer.scales.nbytes if self.space.equalizer else 0
-        body = self.body.memory()
+        of_body = self.body.centers if self.body else ()
+        centers = sum(x.nbytes for x in (*of_body, *self.space.arrays))
+        body = self.body.memory() if self.body else CacheMemory()
         return body + CacheMemory(
             side=queries, exact=exact, centers=centers, allocated=exact + queries + centers
         )
@@ -348,8 +347,7 @@ class Layer:
         """Everything that `restored` needs."""
         shape, body = self.shape, None
         if self.body is not None:
-            scales = self.space.equalizer.scales if self.space.equalizer else None
-            body = BodyState(self.body.centers, self.body.state, scales)
+            body = BodyState(self.body.centers, self.body.state, self.space.scales)
         sizes = shape.heads, shape.k_dim, shape.v_dim
         return LayerState(self.offset, *sizes, self.exact, body, self.narrowed)
 
@@ -359,16 +357,16 @@ class Layer:
         state: LayerState,
         config: CompressionConfig,
         backend: Backend,
-        channels: Channels | None = None,
+        learned: Learned | None = None,
     ) -> Layer:
         """The layer that `state` came from.
 
         Raises:
-            ConfigError: the channels are those of another shape.
+            ConfigError: what was learned is for another shape.
         """
         shape = Shape(state.heads, state.k_dim, state.v_dim)
         dtypes = state.exact.k.dtype, state.exact.v.dtype
-        layer = cls(shape, config, backend, dtypes, channels)
+        layer = cls(shape, config, backend, dtypes, learned)
         layer.offset, layer.exact = state.offset, state.exact
         if state.narrowed:
             layer.narrow()

@@ -17,6 +17,7 @@ from leankv_mlx.cache.tier import Share
 from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.equalize import LARGEST
 from leankv_mlx.codec.format import TILE, Format, padded
+from leankv_mlx.codec.space import Learned
 from leankv_mlx.config import BackendName, CompressionConfig
 from leankv_mlx.kernels import Centers, Rows
 
@@ -47,6 +48,8 @@ def written(cache: CompressedKVCache, name: str, tensors: Tensors) -> dict[str, 
     arrays: dict[str, mx.array | None] = {}
     if state.channels is not None:
         arrays = {"order": state.channels.order, "groups": state.channels.groups}
+    if state.basis is not None:
+        arrays = {"basis": state.basis}
     if (layer := state.layer) is not None:
         record |= {field: getattr(layer, field) for field in _NUMBERS}
         if state.channels is not None:
@@ -82,7 +85,8 @@ def read(
 
     Raises:
         DamagedError: they do not make a layer.
-        ConfigError: its settings are not understood, or name a mask that the file does not hold.
+        ConfigError: its settings are not understood, or name a mask or a basis that the file does
+            not hold.
     """
     kv, keep_fetched = record.get("kv"), record.get("keep_fetched")
     if not isinstance(kv, str) or len(kv) > _MAX_SPEC or not isinstance(keep_fetched, bool):
@@ -90,29 +94,36 @@ def read(
     config = CompressionConfig.parse(kv, stored=True)
     if not equalized and "equalize=on" not in kv:
         config = replace(config, equalize=False)
-    layer, channels = None, _channels(name, tensors)
+    layer, stored = None, _stored(name, tensors)
+    learned = stored.learned()
+    narrows = stored.channels is not None
     if len(record) > 2:
         narrowed = record.get("narrowed", False)
-        wanted = {"kv", "keep_fetched", *_NUMBERS, *(["narrowed"] if channels else [])}
+        wanted = {"kv", "keep_fetched", *_NUMBERS, *(["narrowed"] if narrows else [])}
         if record.keys() != wanted or not isinstance(narrowed, bool):
             raise DamagedError(LAYERS)
         numbers = [_number(record, field) for field in _NUMBERS]
-        layer = _Content(config, numbers, name, tensors, channels, narrowed).layer()
+        layer = _Content(config, numbers, name, tensors, learned, narrowed).layer()
     kv = replace(config, backend=backend).spec()
-    state = ChannelsState.of(channels) if channels else None
-    return CompressedKVCache.from_state(CacheState(kv, keep_fetched, layer, state))
+    state = stored._replace(kv=kv, keep_fetched=keep_fetched, layer=layer)
+    return CompressedKVCache.from_state(state)
 
 
-def _channels(name: str, tensors: Tensors) -> Channels | None:
-    """Which key channels its codes keep, if that is not all."""
+def _stored(name: str, tensors: Tensors) -> CacheState:
+    """A state with nothing but what was learned of the keys, if anything was."""
+    empty = CacheState("", False)
+    if f"{name}.basis" in tensors:
+        basis = tensors.pop(f"{name}.basis")
+        _expect(basis, basis.shape, (mx.float16,))
+        return empty._replace(basis=basis)
     if f"{name}.order" not in tensors:
-        return None
+        return empty
     order, groups = tensors.pop(f"{name}.order"), tensors.pop(f"{name}.groups", mx.array(0))
     if order.ndim != 2 or not order.size:
         raise DamagedError("it has a tensor of the wrong shape or dtype")
     _expect(order, order.shape, (mx.int32,))
     _expect(groups, order.shape[:1], (mx.int32,))
-    return ChannelsState(order, groups).read()
+    return empty._replace(channels=ChannelsState(order, groups))
 
 
 def check_finite(array: mx.array) -> None:
@@ -134,23 +145,23 @@ class _Content:
         numbers: Sequence[int],
         name: str,
         tensors: Tensors,
-        channels: Channels | None,
+        learned: Learned | None,
         narrowed: bool,
     ) -> None:
         self._config = config
         self._offset, self._heads, self._k_dim, self._v_dim = numbers
         self._name = name
         self._tensors = tensors
-        self._channels = channels
+        self._learned = learned
         self._narrowed = narrowed
         self._exact = 0
 
     def layer(self) -> LayerState:
         """All of it."""
         heads, k_pad, v_pad = self._heads, padded(self._k_dim), padded(self._v_dim)
-        kept = self._channels
-        if kept and (kept.heads, kept.head_dim) != (heads, self._k_dim):
-            raise DamagedError("its mask of channels is that of another shape")
+        learned = self._learned
+        if learned and (learned.heads, learned.head_dim) != (heads, self._k_dim):
+            raise DamagedError("its mask or basis is that of another shape")
         k, v = self._take("k"), self._take("v")
         exact = self._exact = k.shape[1] if k.ndim == 3 else 0
         _expect(k, (heads, exact, k_pad), _FLOATS)
@@ -165,7 +176,8 @@ class _Content:
         _expect(mu_k, (heads, k_pad), (mx.float32,))
         _expect(mu_v, (heads, v_pad), (mx.float32,))
         formats = [Format.of(*bits, self._k_dim, self._v_dim) for bits in self._config.tiers]
-        shares = Share.all_of(formats, kept if self._narrowed else None)
+        kept = learned if isinstance(learned, Channels) and self._narrowed else None
+        shares = Share.all_of(formats, kept)
         placed = [(format, share) for share in shares for format in share.formats]
         lost = self._has("0.positions")
         tiers = [self._tier(i, *of, lost) for i, of in enumerate(placed)]
@@ -173,7 +185,7 @@ class _Content:
             self._check_positions(tiers)
         else:
             self._check_in_order(shares, tiers)
-        scales = self._key_scales() if self._config.equalize else None
+        scales = self._key_scales() if self._config.equalizes else None
         body = BodyState(Centers(mu_k, mu_v), tiers, scales)
         return self._state(Rows(k, v), body)
 

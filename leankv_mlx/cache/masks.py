@@ -1,8 +1,7 @@
 """Learned masks of key channels (LeanK, arXiv 2508.02215) of a whole model, and their files.
 
-A file is named as `mask=NAME` names it and says which model it is for: what a head of one model can
-do without means nothing for another. It is looked for in the user's folder, then among those that
-ship with the package.
+A file is named as `mask=NAME` names it, see `learned_file`: what a head of one model can do without
+means nothing for another.
 """
 
 from __future__ import annotations
@@ -19,15 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leankv_mlx.cache import container
+from leankv_mlx.cache.learned_file import Content, Files, Origin, Tensors, require
 from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.format import TILE
-from leankv_mlx.errors import CacheFileError, CalibrationError, ConfigError
-from leankv_mlx.folders import folder
+from leankv_mlx.errors import ConfigError
 from leankv_mlx.resources import masks as shipped
-from leankv_mlx.settings import NAME_FORM, Mask
+from leankv_mlx.settings import Named
 
 KIND = container.Kind("leankv-mask", 1, (), "mask")
-_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,85 +144,18 @@ def share_of(layers: Iterable[Channels]) -> float:
 
 
 def save(masks: Masks, name: str) -> Path:
-    """Write a mask under a name, atomically; an older file of that name is replaced.
-
-    Raises:
-        ConfigError: a mask cannot be called so.
-        CalibrationError: it cannot be written.
-        UnsupportedError: its notes are too long.
-    """
-    path = _own(name)
-    tensors = {
-        "order": mx.array(masks.order),
-        "groups": mx.array(masks.groups),
-        "alphas": mx.array(masks.alphas),
-    }
-    texts = {
-        "model": masks.model,
-        "name": masks.name,
-        "ratio": repr(float(masks.ratio)),
-        "notes": json.dumps(dict(masks.notes)),
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        container.write(path, tensors, texts, KIND)
-    except OSError as error:
-        raise CalibrationError(f"cannot write {path}: {error.strerror or error}.") from error
-    except CacheFileError as error:
-        raise CalibrationError(str(error)) from error
-    return path
+    """See `learned_file.Files.save`."""
+    return FILES.save(masks, name)
 
 
 def load(name: str) -> Masks:
-    """The mask of a name, whatever model it is for.
-
-    Raises:
-        ConfigError: a mask cannot be called so.
-        CalibrationError: there is none, or its file is damaged.
-    """
-    own, learn = _own(name), f"run leankv learn masks MODEL -o {name}"
-    for path in (own, shipped() / own.name):
-        try:
-            return _checked(*container.read(path, KIND))
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise CalibrationError(f"cannot read {path}: {error.strerror or error}.") from error
-        except (container.DamagedError, ValueError, KeyError, TypeError, RecursionError) as error:
-            reason = str(error) if isinstance(error, container.DamagedError) else "it is damaged"
-            raise CalibrationError(f"{path} cannot be used: {reason}; {learn}.") from error
-    raise CalibrationError(f"there is no mask '{name}'; {learn}.")
+    """See `learned_file.Files.load`."""
+    return FILES.load(name)
 
 
-def find(model: str, called: str, mask: Mask) -> Masks:
-    """The mask of a model that a setting names.
-
-    Args:
-        model: its fingerprint.
-        called: what to call it in a message.
-
-    Raises:
-        CalibrationError: there is none, it is damaged or of another model, or was learned anew
-            since its digest was written down.
-    """
-    found = load(mask.name)
-    if found.model != model:
-        raise CalibrationError(
-            f"the mask '{mask.name}' is for {found.name}, not for {called}; "
-            "run leankv learn masks MODEL -o NAME with this one."
-        )
-    if mask.digest not in ("", found.digest):
-        raise CalibrationError(
-            f"mask={mask} was learned anew since and is {mask.name}@{found.digest} now; "
-            f"use mask={mask.name}@{found.digest}, or mask={mask.name} for the latest."
-        )
-    return found
-
-
-def _own(name: str) -> Path:
-    if not NAME_FORM.fullmatch(name):
-        raise ConfigError(f"a mask cannot be called {name!r}; use letters, digits, - and _.")
-    return folder("config") / "masks" / f"{name}{_SUFFIX}"
+def find(model: str, called: str, mask: Named) -> Masks:
+    """See `learned_file.Files.find`."""
+    return FILES.find(model, called, mask)
 
 
 def _check_ratio(ratio: float) -> None:
@@ -232,17 +163,21 @@ def _check_ratio(ratio: float) -> None:
         raise ConfigError(f"a mask leaves out a share from 0 to 1 of its channels, not {ratio:g}.")
 
 
-def _checked(tensors: dict[str, mx.array], texts: dict[str, str]) -> Masks:
-    """What a file says, if it can be what `save` wrote."""
+def _written(masks: Masks) -> Content:
+    tensors = {
+        "order": mx.array(masks.order),
+        "groups": mx.array(masks.groups),
+        "alphas": mx.array(masks.alphas),
+    }
+    return tensors, {"ratio": repr(float(masks.ratio))}
+
+
+def _read(tensors: Tensors, texts: dict[str, str], origin: Origin) -> Masks:
     order, groups, alphas = (np.array(tensors.pop(name)) for name in ("order", "groups", "alphas"))
-    _require(not tensors and order.ndim == 3 and order.size > 0)
-    _require(order.dtype == groups.dtype == np.int32 and groups.shape == order.shape[:2])
-    notes = json.loads(texts["notes"])
-    _require(isinstance(notes, dict) and all(isinstance(note, str) for note in notes.values()))
+    require(order.ndim == 3 and order.size > 0)
+    require(order.dtype == groups.dtype == np.int32 and groups.shape == order.shape[:2])
     layers = tuple(map(Channels.of, order, groups))
-    return Masks(layers, alphas, float(texts["ratio"]), texts["model"], texts["name"], notes)
+    return Masks(layers, alphas, float(texts["ratio"]), *origin)
 
 
-def _require(condition: bool) -> None:
-    if not condition:
-        raise ValueError
+FILES = Files(KIND, "masks", "masks", lambda: shipped(), digest_of, _written, _read)

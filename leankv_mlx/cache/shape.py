@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from leankv_mlx.codec.channels import Channels
+from leankv_mlx.codec.space import Learned
+from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError
-from leankv_mlx.settings import Mask
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,16 @@ class Shape:
     k_dim: int
     v_dim: int
 
-    def check(self, channels: Channels, mask: Mask) -> None:
-        """Whether channels of a mask are those of such a layer.
+    def check(self, learned: Learned, config: CompressionConfig) -> None:
+        """Whether a mask or a basis is for such a layer.
 
         Raises:
-            ConfigError: they are not.
+            ConfigError: it is not.
         """
-        if (channels.heads, channels.head_dim) != (self.heads, self.k_dim):
+        if (learned.heads, learned.head_dim) != (self.heads, self.k_dim):
+            name = f"mask={config.mask}" if config.mask else f"basis={config.basis}"
             raise ConfigError(
-                f"mask={mask} is for {channels.heads} heads of {channels.head_dim} key channels, "
+                f"{name} is for {learned.heads} heads of {learned.head_dim} key channels, "
                 f"but this layer has {self.heads} of {self.k_dim}; learn one for this model "
-                "(leankv learn masks)."
+                "(leankv learn)."
             )

@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from leankv_mlx.codec.basis import Basis
 from leankv_mlx.codec.channels import Channels
+from leankv_mlx.codec.space import Learned
 from leankv_mlx.kernels import Centers, Rows
 
 
@@ -83,13 +85,34 @@ class ChannelsState(NamedTuple):
 
 
 class CacheState(NamedTuple):
-    """A cache: its `--kv` text, whether it holds what it fetched, its layer, if it began, and its
-    channels, unless it keeps all."""
+    """A cache: its `--kv` text, whether it holds what it fetched, its layer, if it began, its
+    channels, unless it keeps all, and the matrices of its basis, float16 [H, k_dim, k_dim], if it
+    has one."""
 
     kv: str
     keep_fetched: bool
     layer: LayerState | None = None
     channels: ChannelsState | None = None
+    basis: mx.array | None = None
+
+    @classmethod
+    def made(
+        cls, kv: str, keep_fetched: bool, layer: LayerState | None, learned: Learned | None
+    ) -> CacheState:
+        """Of a cache for whose keys this was learned."""
+        channels = ChannelsState.of(learned) if isinstance(learned, Channels) else None
+        basis = learned.matrix if isinstance(learned, Basis) else None
+        return cls(kv, keep_fetched, layer, channels, basis)
+
+    def learned(self) -> Learned | None:
+        """What was learned of its keys.
+
+        Raises:
+            ConfigError: it is nothing that is ever learned.
+        """
+        if self.channels is not None:
+            return self.channels.read()
+        return None if self.basis is None else Basis.shared(np.array(self.basis))
 
     @classmethod
     def of(cls, value: Iterable[Any]) -> CacheState:
@@ -98,11 +121,12 @@ class CacheState(NamedTuple):
         if isinstance(value, cls):
             return value
         kv, keep_fetched, *rest = value
-        channels = None
-        if len(rest) == 2 and rest[1] is not None:
-            channels = ChannelsState(*rest[1])
+        channels = basis = None
+        if rest and not isinstance(rest[0], int):  # not of an earlier version
+            kept, basis = (*rest[1:], None, None)[:2]
+            channels = None if kept is None else ChannelsState(*kept)
         if not rest or rest[0] is None:
-            return cls(kv, keep_fetched, None, channels)
+            return cls(kv, keep_fetched, None, channels, basis)
         if isinstance(rest[0], int):  # of an earlier version
             offset, heads, k_dim, v_dim, k, v, *middle = rest
             numbers, exact, narrowed = (offset, heads, k_dim, v_dim), (k, v), False
@@ -118,4 +142,4 @@ class CacheState(NamedTuple):
             centers, tiers, *scales = body
             made = BodyState(Centers(*centers), [TierState(*t) for t in tiers], *scales)
             layer = layer._replace(body=made)
-        return cls(kv, keep_fetched, layer, channels)
+        return cls(kv, keep_fetched, layer, channels, basis)

@@ -26,8 +26,9 @@ def append_all(rows: Sequence[CompressedKVCache], keys: mx.array, values: mx.arr
     layers = [row.begin(shape, tokens, dtypes)[0] for row in rows]
     first = layers[0]
     if _alike(layers):
+        turned = first.space.scaled(keys) if first.space.basis else keys
         exact = append_batch(
-            [layer.tail for layer in layers], Rows(keys, values), first.space.rotations,
+            [layer.tail for layer in layers], Rows(turned, values), first.space.rotations,
             first.backend, [layer.space.scales for layer in layers],
         )  # fmt: skip
         for layer, appended in zip(layers, exact, strict=True):
@@ -50,8 +51,10 @@ def attend_all(
     most = max(queries.shape[2], *[fetch.tokens for fetch in fetches])
     if most > MAX_DECODE_TOKENS or not _alike([fetch.layer for fetch in fetches]):
         return None
+    first = fetches[0].space  # of layers that are alike: they have a basis in common, if any
+    turned = first.queries(queries) if first.basis else queries
     found = decode_attention_batch(
-        queries, [fetch.view for fetch in fetches], scale=scale,
+        turned, [fetch.view for fetch in fetches], scale=scale,
         mask=mask, sink_logits=sink_logits, backend=fetches[0].layer.backend,
         scales=[fetch.space.scales for fetch in fetches],
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`leankv learn`: masks of key channels, which of them a model's cache keeps."""
+"""`leankv learn`: masks of key channels and bases of keys, of one model each."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from leankv_mlx.resources import demo_model
 from leankv_mlx.terminal import note, say, say_json
 
 if TYPE_CHECKING:
+    from leankv_mlx.config import CompressionConfig
     from leankv_mlx.evaluation.lab import Progress
     from leankv_mlx.evaluation.masks import Look
+    from leankv_mlx.settings import Named
 
 _LINES = 20
 """That tell how far it is, where there is no bar."""
@@ -34,7 +36,7 @@ _Learner = Annotated[
         show_default="the bundled model",
     ),
 ]
-_Output = Annotated[str, typer.Option("--output", "-o", help="Name of the mask and the profile.")]
+_Output = Annotated[str, typer.Option("--output", "-o", help="What to call it, and its profile.")]
 _Ratio = Annotated[float, typer.Option(help="Share of the key channels that is left out.")]
 _Text = Annotated[
     Path | None,
@@ -46,7 +48,17 @@ _Text = Annotated[
 _Tokens = Annotated[int, typer.Option(help="Tokens of the longest document to learn from.")]
 _Documents = Annotated[int, typer.Option(help="Documents to learn from, with questions.")]
 _Steps = Annotated[int, typer.Option(help="Steps of learning.")]
-_Seed = Annotated[int, typer.Option(help="Of what is drawn: the same seed gives the same mask.")]
+_Excerpts = Annotated[int, typer.Option("--documents", help="Texts to learn from.")]
+_ExcerptTokens = Annotated[int, typer.Option("--tokens", help="Tokens of each text.")]
+_ExcerptText = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        help="Text that parts are drawn from, of the kind that the model will read.",
+        show_default="generated text",
+    ),
+]
+_Seed = Annotated[int, typer.Option(help="Of what is drawn: the same seed gives the same result.")]
 _By = Annotated[
     str,
     typer.Option(
@@ -73,11 +85,12 @@ _Plot = Annotated[
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
     group = typer.Typer(
-        help="Masks of key channels, learned for a model: what codes keep of its keys.",
+        help="What is learned of a model's keys: masks of channels, and rotations.",
         no_args_is_help=True,
         add_completion=False,
     )
     group.command("masks")(masks)
+    group.command("rotations")(rotations)
     group.command("show")(show)
     app.add_typer(group, name="learn")
 
@@ -103,26 +116,73 @@ def masks(
     from leankv_mlx.learning.lessons import Material
     from leankv_mlx.learning.masks import Course
     from leankv_mlx.learning.sizes import By
-    from leankv_mlx.profiles import check_name, profiles, save_profile, user_profiles
-    from leankv_mlx.settings import Mask
+    from leankv_mlx.settings import Named
 
-    if not output:
-        raise UsageError("give the mask a name: -o NAME.")
-    check_name(output)
+    _check_output("mask", output)
     if by not in get_args(By):
         raise UsageError(f"--by {by} is unknown; use one of {', '.join(get_args(By))}.")
-    profiles()  # a file of them that is damaged is better told now than after an hour
     course = Course(ratio, steps)
     material = Material(documents, tokens, seed, None if text is None else read_text(text))
     with _progress() as progress:
         found, path = taught(model, output, course, material, progress, cast("By", by))
-    kv = replace(CompressionConfig(), mask=Mask(output, found.digest))
+    kv = replace(CompressionConfig(), mask=Named(output, found.digest))
     how = "learned on" if by == "learned" else f"by {by}, for"
     about = f"{how} {found.name}: leaves out {ratio:.0%} of the key channels"
-    save_profile(user_profiles(), output, kv.spec().removeprefix("leankv:"), about)
-    say(f"wrote mask {output}@{found.digest} to {path}")
-    say(f"wrote profile {output} to {user_profiles()}: {kv.spec()}")
+    _say_written("mask", kv.mask, path, kv, about)
     say(f"measure it with leankv eval --kv {output}, look at it with leankv learn show {output}")
+
+
+def rotations(
+    model: _Learner = None,
+    output: _Output = "",
+    text: _ExcerptText = None,
+    tokens: _ExcerptTokens = 4096,
+    documents: _Excerpts = 4,
+    seed: _Seed = 0,
+) -> None:
+    """Learn in which basis a model's keys lose least, and write that and a profile that has it.
+
+    The texts are read once, and what matters in them is counted; no step is trained.
+    """
+    from leankv_mlx.config import CompressionConfig
+    from leankv_mlx.evaluation.fidelity import read_text
+    from leankv_mlx.learning.basis import taught
+    from leankv_mlx.learning.lessons import Material
+    from leankv_mlx.settings import Named
+
+    _check_output("basis", output)
+    material = Material(documents, tokens, seed, None if text is None else read_text(text))
+    with _progress() as progress:
+        found, path = taught(model, output, material, progress)
+    kv = replace(CompressionConfig(k_bits=3, v_bits=3), basis=Named(output, found.digest))
+    _say_written("basis", kv.basis, path, kv, f"keys in a basis learned on {found.name}")
+    say(f"measure it with leankv eval --kv {output}")
+
+
+def _check_output(what: str, output: str) -> None:
+    """What would otherwise be told after an hour.
+
+    Raises:
+        UsageError: nothing can be called so.
+        ConfigError: the file of profiles is damaged.
+    """
+    from leankv_mlx.profiles import check_name, profiles
+
+    if not output:
+        raise UsageError(f"give the {what} a name: -o NAME.")
+    check_name(output)
+    profiles()
+
+
+def _say_written(
+    what: str, named: Named, path: Path, config: CompressionConfig, about: str
+) -> None:
+    """Write a profile with what was learned, and say where both are."""
+    from leankv_mlx.profiles import save_profile, user_profiles
+
+    save_profile(user_profiles(), named.name, config.spec().removeprefix("leankv:"), about)
+    say(f"wrote {what} {named} to {path}")
+    say(f"wrote profile {named.name} to {user_profiles()}: {config.spec()}")
 
 
 def show(name: _Name, model: _Model = None, plot: _Plot = None, as_json: LastJson = False) -> None:
@@ -153,13 +213,13 @@ def _look(name: str, model: str | None) -> Look:
     from leankv_mlx.evaluation.masks import look, measured, work
     from leankv_mlx.mlx_lm.loading import fingerprint, resolve_model
     from leankv_mlx.mlx_lm.loading import load as load_model
-    from leankv_mlx.settings import Mask
+    from leankv_mlx.settings import Named
 
     masks = load(name)
     if model is None and masks.model != fingerprint(demo_model()):
         return look(name, masks)
     path = resolve_model(model)
-    masks = find(fingerprint(path), path.name, Mask(name))
+    masks = find(fingerprint(path), path.name, Named(name))
     with progress_bar() as progress:
         loaded = load_model(path)
         progress.start(work(masks))

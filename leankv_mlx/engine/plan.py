@@ -47,7 +47,7 @@ class Plan:
 
 def plan(entry: CatalogueEntry, memory: int, reserve: int = RESERVE) -> Plan:
     """The longest context of a model with fp16 and with each profile that suits it; none with a
-    mask, because a name and some sizes do not tell that it is of this model.
+    mask or a basis, because a name and some sizes do not tell that it is of this model.
 
     A policy drops tokens when the whole prompt is in, so it does not let a longer one in.
     """
@@ -58,7 +58,8 @@ def plan(entry: CatalogueEntry, memory: int, reserve: int = RESERVE) -> Plan:
             config = CompressionConfig.parse(f"leankv:{spec}", stored=True)
         except ValueError:  # one of the user's own; it is said when it is used
             continue
-        if config.mask or len(config.layer_bits) not in (0, entry.full_layers):
+        learned = config.mask or config.basis
+        if learned or len(config.layer_bits) not in (0, entry.full_layers):
             continue  # of another model, as far as anyone knows
         settings.append((name, config.spec(), config))
     rows = tuple(_row(entry, budget, *setting) for setting in settings)

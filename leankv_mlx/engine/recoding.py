@@ -18,6 +18,8 @@ def can_become(cache: Any, config: CompressionConfig | None) -> bool:
         return False
     if cache.config.mask and cache.config.mask != config.mask:
         return False  # the other one may keep what this one left out
+    if cache.config.basis != config.basis:
+        return False  # what was lost in one is not what is lost in the other
     pairs: list[tuple[Any, Any]] = [
         (config.k_bits, cache.config.k_bits),
         (config.v_bits, cache.config.v_bits),

@@ -28,7 +28,7 @@ from leankv_mlx.mlx_lm import prompts
 from leankv_mlx.mlx_lm.attachment import attach, make_caches, own_caches
 from leankv_mlx.mlx_lm.loading import LoadedModel, check_context
 from leankv_mlx.mlx_lm.reading import prefill
-from leankv_mlx.mlx_lm.watching import watched
+from leankv_mlx.mlx_lm.watching import Call, watched
 
 Floats = NDArray[np.float32]
 Advance = Callable[[str], None]
@@ -150,8 +150,8 @@ def measured(loaded: LoadedModel, title: str, masks: Masks, advance: Advance) ->
         ContextLengthError: a document does not fit its context.
     """
     model = loaded.model
-    with attach(model, f"k8v8,mask={title}", channels=masks.layers) as attached:
-        places = [i for i, layer in enumerate(attached.channels) if layer]
+    with attach(model, f"k8v8,mask={title}", learned=masks.layers) as attached:
+        places = [i for i, layer in enumerate(attached.learned) if layer]
         document, asked = _questions(loaded)
         caches, sums = own_caches(model), SizeSums(places)
         with watched(model, caches, sums.add):
@@ -177,8 +177,9 @@ class SizeSums:
     def __init__(self, places: Sequence[int]) -> None:
         self._sums: dict[int, list[mx.array]] = {place: [] for place in places}
 
-    def add(self, index: int, queries: mx.array, keys: mx.array) -> None:
+    def add(self, index: int, call: Call) -> None:
         """See `watching.See`."""
+        queries, keys = call.queries, call.keys
         if index not in self._sums:
             return
         (_, heads, _, dim), new = keys.shape, queries.shape[2]
@@ -246,7 +247,7 @@ def _losses_without(
     groups = [0 if h == head else padded(dim) // TILE for h in range(heads)]
     without = Channels((tuple(range(dim)),) * heads, tuple(groups))
     found = []
-    with attach(model, "k8v8,mask=without", channels=[without] * len(places)):
+    with attach(model, "k8v8,mask=without", learned=[without] * len(places)):
         made = make_caches(model)
         for layer, place in enumerate(places):
             own, ours = caches[place], made[place]

@@ -1,1 +1,1 @@
-"""What is learned of a model on the user's own machine: masks of key channels."""
+"""What is learned of a model on the user's own machine: masks and bases of keys."""

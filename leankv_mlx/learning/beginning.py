@@ -21,6 +21,7 @@ from leankv_mlx.errors import UnsupportedError
 from leankv_mlx.kernels import Backend, Mask, Rows, resolve_backend
 from leankv_mlx.kernels.prefill_attention import prefill_attention
 from leankv_mlx.mlx_lm.attachment import Attachment, own_caches
+from leankv_mlx.mlx_lm.learned import asking_shapes
 from leankv_mlx.mlx_lm.precision import weights_dtype
 from leankv_mlx.mlx_lm.reading import PREFILL_CHUNK
 
@@ -47,9 +48,29 @@ class Beginning:
 
 
 def places_of(model: nn.Module) -> list[int]:
-    """The places of a model's list of caches that a mask is for: those that are compressed."""
+    """The places of a model's list of caches that are compressed, which is what is learned for."""
     found = Attachment(model, CompressionConfig()).layer_configs
     return [place for place, config in enumerate(found) if config is not None]
+
+
+def layers_of(model: nn.Module, what: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Those places, with KV heads and head_dim of each.
+
+    Args:
+        what: is to be done with them, for a message.
+
+    Raises:
+        UnsupportedError: the model's attention does not ask its caches, or layers have heads of
+            several numbers or sizes.
+    """
+    places, caches = places_of(model), own_caches(model)
+    shapes = asking_shapes(model, caches, [i in places for i in range(len(caches))], what)
+    if len(set(shapes)) > 1:
+        raise UnsupportedError(
+            f"{what} does not go with this model, whose layers have heads of several numbers or "
+            "sizes."
+        )
+    return places, shapes
 
 
 def read(model: nn.Module, tokens: Sequence[int], stops: Sequence[int]) -> list[Beginning]:

@@ -7,17 +7,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from leankv_mlx.cache.masks import Masks, save
-from leankv_mlx.errors import ContextLengthError, UnsupportedError, UsageError
+from leankv_mlx.errors import ContextLengthError, UsageError
 from leankv_mlx.evaluation.lab import Progress
-from leankv_mlx.learning.beginning import places_of
+from leankv_mlx.learning.beginning import layers_of
 from leankv_mlx.learning.checkpoint import Checkpoint
 from leankv_mlx.learning.lessons import Material, prepare
 from leankv_mlx.learning.masks import METHOD, Course, learn
 from leankv_mlx.learning.sizes import By, worth_by
-from leankv_mlx.mlx_lm.attachment import own_caches
 from leankv_mlx.mlx_lm.context import context_length
 from leankv_mlx.mlx_lm.loading import LoadedModel, fingerprint, load
-from leankv_mlx.mlx_lm.masks import asking_shapes
 from leankv_mlx.mlx_lm.patches import asking
 from leankv_mlx.mlx_lm.precision import compute_in_float32
 
@@ -112,12 +110,4 @@ def _checked(loaded: LoadedModel, tokens: int) -> list[tuple[int, int]]:
             f"documents of {tokens} tokens and a question do not fit the model's context of "
             f"{context}; give fewer --tokens."
         )
-    places, caches = places_of(loaded.model), own_caches(loaded.model)
-    compressed = [i in places for i in range(len(caches))]
-    shapes = asking_shapes(loaded.model, caches, compressed, "learning masks")
-    if len(set(shapes)) > 1:
-        raise UnsupportedError(
-            "learning masks does not go with this model, whose layers have heads of several "
-            "numbers or sizes."
-        )
-    return shapes
+    return layers_of(loaded.model, "learning masks")[1]

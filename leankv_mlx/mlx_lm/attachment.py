@@ -15,12 +15,13 @@ from mlx import nn
 
 from leankv_mlx.cache import CompressedKVCache, Sequence
 from leankv_mlx.codec.channels import Channels
+from leankv_mlx.codec.space import Learned
 from leankv_mlx.config import UNCOMPRESSED, CompressionConfig
 from leankv_mlx.errors import ModelError, UnsupportedError
 from leankv_mlx.kernels import resolve_backend
 from leankv_mlx.mlx_lm import patches
 from leankv_mlx.mlx_lm.group import machines_of, place, stages_of
-from leankv_mlx.mlx_lm.masks import kept, masked
+from leankv_mlx.mlx_lm.learned import kept, resolved
 from leankv_mlx.mlx_lm.precision import weights_dtype
 from leankv_mlx.mlx_lm.projecting import projections_of
 from leankv_mlx.mlx_lm.quirks import left_alone, quirks_of
@@ -86,8 +87,10 @@ class Attachment:
     ends, so that `report` can tell how attention ran.
 
     Attributes:
-        config: the settings, with the digest of their mask: what is stored is named by them.
-        channels: of each entry of the model's cache list, what its keys keep; None for all.
+        config: the settings, with the digest of their mask or basis: what is stored is named by
+            them.
+        learned: of each entry of the model's cache list, which channels of its keys are kept, or
+            their basis; None for all as they are.
     """
 
     def __init__(
@@ -95,10 +98,10 @@ class Attachment:
         model: nn.Module,
         config: CompressionConfig,
         sparsity: Sparsity | None = None,
-        channels: Iterable[Channels] | None = None,
+        learned: Iterable[Learned] | None = None,
     ) -> None:
         self.model = model
-        self.config = config  # a mask in it gets its digest below
+        self.config = config  # what it names gets its digest below
         self.backend: str = resolve_backend(config.backend).name
         quirks = quirks_of(model)
         self._refusal = next((quirk.reason for quirk in quirks if not quirk.compress), None)
@@ -111,7 +114,7 @@ class Attachment:
         self._exact_dtype = weights_dtype(model)
         self._entries = own_caches(model)
         compressed = [self._reason(entry) is None for entry in self._entries]
-        self.config, self.channels = masked(model, config, own_caches(model), compressed, channels)
+        self.config, self.learned = resolved(model, config, own_caches(model), compressed, learned)
         self.machines = machines_of(model)
         layers = self.compressed_layers
         self._place = place(model, layers) if config.layer_bits else (0, layers)
@@ -172,12 +175,12 @@ class Attachment:
         sequence = Sequence(self.config.policy, self.config.scorer)
         self._caches = [
             CompressedKVCache(
-                config, self._keep_fetched, self._exact_dtype, sequence, channels=channels
+                config, self._keep_fetched, self._exact_dtype, sequence, learned=learned
             )
             if config
             else entry
-            for entry, config, channels in zip(
-                entries, self.layer_configs, self.channels, strict=True
+            for entry, config, learned in zip(
+                entries, self.layer_configs, self.learned, strict=True
             )
         ]
         return self._caches
@@ -217,7 +220,7 @@ class Attachment:
         for index, (entry, path) in enumerate(zip(self._entries, attention, strict=True)):
             refused = self._reason(entry)
             reason = self.config.spec() if refused is None else refused
-            if channels := self.channels[index]:
+            if isinstance(channels := self.learned[index], Channels):
                 reason += f"; {kept(channels)}"
             if refused is None and path == "fallback" and self.config.policy.drops:
                 reason += "; keeps every token, because its attention does not go through the cache"
@@ -270,7 +273,7 @@ def attach(
     model: nn.Module,
     config: CompressionConfig | str = "leankv",
     sparsity: Sparsity | None = None,
-    channels: Iterable[Channels] | None = None,
+    learned: Iterable[Learned] | None = None,
 ) -> Attachment:
     """Make `model` use compressed KV caches while the result is active.
 
@@ -278,32 +281,32 @@ def attach(
         model: a model of mlx-lm.
         config: settings, or their text form as in `--kv`.
         sparsity: what decode steps leave out, in place of the calibration that `sparse` names.
-        channels: of each layer that is compressed, in order, in place of those of the mask that
-            `mask` names.
+        learned: of each layer that is compressed, in order, in place of the mask that `mask`
+            names, or the basis that `basis` names.
 
     Returns:
         A context manager; outside of `with`, call `start()` and `stop()`.
 
     Raises:
-        ConfigError: the text is not understood, or the channels are not those of its mask.
+        ConfigError: the text is not understood, or what was learned is not what it names.
         BackendUnavailableError: the configured backend cannot run here.
         CalibrationError: the model was not calibrated for what `sparse` leaves out, or has no such
-            mask.
+            mask or basis.
         ModelError: the heads of the model cannot be split over so many machines.
-        UnsupportedError: `sparse` or `mask` on a model that is split over several machines, or
-            `mask` on one whose attention does not ask the cache.
+        UnsupportedError: `sparse`, `mask` or `basis` on a model that is split over several
+            machines, or `mask` or `basis` on one whose attention does not ask the cache.
     """
     if isinstance(config, str):
         config = CompressionConfig.parse(config)
     if (machines := machines_of(model)) > 1:
-        for name, value in (("sparse", config.sparse), ("mask", config.mask)):
-            if value:
+        for name in ("sparse", "mask", "basis"):
+            if value := getattr(config, name):
                 raise UnsupportedError(
                     f"{name}={value} works with a whole model; drop it, or use one machine."
                 )
         if stages_of(model) == 1:
             _check_split(model, machines)
-    return Attachment(model, config, sparsity, channels)
+    return Attachment(model, config, sparsity, learned)
 
 
 def _check_split(model: nn.Module, machines: int) -> None:

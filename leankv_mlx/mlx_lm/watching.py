@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx import nn
@@ -14,9 +14,29 @@ from leankv_mlx.cache.fetch import Arrays, hand_out
 from leankv_mlx.kernels import Mask
 from leankv_mlx.mlx_lm.patches import asking
 
-See = Callable[[int, mx.array, mx.array], None]
-"""Gets the number of a cache, the queries [1, Hq, L, head_dim] and all keys [1, H, N, head_dim] of
-an attention call, after RoPE."""
+
+class Call(NamedTuple):
+    """An attention call.
+
+    Attributes:
+        queries: of the last L tokens, after RoPE, [1, Hq, L, k_head_dim].
+        keys: of all tokens, after RoPE, [1, H, N, k_head_dim].
+        values: likewise, [1, H, N, v_head_dim].
+        scale: of the scores.
+        mask: as the model asks for it.
+        sink_logits: scores of a token that is not there, [Hq]; None without.
+    """
+
+    queries: mx.array
+    keys: mx.array
+    values: mx.array
+    scale: float
+    mask: Mask
+    sink_logits: mx.array | None
+
+
+See = Callable[[int, Call], None]
+"""Gets the number of a cache and a call that asked it."""
 
 
 @dataclass(eq=False)
@@ -24,7 +44,7 @@ class _Fetched:
     """Attention over what one cache has."""
 
     arrays: Arrays
-    see: Callable[[mx.array, mx.array], None]
+    see: Callable[[Call], None]
 
     def attend(
         self,
@@ -35,7 +55,7 @@ class _Fetched:
         sink_logits: mx.array | None = None,
     ) -> mx.array:
         """See `cache.Fetch.attend`."""
-        self.see(queries, self.arrays[0])
+        self.see(Call(queries, *self.arrays, scale, mask, sink_logits))
         out: mx.array = mx.fast.scaled_dot_product_attention(
             queries, *self.arrays, scale=scale, mask=mask, sinks=sink_logits
         )
@@ -66,7 +86,7 @@ def _watching(
 ) -> Callable[[mx.array, mx.array], Arrays]:
     def update_and_fetch(keys: mx.array, values: mx.array) -> Arrays:
         keys, values = original(keys, values)
-        fetched = _Fetched((keys, values), lambda q, k: see(index, q, k))
+        fetched = _Fetched((keys, values), lambda call: see(index, call))
         return hand_out((keys[...], values[...]), fetched)  # it lives until those objects die
 
     return update_and_fetch

@@ -183,9 +183,7 @@ def _arrays(layer: Layer) -> list[mx.array]:
     arrays = layer.exact_arrays
     if layer.body is not None:
         arrays += layer.body.centers
-        if layer.space.equalizer is not None:
-            arrays.append(layer.space.equalizer.scales)
-    return arrays
+    return arrays + layer.space.arrays
 
 
 def _uncompressed(cache: Any, nbytes: int) -> int:

@@ -72,13 +72,14 @@ def kv_name(config: CompressionConfig | None) -> str:
     part of it.
 
     Raises:
-        ConfigError: its mask has no digest, so that another one may have the name later.
+        ConfigError: its mask or basis has no digest, so that another one may have the name later.
     """
-    if config is not None and config.mask and not config.mask.digest:
-        raise ConfigError(
-            f"mask={config.mask} names nothing that is stored; use the settings of an attachment, "
-            "which have its digest."
-        )
+    for setting in ("mask", "basis") if config is not None else ():
+        if (value := getattr(config, setting)) and not value.digest:
+            raise ConfigError(
+                f"{setting}={value} names nothing that is stored; use the settings of an "
+                "attachment, which have its digest."
+            )
     return kv_text(None if config is None else config.portable)
 
 

@@ -14,6 +14,7 @@ from mlx_lm.models import cache as stock
 from leankv_mlx.cache import CompressedKVCache
 from leankv_mlx.cache.container import PROMPT_CACHE
 from leankv_mlx.codec.channels import Channels
+from tests.bases import basis
 
 HEADS, DIM = 2, 32
 
@@ -57,13 +58,21 @@ def one_of_each() -> list[Any]:
         ragged(narrowed(filled(masked("leankv:policy=threshold,window=32,mask=some"), 300))),
         masked("leankv:mask=some"),
         filled(masked("leankv:k4v3,window=32,mask=some"), 140),
+        filled(turned("leankv:k3v3,window=32,basis=some"), 140),
+        turned("leankv:basis=some"),
+        ragged(filled(turned("leankv:policy=threshold,window=32,basis=some"), 300)),
     ]
 
 
 def masked(kv: str, groups: tuple[int, ...] = (1, 0)) -> CompressedKVCache:
     """A cache whose first head keeps its channels, in another order, and whose second none."""
     order = np.stack([np.random.default_rng(i).permutation(DIM) for i in range(HEADS)])
-    return CompressedKVCache(kv, channels=Channels.of(order, np.array(groups)))
+    return CompressedKVCache(kv, learned=Channels.of(order, np.array(groups)))
+
+
+def turned(kv: str) -> CompressedKVCache:
+    """A cache whose keys are in a basis."""
+    return CompressedKVCache(kv, learned=basis(HEADS, DIM))
 
 
 def narrowed(cache: CompressedKVCache) -> CompressedKVCache:

@@ -22,11 +22,13 @@ from leankv_mlx.blocks import BlockPool
 from leankv_mlx.cache import BatchedKVCache, CompressedKVCache, Sequence, Sequences, owner_of
 from leankv_mlx.codec.channels import Channels
 from leankv_mlx.config import CompressionConfig
+from tests.bases import basis
 from tests.blocks.owners import check_owners
 
 LAYERS, H, G, DIM, CHUNK = 2, 2, 2, 32, 48
 LEAN = "leankv:policy=threshold,low=k3v2,window=32,alpha_high=2,alpha_low=1"
 KEPT = Channels((tuple(range(DIM)), tuple(reversed(range(DIM)))), (0, 1))
+TURNED = basis(H, DIM)
 Caches = list[Any]
 
 
@@ -74,8 +76,9 @@ class Kept:
 def fresh(kv: str) -> Caches:
     """Caches of one new sequence."""
     config = CompressionConfig.parse(kv)
-    sequence, channels = Sequence(config.policy, config.scorer), KEPT if config.mask else None
-    return [CompressedKVCache(config, sequence=sequence, channels=channels) for _ in range(LAYERS)]
+    sequence = Sequence(config.policy, config.scorer)
+    learned = KEPT if config.mask else TURNED if config.basis else None
+    return [CompressedKVCache(config, sequence=sequence, learned=learned) for _ in range(LAYERS)]
 
 
 def attended(cache: Any, arrays: Iterable[NDArray[np.float32]]) -> mx.array:
@@ -330,7 +333,10 @@ class Walk:
         self.kept = [other for other in self.kept if other is not kept]
 
 
-KINDS = ["leankv:window=32", LEAN, "leankv:window=32,mask=some", f"{LEAN},mask=some"]
+KINDS = [
+    "leankv:window=32", LEAN, "leankv:window=32,mask=some", f"{LEAN},mask=some",
+    f"{LEAN},basis=some",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kv", KINDS)

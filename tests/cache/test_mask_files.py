@@ -13,7 +13,7 @@ from leankv_mlx.cache import container, masks
 from leankv_mlx.cache.masks import KIND, Masks, digest_of, find, load, save
 from leankv_mlx.codec.channels import Channels
 from leankv_mlx.errors import CalibrationError, ConfigError
-from leankv_mlx.settings import Mask
+from leankv_mlx.settings import Named
 
 MODEL = "model-1"
 
@@ -117,17 +117,17 @@ def test_a_file_holds_all_of_it(own_home: Path) -> None:
     mask = made((2, 3, 48))
     path = save(mask, "mine")
     assert path == own_home / "masks" / "mine.safetensors"
-    found = find(MODEL, "small", Mask("mine", mask.digest))
+    found = find(MODEL, "small", Named("mine", mask.digest))
     assert found.layers == mask.layers and found.digest == mask.digest
     assert (found.alphas == mask.alphas).all() and found.alphas.dtype == np.float32
     assert (found.ratio, found.model, found.name) == (0.5, MODEL, "small")
     assert found.notes == {"seed": "0", "text": "a \u00fc\n"}
     assert not list(path.parent.glob(".*"))
     save(made(ratio=0.7), "mine")  # replaces it
-    assert find(MODEL, "small", Mask("mine")).ratio == 0.7
+    assert find(MODEL, "small", Named("mine")).ratio == 0.7
 
 
-def refused(model: str, mask: Mask) -> str:
+def refused(model: str, mask: Named) -> str:
     with pytest.raises(CalibrationError) as error:
         find(model, "large", mask)
     assert "\n" not in str(error.value)
@@ -135,16 +135,16 @@ def refused(model: str, mask: Mask) -> str:
 
 
 def test_what_is_missing_or_for_another_model_is_told_with_the_way_out() -> None:
-    assert "no mask 'mine'; run leankv learn masks MODEL -o mine" in refused(MODEL, Mask("mine"))
+    assert "no mask 'mine'; run leankv learn masks MODEL -o mine" in refused(MODEL, Named("mine"))
     save(made(), "mine")
-    told = refused("model-2", Mask("mine"))
+    told = refused("model-2", Named("mine"))
     assert "is for small, not for large; run leankv learn masks MODEL" in told
 
 
 def test_a_mask_that_was_learned_anew_is_not_taken_for_the_old_one() -> None:
     old, new = made(), made(seed=1)
     save(new, "mine")
-    told = refused(MODEL, Mask("mine", old.digest))
+    told = refused(MODEL, Named("mine", old.digest))
     assert f"mask=mine@{old.digest} was learned anew" in told
     assert f"use mask=mine@{new.digest}, or mask=mine" in told
     assert load("mine").digest == new.digest
@@ -173,10 +173,10 @@ def test_a_file_that_is_damaged_anywhere_is_refused() -> None:
     good = path.read_bytes()
     for place in range(0, len(good), 7):
         path.write_bytes(good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :])
-        assert "cannot be used" in refused(MODEL, Mask("mine"))
+        assert "cannot be used" in refused(MODEL, Named("mine"))
     for size in (0, 7, 200, len(good) - 1):
         path.write_bytes(good[:size])
-        told = refused(MODEL, Mask("mine"))
+        told = refused(MODEL, Named("mine"))
         assert "cannot be used" in told and "leankv learn masks MODEL -o mine" in told
     path.write_bytes(good)
     assert load("mine").groups.shape == (1, 1)
@@ -222,7 +222,7 @@ def test_a_file_whose_content_contradicts_itself_is_refused(what: str) -> None:
     path = save(made(), "mine")
     tensors = {name: mx.array(array) for name, array in (arrays() | WRONG[what][0]).items()}
     container.write(path, tensors, TEXTS | WRONG[what][1], KIND)
-    assert "it is damaged" in refused(MODEL, Mask("mine"))
+    assert "it is damaged" in refused(MODEL, Named("mine"))
 
 
 @pytest.mark.parametrize("name", ["order", "groups", "alphas", *TEXTS])
@@ -230,16 +230,16 @@ def test_a_file_that_lacks_a_part_is_refused(name: str) -> None:
     path = save(made(), "mine")
     tensors = {n: mx.array(array) for n, array in arrays().items() if n != name}
     container.write(path, tensors, {n: text for n, text in TEXTS.items() if n != name}, KIND)
-    assert "it is damaged" in refused(MODEL, Mask("mine"))
+    assert "it is damaged" in refused(MODEL, Named("mine"))
 
 
 def test_files_of_another_kind_or_none_at_all() -> None:
     path = save(made(), "mine")
     container.write(path, {}, {})
-    assert "no mask of leankv" in refused(MODEL, Mask("mine"))
+    assert "no mask of leankv" in refused(MODEL, Named("mine"))
     path.unlink()
     path.mkdir()
-    assert "mine.safetensors" in refused(MODEL, Mask("mine"))
+    assert "mine.safetensors" in refused(MODEL, Named("mine"))
 
 
 def test_a_place_that_cannot_be_written(own_home: Path) -> None:
@@ -247,4 +247,4 @@ def test_a_place_that_cannot_be_written(own_home: Path) -> None:
     (own_home / "masks").write_text("a file")
     with pytest.raises(CalibrationError, match="cannot write"):
         save(made(), "mine")
-    assert "cannot read" in refused(MODEL, Mask("mine"))
+    assert "cannot read" in refused(MODEL, Named("mine"))

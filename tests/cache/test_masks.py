@@ -53,7 +53,7 @@ class Run:
 
     def __init__(self, kv: str, kept: Channels | None = None) -> None:
         self.channels = kept or channels()
-        self.cache = CompressedKVCache(kv, exact_dtype=mx.float32, channels=self.channels)
+        self.cache = CompressedKVCache(kv, exact_dtype=mx.float32, learned=self.channels)
         self.keys, self.values = (np.zeros((HEADS, 0, d), np.float32) for d in (DIM, V_DIM))
         self.whole = 0  # tokens that left the window with all channels
 
@@ -284,7 +284,7 @@ def test_forks_share_codes_and_go_their_own_way(tmp_path: Path) -> None:
     save(tmp_path / "cache", [copies[0].cache])
     copies[1].cache = load(tmp_path / "cache").caches[0]
     copies[1].keys, copies[1].values = copies[0].keys, copies[0].values
-    assert copies[1].cache.channels == copies[0].cache.channels
+    assert copies[1].cache.learned == copies[0].cache.learned
     for tokens in (1, 40, 1):
         both = [each.step(tokens, 5000 + tokens) for each in copies[:2]]
         assert (both[0] == both[1]).all()

@@ -278,7 +278,7 @@ def test_a_budget_holds_more_tokens_of_a_masked_cache() -> None:
 def test_the_loops_of_mlx_lm() -> None:
     model = TINY["llama"]()
     kept = channels((1, 0), model.args.head_dim or 32)
-    with attach(model, "k4v4,window=32,mask=some", channels=[kept] * len(model.layers)):
+    with attach(model, "k4v4,window=32,mask=some", learned=[kept] * len(model.layers)):
         for prompt in (150, 3):
             caches: Any = make_caches(model)
             steps = generate_step(

@@ -120,6 +120,9 @@ def test_every_class_and_the_metadata_come_back(tmp_path: Path) -> None:
         "leankv:k4v3,window=32,mask=some",
         "leankv:k4v4,window=32,mask=some,policy=threshold",
         "leankv:k4v4,mask=some",
+        "leankv:k3v3,window=32,basis=some",
+        "leankv:k4v4,basis=some",
+        "leankv:k4v4,window=32,basis=some,policy=threshold",
     ]
 
 
@@ -405,6 +408,23 @@ def test_fuzz_masks(fuzz: Fuzz, name: str) -> None:
     assert fuzz.cases > 20
 
 
+@pytest.mark.parametrize("name", ["16.basis", "17.basis", "18.basis"])
+def test_fuzz_bases(fuzz: Fuzz, name: str) -> None:
+    """Numbers that are none, and matrices that cannot be inverted or are of another layer."""
+    for value in (0, 0x7C00, 0xFC00, 0x7E00):  # nothing, infinities, none
+
+        def fill(x: Any, value: int = value) -> None:
+            x.view(np.uint16)[1] = value
+
+        fuzz.refused(changed_values(fuzz, name, fill), (name, value))
+    shape = fuzz.header[name]["shape"]
+    for junk in ([], [1], [*shape, 1], [1, *shape[1:]], [0, *shape[1:]], [shape[0], 16, 64]):
+        fuzz.signed(lambda h, j=junk: h[name].update({"shape": j}))
+    for junk in ("F32", "BF16", "U16", "I8"):
+        fuzz.signed(lambda h, j=junk: h[name].update({"dtype": j}))
+    fuzz.signed(lambda h: h.update({"more.basis": h.pop(name)}))
+
+
 def test_slots_of_a_head_that_keeps_nothing_are_refused(fuzz: Fuzz) -> None:
     """The blocks and positions are as many as before, but a head has them that can have none."""
 
@@ -640,7 +660,7 @@ def test_fuzz_structured_with_a_right_digest(fuzz: Fuzz) -> None:
 # What was written is read, however little it is.
 
 
-@pytest.mark.parametrize("at", range(16))
+@pytest.mark.parametrize("at", range(19))
 def test_a_cache_that_was_trimmed_to_nothing_comes_back(at: int, tmp_path: Path) -> None:
     """Refused by its own reader: a layer that has a shape and no tokens."""
     cache = one_of_each()[at]
@@ -687,7 +707,7 @@ def test_a_masked_layer_is_cut_anywhere_and_comes_back(
 def test_files_say_whether_a_layer_is_narrowed(fuzz: Fuzz) -> None:
     """By whether its prompt was in; what they say is what its tiers are."""
     layers = json.loads(fuzz.header["__metadata__"]["layers"])
-    assert [record.get("narrowed") for record in layers[11:]] == [None, True, True, None, False]
+    assert [record.get("narrowed") for record in layers[11:16]] == [None, True, True, None, False]
     for place in (12, 13, 15):
         says = layers[place].pop("narrowed")
         fuzz.signed(lambda h: h["__metadata__"].update(layers=json.dumps(layers)))

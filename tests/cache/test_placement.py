@@ -37,7 +37,7 @@ class Stack:
         sequence = Sequence(config.policy, config.scorer)
         masks = [Channels(ORDER, groups) if config.mask else None for groups in KEPT]
         self.caches = [
-            CompressedKVCache(config, sequence=sequence, channels=masks[i % 2])
+            CompressedKVCache(config, sequence=sequence, learned=masks[i % 2])
             for i in range(layers)
         ]
         self.rng = np.random.default_rng(0)

@@ -139,7 +139,7 @@ class RaggedLayers(RuleBasedStateMachine):
 
     @initialize(target=layers, n=st.integers(1, 300))
     def begin(self, n: int) -> int:
-        cache = CompressedKVCache(self.kv, channels=self.channels)
+        cache = CompressedKVCache(self.kv, learned=self.channels)
         k, v = self.rows(1)
         cache.update_and_fetch(k, v)
         self.models.append(Model(cache))

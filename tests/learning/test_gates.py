@@ -134,7 +134,7 @@ def test_gates_of_a_mask_are_what_the_cache_does_with_it(name: str, dim: int, to
     with asking(model):
         found = logits(model, beginning, text[-1:], gates_of(mask))
         whole = logits(model, beginning, text[-1:], None)
-    with attach(model, "leankv:k8v8,mask=trial,equalize=on", channels=mask.layers):
+    with attach(model, "leankv:k8v8,mask=trial,equalize=on", learned=mask.layers):
         caches = make_caches(model)
         prefill(model, text[:-1], caches)
         Sequences.of(caches).narrow()

@@ -31,7 +31,7 @@ def test_the_footprint_of_a_masked_model(kv: str) -> None:
     model = TINY["llama"](head_dim=DIM, layers=2)
     with attach(model, kv) as attachment:
         plain = Footprint.of(model, attachment)
-    with attach(model, f"{kv},mask=some", channels=LAYERS) as attachment:
+    with attach(model, f"{kv},mask=some", learned=LAYERS) as attachment:
         footprint = Footprint.of(model, attachment)
         assert footprint.used(4000) == plain.used(4000) and footprint.shared(4000) == 0
         caches: Any = make_caches(model)

@@ -31,7 +31,7 @@ from leankv_mlx.mlx_lm.loading import fingerprint
 from leankv_mlx.mlx_lm.watching import watched
 from leankv_mlx.profiles import save_profile, user_profiles
 from leankv_mlx.serving.keys import kv_name
-from leankv_mlx.settings import Mask
+from leankv_mlx.settings import Named
 from tests.documents.shelf import TOKENS, Shelf
 from tests.mlx_lm.commands import LONG, MODEL, ONE_ERROR, Here
 from tests.models import TINY
@@ -70,29 +70,29 @@ def test_the_mask_that_ships_is_that_of_the_bundled_model(loaded: LoadedModel) -
     assert (found.ratio, groups) == (0.7, 6)  # of 20
     assert found.model == fingerprint(loaded.path) and found.notes["by"] == "learned"
     with attach(loaded.model, "k4v4,mask=demo") as attached:
-        assert attached.config.mask == Mask("demo", found.digest)
+        assert attached.config.mask == Named("demo", found.digest)
 
 
 def test_a_name_finds_the_mask_of_the_model(loaded: LoadedModel) -> None:
     mask = learned(loaded)
     attached = attach(loaded.model, "k4v4,mask=mine")
-    assert attached.config.mask == Mask("mine", mask.digest)
+    assert attached.config.mask == Named("mine", mask.digest)
     assert attached.config.spec() == f"leankv:k4v4,mask=mine@{mask.digest}"
-    assert attached.channels == list(mask.layers)
+    assert attached.learned == list(mask.layers)
     with attached:
         caches = make_prompt_cache(loaded.model)
         loaded.model(mx.array([TOKENS]), cache=caches)
-    assert [cache.channels for cache in caches] == list(mask.layers)
+    assert [cache.learned for cache in caches] == list(mask.layers)
     assert {cache.config for cache in caches} == {attached.config}
     again = attach(loaded.model, attached.config.spec())
-    assert (again.config, again.channels) == (attached.config, attached.channels)
-    assert attach(loaded.model).channels == [None] * LAYERS
+    assert (again.config, again.learned) == (attached.config, attached.learned)
+    assert attach(loaded.model).learned == [None] * LAYERS
 
 
 def test_the_report_says_what_a_layer_keeps(loaded: LoadedModel) -> None:
     groups = (2, 1), (0, 2), (1, 1), (0, 0), (2, 2)
     layers = [simple(groups=each) for each in groups]
-    reasons = [r.reason for r in attach(loaded.model, "mask=mine", channels=layers).report]
+    reasons = [r.reason for r in attach(loaded.model, "mask=mine", learned=layers).report]
     assert [reason.partition("; ")[2] for reason in reasons] == [
         "keeps 75% of its key channels",
         "keeps 50% of its key channels, 1 of 2 heads hold middle tokens",
@@ -107,7 +107,7 @@ def test_every_kind_of_model_whose_attention_asks_the_cache(name: str) -> None:
     model = TINY[name]()
     places = TINY[name].compressed
     layer = simple(heads=4 if name == "deepseek_v2" else 2)
-    with attach(model, "k8v8,window=32,mask=mine", channels=[layer] * len(places)) as attached:
+    with attach(model, "k8v8,window=32,mask=mine", learned=[layer] * len(places)) as attached:
         caches = make_prompt_cache(model)
         for tokens in (150, 20, 1, 1, 40, 1):  # beyond the window, so codes are read
             logits = model(mx.ones((1, tokens), mx.int32), cache=caches)
@@ -115,7 +115,7 @@ def test_every_kind_of_model_whose_attention_asks_the_cache(name: str) -> None:
         assert [row.attention for row in attached.report if row.compressed] == ["fused"] * len(
             places
         )
-    assert [i for i, channels in enumerate(attached.channels) if channels] == list(places)
+    assert [i for i, channels in enumerate(attached.learned) if channels] == list(places)
     for place in places:
         held = caches[place].view().tiers
         lengths = sum(np.array(tier.lengths) for tier in held)
@@ -128,7 +128,7 @@ def test_it_keeps_what_it_says(loaded: LoadedModel) -> None:
 
     def logits(kv: str, groups: int | None = None) -> list[mx.array]:
         layers = None if groups is None else [simple(groups=(groups,))] * LAYERS
-        with attach(loaded.model, kv, channels=layers):
+        with attach(loaded.model, kv, learned=layers):
             caches = make_prompt_cache(loaded.model)
             loaded.model(mx.array([TOKENS]), cache=caches)
             twins = deepcopy(caches)
@@ -184,15 +184,15 @@ SHAPES: dict[str, list[Channels]] = {
 
 @pytest.mark.parametrize("what", SHAPES)
 def test_channels_that_do_not_fit(what: str) -> None:
-    text = told(TINY["llama"](), "mask=mine", CalibrationError, channels=SHAPES[what])
+    text = told(TINY["llama"](), "mask=mine", CalibrationError, learned=SHAPES[what])
     assert "does not fit" in text
 
 
 def test_channels_are_those_of_the_mask_that_is_named() -> None:
     model = TINY["llama"]()
-    assert "name it" in told(model, "k4v4", ConfigError, channels=[simple()] * 3)
+    assert "name it" in told(model, "k4v4", ConfigError, learned=[simple()] * 3)
     assert "not of mask=mine@01234567" in told(
-        model, "mask=mine@01234567", ConfigError, channels=[simple()] * 3
+        model, "mask=mine@01234567", ConfigError, learned=[simple()] * 3
     )
 
 
@@ -212,7 +212,7 @@ def test_looking_leaves_the_model_and_its_caches_as_they_were() -> None:
     expected = model(tokens, cache=own_caches(model))
     seen: list[tuple[int, tuple[int, ...], int]] = []
     caches = own_caches(model)
-    with watched(model, caches, lambda i, q, k: seen.append((i, q.shape, k.shape[2]))):
+    with watched(model, caches, lambda i, x: seen.append((i, x.queries.shape, x.keys.shape[2]))):
         assert mx.allclose(model(tokens, cache=caches), expected, atol=1e-5)
     assert seen == [(i, (1, 4, 50, 64), 50) for i in range(4)]
     assert dict(namespace) == before
@@ -247,12 +247,12 @@ def test_a_chat_names_what_it_stores_by_its_mask(loaded: LoadedModel, tmp_path: 
 
 def test_what_a_mask_left_out_is_not_won_back_by_recoding(loaded: LoadedModel) -> None:
     layers = [simple(groups=(1, 1))] * LAYERS
-    with attach(loaded.model, "k4v4,mask=mine", channels=layers) as attached:
+    with attach(loaded.model, "k4v4,mask=mine", learned=layers) as attached:
         caches = make_prompt_cache(loaded.model)
         loaded.model(mx.array([TOKENS]), cache=caches)
     assert can_become(caches[0], attached.config)
     assert not can_become(caches[0], CompressionConfig.parse("k4v4"))
-    assert not can_become(caches[0], replace(attached.config, mask=Mask("mine", "01234567")))
+    assert not can_become(caches[0], replace(attached.config, mask=Named("mine", "01234567")))
 
 
 def test_a_plan_has_no_profile_whose_mask_may_be_of_another_model() -> None:
@@ -288,7 +288,7 @@ def test_mlx_lms_own_files_hold_channels_too(loaded: LoadedModel, tmp_path: Path
             twins = deepcopy(caches)
             logits = [loaded.model(mx.array([[7]]), cache=each) for each in (twins, again)]
             assert mx.array_equal(*logits)
-    assert [cache.channels for cache in again] == list(mask.layers)
+    assert [cache.learned for cache in again] == list(mask.layers)
 
 
 ASK = ["--prompt", "what?", "--max-tokens", "8", "--verbose", "F"]

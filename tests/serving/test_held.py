@@ -36,12 +36,10 @@ def counted(lists: list[list[Any]]) -> int:
         if not isinstance(cache, CompressedKVCache):
             total += cache.nbytes
         elif (layer := cache.layer) is not None:
-            arrays |= {id(x): x.nbytes for x in layer.exact_arrays}
+            arrays |= {id(x): x.nbytes for x in (*layer.exact_arrays, *layer.space.arrays)}
             if layer.body is None:
                 continue
             arrays |= {id(x): x.nbytes for x in layer.body.centers}
-            if layer.space.equalizer is not None:
-                arrays[id(layer.space.equalizer.scales)] = layer.space.equalizer.scales.nbytes
             total += layer.body.memory().side
             for table in layer.body.tables:
                 total += table.nbytes if table.ids.size else 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from leankv_mlx.cache import CompressedKVCache
-from leankv_mlx.codec.channels import Channels
+from leankv_mlx.codec.space import Learned
 from leankv_mlx.config import UNCOMPRESSED
 from leankv_mlx.errors import CacheFileError, UsageError
 from leankv_mlx.mlx_lm.cache_files import PromptCache, has_magic, load_prompt_cache
@@ -141,8 +141,10 @@ class Generate(Session):
                 projections=ours.projections,
                 sparse=ours.sparse,
             )
-            if not ours.mask.digest and ours.mask.name == config.mask.name:
-                ours = self.config = replace(ours, mask=config.mask)  # the file has its own
+            for name in ("mask", "basis"):
+                named, stored = getattr(ours, name), getattr(config, name)
+                if not named.digest and named.name == stored.name:  # the file has its own
+                    ours = self.config = replace(ours, **{name: stored})
             if self.args.kv == BARE:
                 self.config = config
             elif config != ours:
@@ -151,11 +153,11 @@ class Generate(Session):
                 )
 
     @property
-    def channels(self) -> list[Channels] | None:
-        """See `Session`; a file has them with it."""
+    def learned(self) -> list[Learned] | None:
+        """See `Session`; a file has it with it."""
         caches = self._loaded.caches if self._loaded else []
-        found = [c.channels for c in caches if isinstance(c, CompressedKVCache)]
-        return [channels for channels in found if channels] or None
+        found = [c.learned for c in caches if isinstance(c, CompressedKVCache)]
+        return [learned for learned in found if learned] or None
 
     def _check_metadata(self, file: str, metadata: dict[str, str]) -> None:
         """What mlx-lm's command reads from it: the model's name and how its tokenizer was made."""

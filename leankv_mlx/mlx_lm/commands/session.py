@@ -10,7 +10,7 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any, NoReturn
 
-from leankv_mlx.codec.channels import Channels
+from leankv_mlx.codec.space import Learned
 from leankv_mlx.config import UNCOMPRESSED, CompressionConfig, parse_kv
 from leankv_mlx.errors import UsageError
 from leankv_mlx.kernels import resolve_backend
@@ -27,7 +27,7 @@ from leankv_mlx.mlx_lm.loading import (
 from leankv_mlx.mlx_lm.patches import printing, replaced
 from leankv_mlx.mlx_lm.projecting import is_native
 from leankv_mlx.mlx_lm.usage import Usage, measure, summary_line
-from leankv_mlx.settings import Mask, Sparse
+from leankv_mlx.settings import Named, Sparse
 
 BARE = "leankv"
 """`--kv` without a setting."""
@@ -150,14 +150,15 @@ class Session:
 
     def _attach(self, model: Any, draft: bool = False) -> None:
         if self.config is not None:
-            config, channels = self.config, self.channels
-            if draft:  # thresholds and masks are of one model, and a draft is checked by the other
-                config, channels = replace(config, sparse=Sparse(), mask=Mask()), None
-            self.keep(attach(model, config, channels=channels).start())
+            config, learned = self.config, self.learned
+            if draft:  # what was learned is of one model, and a draft is checked by the other
+                config = replace(config, sparse=Sparse(), mask=Named(), basis=Named())
+                learned = None
+            self.keep(attach(model, config, learned=learned).start())
 
     @property
-    def channels(self) -> list[Channels] | None:
-        """What the compressed layers of the main model keep; None for what its mask says."""
+    def learned(self) -> list[Learned] | None:
+        """The mask or basis of the main model, by layer; None for what the settings name."""
         return None
 
     def keep(self, attachment: Attachment) -> None:
