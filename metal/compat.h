@@ -32,6 +32,10 @@ typedef unsigned int uint;
 #define simdgroup_barrier(flags) __syncwarp()
 
 template <class T>
+DEVFN T simd_shuffle(T x, ushort lane) {
+  return __shfl_sync(0xffffffffu, x, lane);
+}
+template <class T>
 DEVFN T simd_shuffle_xor(T x, ushort mask) {
   return __shfl_xor_sync(0xffffffffu, x, mask);
 }

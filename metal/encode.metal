@@ -66,15 +66,63 @@ DEVFN float lkv_search_scale(const THR float (&x)[C], float rms) {
   return best;
 }
 
+// Codes at a scale, channel by channel: the error of each moves the channels behind it
+// (leankv_mlx/codec/shaping.py). `shaping` [32 * C][32 * C] is that of the head. Returns what the
+// errors cost, in every lane.
+template <int SIDE, int C>
+DEVFN float lkv_shaped_codes(const THR float (&x)[C], float scale, const DEV float* shaping,
+                             uint lane, THR uint (&codes)[C]) {
+  const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+  float targets[C], cost = 0.0f;
+  UNROLL for (int c = 0; c < C; c++) {
+    targets[c] = x[c];
+    codes[c] = 0u;
+  }
+  UNROLL for (int c = 0; c < C; c++) {
+    const int bits = lkv_group_bits(SIDE, c);
+    if (bits == 0) continue;
+    UNROLL1 for (int i = 0; i < 32; i++) {
+      const DEV float* row = shaping + (size_t)(c * 32 + i) * (32 * C);
+      const float target = simd_shuffle(targets[c], (ushort)i);
+      const uint code = lkv_nearest_of(bits, target * inverse);
+      const float value = scale * lkv_level_of(bits, code), off = target - value;
+      const float error = simd_shuffle(x[c], (ushort)i) - value;
+      cost = metal::fma(row[c * 32 + i] * off, off, cost);
+      if (i == (int)lane) codes[c] = code;
+      UNROLL for (int d = c; d < C; d++) {
+        targets[d] = metal::fma(row[d * 32 + (int)lane], error, targets[d]);
+      }
+    }
+  }
+  return cost;
+}
+
+// The same at the factor of the rms whose errors cost least, which is returned.
+template <int SIDE, int C>
+DEVFN float lkv_shaped_search(const THR float (&x)[C], float rms, const DEV float* shaping,
+                              uint lane, THR uint (&codes)[C]) {
+  float best = rms, least = 3.0e38f;
+  UNROLL1 for (int step = 0; step < 11; step++) {
+    uint found[C];
+    const float scale = (0.8f + 0.04f * (float)step) * rms;
+    const float cost = lkv_shaped_codes<SIDE, C>(x, scale, shaping, lane, found);
+    if (step > 0 && cost >= least) continue;
+    best = scale;
+    least = cost;
+    UNROLL for (int c = 0; c < C; c++) codes[c] = found[c];
+  }
+  return best;
+}
+
 DEVFN uint lkv_scale_bits(float scale) {
   return lkv_half_bits(metal::min(metal::max(scale, 0.0f), 65504.0f));
 }
 
 // The vector of slot `slot` [32 * C] -> codes, and the bits of its scale. Slots behind the last row
-// hold zeros.
-template <int SIDE, int C, bool SEARCH, class T>
-DEVFN uint lkv_encode_vector(const DEV T* vector, const DEV float* mu, bool there, int slot,
-                             uint lane, TG_PTR(uchar) bytes) {
+// hold zeros. `shaping` is read if SHAPED.
+template <int SIDE, int C, bool SEARCH, bool SHAPED, class T>
+DEVFN uint lkv_encode_vector(const DEV T* vector, const DEV float* mu, const DEV float* shaping,
+                             bool there, int slot, uint lane, TG_PTR(uchar) bytes) {
   float x[C], squares = 0.0f;
   uint codes[C];
   UNROLL for (int c = 0; c < C; c++) {
@@ -85,9 +133,15 @@ DEVFN uint lkv_encode_vector(const DEV T* vector, const DEV float* mu, bool ther
   }
   squares = simd_sum(squares);
   float scale = metal::sqrt(squares / (float)lkv_channels(SIDE, C));
-  if (SEARCH) scale = lkv_search_scale<SIDE, C>(x, scale);
   uint bits = lkv_scale_bits(scale);
-  lkv_codes<SIDE, C>(x, lkv_float_of_half_bits(bits), codes);
+  if (SHAPED && SEARCH) {
+    bits = lkv_scale_bits(lkv_shaped_search<SIDE, C>(x, scale, shaping, lane, codes));
+  } else if (SHAPED) {
+    lkv_shaped_codes<SIDE, C>(x, lkv_float_of_half_bits(bits), shaping, lane, codes);
+  } else {
+    if (SEARCH) bits = lkv_scale_bits(lkv_search_scale<SIDE, C>(x, scale));
+    lkv_codes<SIDE, C>(x, lkv_float_of_half_bits(bits), codes);
+  }
   if (SEARCH) {
     float dot = 0.0f;
     UNROLL for (int c = 0; c < C; c++) {
@@ -132,22 +186,23 @@ DEVFN void lkv_pack_side(TG_PTR(const uchar) bytes, bool lane_is_slot, uint lane
   }
 }
 
-// One block. k [H, tokens, Dk], v [H, tokens, Dv], mu_k [H, Dk], mu_v [H, Dv] ->
-// blocks [H, count, words]
-template <int KF, int VF, int KC, int VC, bool SEARCH, int NSG, class KT, class VT>
+// One block. k [H, tokens, Dk], v [H, tokens, Dv], mu_k [H, Dk], mu_v [H, Dv], shaping [H, Dk, Dk]
+// if SHAPED -> blocks [H, count, words]
+template <int KF, int VF, int KC, int VC, bool SEARCH, bool SHAPED, int NSG, class KT, class VT>
 DEVFN void lkv_encode_block(const DEV KT* k, const DEV VT* v, int tokens, const DEV float* mu_k,
-                            const DEV float* mu_v, DEV uint* blocks, int head, int block, int count,
-                            uint lane, uint simd_group, TG_PTR(uchar) k_bytes,
-                            TG_PTR(uchar) v_bytes) {
+                            const DEV float* mu_v, const DEV float* shaping, DEV uint* blocks,
+                            int head, int block, int count, uint lane, uint simd_group,
+                            TG_PTR(uchar) k_bytes, TG_PTR(uchar) v_bytes) {
   constexpr int k_words = 32 * lkv_rows(KF, KC), v_words = 32 * lkv_rows(VF, VC);
   DEV uint* words = blocks + ((size_t)head * count + block) * (size_t)(k_words + v_words + 32);
   for (int slot = (int)simd_group; slot < 32; slot += NSG) {
     const bool there = block * 32 + slot < tokens;
     const size_t row = (size_t)head * tokens + (there ? block * 32 + slot : 0);
-    const uint k_scale = lkv_encode_vector<KF, KC, SEARCH>(
-        k + row * (KC * 32), mu_k + head * (KC * 32), there, slot, lane, k_bytes);
-    const uint v_scale = lkv_encode_vector<VF, VC, SEARCH>(
-        v + row * (VC * 32), mu_v + head * (VC * 32), there, slot, lane, v_bytes);
+    const DEV float* costs = SHAPED ? shaping + (size_t)head * (KC * 32) * (KC * 32) : shaping;
+    const uint k_scale = lkv_encode_vector<KF, KC, SEARCH, SHAPED>(
+        k + row * (KC * 32), mu_k + head * (KC * 32), costs, there, slot, lane, k_bytes);
+    const uint v_scale = lkv_encode_vector<VF, VC, SEARCH, false>(
+        v + row * (VC * 32), mu_v + head * (VC * 32), shaping, there, slot, lane, v_bytes);
     if (lane == 0) words[k_words + v_words + slot] = k_scale | (v_scale << 16);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -19,4 +19,12 @@ def matrix(dim: int, condition: float, seed: int) -> NDArray[np.float32]:
 
 def basis(heads: int, dim: int, condition: float = 30.0, seed: int = 0) -> Basis:
     """Of some layer."""
-    return Basis(np.stack([matrix(dim, condition, 100 * seed + head) for head in range(heads)]))
+    matrices = [matrix(dim, condition, 100 * seed + head) for head in range(heads)]
+    return Basis(np.stack(matrices), costs(heads, dim, seed))
+
+
+def costs(heads: int, dim: int, seed: int = 0) -> NDArray[np.float32]:
+    """A few directions that cost much, and most that cost little."""
+    draw = np.random.default_rng(seed)
+    drawn = np.exp(1.5 * draw.standard_normal((heads, dim)))
+    return drawn.astype(np.float16).astype(np.float32)

@@ -56,19 +56,21 @@ def digest_of(layers: Iterable[Basis]) -> str:
     """What tells bases from others, 8 hex digits: of the numbers that stored keys depend on."""
     digest = hashlib.blake2b(digest_size=4)
     for layer in layers:
-        stored = np.array(layer.matrix)
-        digest.update(repr(stored.shape).encode() + stored.astype("<f2").tobytes())
+        for stored in map(np.array, (layer.matrix, layer.costs)):
+            digest.update(repr(stored.shape).encode() + stored.astype("<f2").tobytes())
     return digest.hexdigest()
 
 
 def _written(bases: Bases) -> Content:
-    return {"matrices": mx.stack([layer.matrix for layer in bases.layers])}, {}
+    matrices = mx.stack([layer.matrix for layer in bases.layers])
+    return {"matrices": matrices, "costs": mx.stack([layer.costs for layer in bases.layers])}, {}
 
 
 def _read(tensors: Tensors, _: dict[str, str], origin: Origin) -> Bases:
-    matrices = np.array(tensors.pop("matrices"))
-    require(matrices.ndim == 4 and matrices.dtype == np.float16)
-    return Bases(tuple(map(Basis.shared, matrices)), *origin)
+    matrices, costs = (np.array(tensors.pop(name)) for name in ("matrices", "costs"))
+    require(matrices.ndim == 4 and costs.shape == matrices.shape[:3])
+    require(matrices.dtype == costs.dtype == np.float16)
+    return Bases(tuple(map(Basis.shared, matrices, costs)), *origin)
 
 
 FILES = Files(KIND, "bases", "rotations", lambda: shipped(), digest_of, _written, _read)

@@ -62,6 +62,7 @@ class CompressedBody:
         first: position of the first token.
         rounding: how scales are found.
         backend: who computes.
+        shaping: what errors of the keys cost, see `codec.shaping`; None if all cost the same.
     """
 
     def __init__(
@@ -72,7 +73,9 @@ class CompressedBody:
         first: int,
         rounding: Rounding,
         backend: Backend,
+        shaping: mx.array | None = None,
     ) -> None:
+        self._shaping = shaping
         self.centers = centers
         self._heads = heads
         self._first = first
@@ -132,7 +135,7 @@ class CompressedBody:
         for tier, *_ in self._shares:
             own = Rows(*map(tier.of, rows))
             centers = self._centers_of(tier)
-            blocks = encode(own, centers, tier.format, self._rounding, self._backend)
+            blocks = self._encoded(own, centers, tier, tier.format)
             if tier.side is None:
                 ids = tier.table.append(blocks.shape[1])
                 tier.table.pool.write(ids.ravel(), blocks.reshape(-1, tier.format.words))
@@ -250,7 +253,7 @@ class CompressedBody:
     def copy(self) -> CompressedBody:
         """A body that shares the blocks until one of the two changes them."""
         other = CompressedBody(
-            self._heads, (), self.centers, self._first, self._rounding, self._backend
+            self._heads, (), self.centers, self._first, self._rounding, self._backend, self._shaping
         )
         other._hold(
             [[BodyTier(t.format, t.table.copy(), t.side) for t in share] for share in self._shares]
@@ -317,10 +320,15 @@ class CompressedBody:
             picked = repack(view, mx.array(index[:, start : start + TILE * _SLAB]), self._backend)
             body = loose(picked, tier.format)
             rows = dequantize(body, centers, mx.float32, self._backend)
-            parts.append(encode(rows, centers, format, self._rounding, self._backend))
+            parts.append(self._encoded(rows, centers, tier, format))
         blocks = mx.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
         positions, marks = (taken(x, index, index >= 0) for x in tier.recall())
         return _Extra(blocks, np.where(index >= 0, positions, -1), marks)
+
+    def _encoded(self, rows: Rows, centers: Centers, tier: BodyTier, format: Format) -> mx.array:
+        """Rows of the heads of a tier as blocks."""
+        shaping = None if self._shaping is None else tier.of(self._shaping)
+        return encode(rows, centers, format, self._rounding, self._backend, shaping)
 
     def _centers_of(self, tier: BodyTier) -> Centers:
         return Centers(*map(tier.of, self.centers))

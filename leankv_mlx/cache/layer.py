@@ -382,7 +382,9 @@ class Layer:
     def _new_body(self, centers: Centers) -> CompressedBody:
         heads, rounding = self.shape.heads, self.config.rounding
         shares = self._narrow if self.narrowed else self._whole
-        return CompressedBody(heads, shares, centers, self.sinks, rounding, self.backend)
+        return CompressedBody(
+            heads, shares, centers, self.sinks, rounding, self.backend, self.space.shaping
+        )
 
     def _equalize(self, start: int, stop: int) -> None:
         """Fit the equalizer on the first of the exact rows start..stop, and apply it to all."""

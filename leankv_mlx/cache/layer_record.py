@@ -12,7 +12,14 @@ import numpy as np
 
 from leankv_mlx.cache.compressed import CompressedKVCache
 from leankv_mlx.cache.container import DamagedError
-from leankv_mlx.cache.state import BodyState, CacheState, ChannelsState, LayerState, TierState
+from leankv_mlx.cache.state import (
+    BasisState,
+    BodyState,
+    CacheState,
+    ChannelsState,
+    LayerState,
+    TierState,
+)
 from leankv_mlx.cache.tier import Share
 from leankv_mlx.codec.channels import Channels
 from leankv_mlx.codec.equalize import LARGEST
@@ -49,7 +56,7 @@ def written(cache: CompressedKVCache, name: str, tensors: Tensors) -> dict[str, 
     if state.channels is not None:
         arrays = {"order": state.channels.order, "groups": state.channels.groups}
     if state.basis is not None:
-        arrays = {"basis": state.basis}
+        arrays = {"basis": state.basis.matrix, "costs": state.basis.costs}
     if (layer := state.layer) is not None:
         record |= {field: getattr(layer, field) for field in _NUMBERS}
         if state.channels is not None:
@@ -113,8 +120,9 @@ def _stored(name: str, tensors: Tensors) -> CacheState:
     """A state with nothing but what was learned of the keys, if anything was."""
     empty = CacheState("", False)
     if f"{name}.basis" in tensors:
-        basis = tensors.pop(f"{name}.basis")
-        _expect(basis, basis.shape, (mx.float16,))
+        basis = BasisState(tensors.pop(f"{name}.basis"), tensors.pop(f"{name}.costs", mx.array(0)))
+        for array, shape in zip(basis, (basis.matrix.shape, basis.matrix.shape[:2]), strict=True):
+            _expect(array, shape, (mx.float16,))
         return empty._replace(basis=basis)
     if f"{name}.order" not in tensors:
         return empty

@@ -23,8 +23,8 @@ class CacheMemory:
         side: position and score of each slot, where heads may have lost tokens; and the queries
             that scores are made from, where a policy drops them.
         exact: sink tokens and window, uncompressed.
-        centers: the vectors subtracted before encoding, and those it divides by; or the matrices of
-            its basis and their inverses, which all sequences of a model have in common.
+        centers: the vectors subtracted before encoding, and those that keys are divided by. What
+            was learned of a model, its basis, is counted with the model: all caches share it.
         allocated: what the buffers behind all of this hold, unused blocks included; blocks that
             copies of a cache share count in each of them, those of others alone do not.
     """
@@ -88,8 +88,6 @@ def planned(
     centers = 4 * row if columns[-1] else 0
     if columns[-1] and config.equalizes:
         centers += 4 * heads * k_dim
-    if config.basis:
-        centers += (2 + 4) * heads * k_dim**2
     found = CacheMemory(exact=exact, centers=centers, allocated=exact + centers)
     return found + _planned(format.words, heads, columns) if columns[-1] else found
 

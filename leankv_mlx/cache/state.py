@@ -84,16 +84,40 @@ class ChannelsState(NamedTuple):
         return Channels.of(np.array(self.order), np.array(self.groups))
 
 
+class BasisState(NamedTuple):
+    """A basis of keys: see `codec.basis.Basis`.
+
+    Attributes:
+        matrix: float16 [H, k_dim, k_dim].
+        costs: float16 [H, k_dim].
+    """
+
+    matrix: mx.array
+    costs: mx.array
+
+    @classmethod
+    def of(cls, basis: Basis) -> BasisState:
+        """That of a cache."""
+        return cls(basis.matrix, basis.costs)
+
+    def read(self) -> Basis:
+        """What `of` was given.
+
+        Raises:
+            ConfigError: it is no basis.
+        """
+        return Basis.shared(np.array(self.matrix), np.array(self.costs))
+
+
 class CacheState(NamedTuple):
     """A cache: its `--kv` text, whether it holds what it fetched, its layer, if it began, its
-    channels, unless it keeps all, and the matrices of its basis, float16 [H, k_dim, k_dim], if it
-    has one."""
+    channels, unless it keeps all, and its basis, if it has one."""
 
     kv: str
     keep_fetched: bool
     layer: LayerState | None = None
     channels: ChannelsState | None = None
-    basis: mx.array | None = None
+    basis: BasisState | None = None
 
     @classmethod
     def made(
@@ -101,7 +125,7 @@ class CacheState(NamedTuple):
     ) -> CacheState:
         """Of a cache for whose keys this was learned."""
         channels = ChannelsState.of(learned) if isinstance(learned, Channels) else None
-        basis = learned.matrix if isinstance(learned, Basis) else None
+        basis = BasisState.of(learned) if isinstance(learned, Basis) else None
         return cls(kv, keep_fetched, layer, channels, basis)
 
     def learned(self) -> Learned | None:
@@ -112,7 +136,7 @@ class CacheState(NamedTuple):
         """
         if self.channels is not None:
             return self.channels.read()
-        return None if self.basis is None else Basis.shared(np.array(self.basis))
+        return None if self.basis is None else self.basis.read()
 
     @classmethod
     def of(cls, value: Iterable[Any]) -> CacheState:
@@ -123,8 +147,9 @@ class CacheState(NamedTuple):
         kv, keep_fetched, *rest = value
         channels = basis = None
         if rest and not isinstance(rest[0], int):  # not of an earlier version
-            kept, basis = (*rest[1:], None, None)[:2]
+            kept, turned = (*rest[1:], None, None)[:2]
             channels = None if kept is None else ChannelsState(*kept)
+            basis = None if turned is None else BasisState(*turned)
         if not rest or rest[0] is None:
             return cls(kv, keep_fetched, None, channels, basis)
         if isinstance(rest[0], int):  # of an earlier version

@@ -1,10 +1,12 @@
-"""A matrix for the keys of each KV head, undone in the queries.
+"""A matrix for the keys of each KV head, undone in the queries, and what errors cost there.
 
 Multiplying all keys by a matrix T and all queries by its transposed inverse changes no score:
 (T^-T q).(T k) = q.k. The rotation behind it spreads the error of a stored vector over all
 directions alike, so what an error costs is the size of the keys times that of the queries, both
 summed over the directions. It is least in a basis in which both have the same diagonal covariance:
-an equalizer (`codec.equalize`) that also turns. How the matrix is learned is `learning.basis`.
+an equalizer (`codec.equalize`) that also turns. What is then left of the size of the queries in
+each direction is what an error costs there, and the encoder moves errors to where they are cheap
+(`codec.shaping`). How both are learned is `learning.basis`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from leankv_mlx.codec.rotation import Rotation
+from leankv_mlx.codec.shaping import shaping
 from leankv_mlx.errors import ConfigError
 
 LARGEST = 1e5
@@ -28,39 +32,45 @@ class Basis:
     Args:
         matrix: T of each KV head, [H, head_dim, head_dim], of numbers that float16 has, because
             that is how it is held and stored; keys are columns to it.
+        costs: the mean square of the queries in each direction of the basis, up to a factor for
+            each KV head, [H, head_dim], of numbers that float16 has.
 
     Attributes:
         matrix: float16 [H, head_dim, head_dim].
-        inverse: of it, float32 [H, head_dim, head_dim], computed in float64.
+        costs: float16 [H, head_dim].
+        inverse: of the matrix, float32 [H, head_dim, head_dim], computed in float64.
 
     Raises:
-        ConfigError: it has another shape or other numbers, or cannot be inverted.
+        ConfigError: they have another shape or other numbers, or cannot be inverted.
     """
 
-    def __init__(self, matrix: NDArray[np.floating]) -> None:
+    def __init__(self, matrix: NDArray[np.floating], costs: NDArray[np.floating]) -> None:
         if matrix.ndim != 3 or not matrix.size or matrix.shape[1] != matrix.shape[2]:
             raise ConfigError("a basis has one square matrix for each KV head.")
-        with np.errstate(over="ignore"):
-            held = matrix.astype(np.float16)
-        if not np.isfinite(held).all() or (held != matrix).any():
-            raise ConfigError("a basis has numbers of float16.")
+        if costs.shape != matrix.shape[:2]:
+            raise ConfigError("a basis has a cost for each channel of each KV head.")
+        held, weights = map(_halves, (matrix, costs))
+        if (weights < 0).any() or not (weights > 0).any(axis=1).all():
+            raise ConfigError("the costs of a basis are not below 0, and not all 0.")
         inverse = _inverted(held)
         if inverse is None:
             raise ConfigError("a basis has matrices that can be inverted.")
-        self.matrix = mx.array(held)
+        self.matrix, self.costs = mx.array(held), mx.array(weights)
         self.inverse = mx.array(inverse.astype(np.float32))
-        self._content = _content(held)
+        self._content = _content(held, weights)
+        self._shapings: dict[Rotation, mx.array] = {}
 
     @classmethod
-    def shared(cls, matrix: NDArray[np.float16]) -> Basis:
-        """That of a matrix; the same object as long as one that came of it lives: caches that are
-        read from files then hold what those of the attached model hold.
+    def shared(cls, matrix: NDArray[np.float16], costs: NDArray[np.float16]) -> Basis:
+        """That of a matrix and its costs; the same object as long as one that came of them lives:
+        caches that are read from files then hold what those of the attached model hold.
 
         Raises:
             ConfigError: see `Basis`.
         """
-        known = _LIVING.get(_content(matrix))
-        return _LIVING.setdefault(_content(matrix), cls(matrix)) if known is None else known
+        content = _content(matrix, costs)
+        known = _LIVING.get(content)
+        return _LIVING.setdefault(content, cls(matrix, costs)) if known is None else known
 
     @property
     def heads(self) -> int:
@@ -88,6 +98,15 @@ class Basis:
         turned = grouped.astype(mx.float32) @ self.inverse
         return turned.astype(queries.dtype).reshape(queries.shape)
 
+    def shaping(self, rotation: Rotation) -> mx.array:
+        """What an encoder of keys that are in the basis and rotated needs to know of the costs, see
+        `codec.shaping`; made once."""
+        if rotation not in self._shapings:
+            rotated = np.array(rotation.apply(mx.eye(self.head_dim)), np.float64)
+            costs = np.array(self.costs, np.float64)
+            self._shapings[rotation] = shaping(rotated.T @ (costs[:, :, None] * rotated))
+        return self._shapings[rotation]
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Basis) and self._content == other._content
 
@@ -99,9 +118,24 @@ _Content = tuple[tuple[int, ...], bytes]
 _LIVING: WeakValueDictionary[_Content, Basis] = WeakValueDictionary()
 
 
-def _content(matrix: NDArray[np.float16]) -> _Content:
+def _content(matrix: NDArray[np.float16], costs: NDArray[np.float16]) -> _Content:
     """What tells it from others: its shape, and a digest of its numbers."""
-    return matrix.shape, hashlib.blake2b(matrix.tobytes(), digest_size=16).digest()
+    digest = hashlib.blake2b(matrix.tobytes(), digest_size=16)
+    digest.update(costs.tobytes())
+    return matrix.shape, digest.digest()
+
+
+def _halves(numbers: NDArray[np.floating]) -> NDArray[np.float16]:
+    """The same numbers in float16.
+
+    Raises:
+        ConfigError: it does not have them.
+    """
+    with np.errstate(over="ignore"):
+        held = numbers.astype(np.float16)
+    if not np.isfinite(held).all() or (held != numbers).any():
+        raise ConfigError("a basis has numbers of float16.")
+    return held
 
 
 def _inverted(matrix: NDArray[np.floating]) -> NDArray[np.float64] | None:

@@ -22,14 +22,14 @@ class Codec:
     """One of them.
 
     Attributes:
-        encode: rotated, centered vectors float32 [..., D], bits of each channel group, and how the
-            scale is found -> codes uint32 [..., D], below 2^bits and 0 in groups that are not
-            stored, and scales fp16 [...].
+        encode: rotated, centered vectors float32 [..., D], bits of each channel group, how the
+            scale is found, and what errors cost (`codec.shaping`), if that is known -> codes uint32
+            [..., D], below 2^bits and 0 in groups that are not stored, and scales fp16 [...].
         decode: codes, scales and bits -> float32 [..., D]; 0 where nothing is stored, and where the
             scale is 0.
     """
 
-    encode: Callable[[mx.array, Bits, Rounding], tuple[mx.array, mx.array]]
+    encode: Callable[[mx.array, Bits, Rounding, mx.array | None], tuple[mx.array, mx.array]]
     decode: Callable[[mx.array, mx.array, Bits], mx.array]
 
 

@@ -8,6 +8,9 @@ Three ways to find the scale, all with the same decoder:
   vector by its error, and so all scores and outputs (TurboQuant, arXiv 2504.19874, on the bias of
   inner products).
 - "optimal": coordinate descent over the codes (optimal rounding of the TurboQuant-style LeanKV).
+
+With `shaping` (see there) the first two encode channel by channel, and the search keeps the factor
+whose errors cost least; their scales are the same.
 """
 
 from collections.abc import Callable
@@ -17,6 +20,7 @@ import numpy as np
 
 from leankv_mlx.codec.codebook import level, nearest
 from leankv_mlx.codec.format import TILE, runs
+from leankv_mlx.codec.shaping import shaped
 from leankv_mlx.config import Rounding
 
 SEARCH_FACTORS = tuple(float(f) for f in np.linspace(0.8, 1.2, 11))
@@ -26,18 +30,23 @@ _DESCENT_PASSES = 2
 Bits = tuple[int, ...]
 
 
-def quantize(x: mx.array, bits: Bits, rounding: Rounding) -> tuple[mx.array, mx.array]:
+def quantize(
+    x: mx.array, bits: Bits, rounding: Rounding, shaping: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
     """Encode vectors.
 
     Args:
-        x: float32 [..., D], D = 32 * len(bits).
+        x: float32 [..., D], D = 32 * len(bits); [H, ..., D] with `shaping`.
         bits: bits of each channel group.
-        rounding: how the scale is found.
+        rounding: how the scale is found; "optimal" has no use for `shaping`.
+        shaping: what errors cost, see `codec.shaping`; None if all channels are alike.
 
     Returns:
         codes uint32 [..., D] (0 in groups that are not stored) and scales fp16 [...].
     """
     x = _stored(x, bits)
+    if shaping is not None and rounding != "optimal":
+        return _encode_shaped(x, bits, rounding, shaping)
     return _ENCODERS[rounding](x, bits)
 
 
@@ -71,8 +80,7 @@ def _encode_search(x: mx.array, bits: Bits) -> tuple[mx.array, mx.array]:
         best_error = mx.where(better, error, best_error)
         best = mx.where(better, scale, best)
     codes = _codes(x, _as_stored(best), bits)
-    dot, _ = _fit(x, _levels(codes, bits))
-    return codes, _as_stored(mx.where(dot > 0, (x * x).sum(-1) / dot, best))
+    return codes, _kept(x, codes, bits, best)
 
 
 def _encode_optimal(x: mx.array, bits: Bits) -> tuple[mx.array, mx.array]:
@@ -105,6 +113,22 @@ def _encode_optimal(x: mx.array, bits: Bits) -> tuple[mx.array, mx.array]:
     return mx.stack(columns, axis=-1).astype(mx.uint32), scales
 
 
+def _encode_shaped(
+    x: mx.array, bits: Bits, rounding: Rounding, shaping: mx.array
+) -> tuple[mx.array, mx.array]:
+    rms = _rms_scale(x, bits)
+    if rounding == "rms":
+        scales = _as_stored(rms)
+        codes, _ = shaped(x, scales.astype(mx.float32)[..., None], bits, shaping)
+        return codes[..., 0, :], scales
+    factors = mx.array(SEARCH_FACTORS) * rms[..., None]
+    every, cost = shaped(x, factors, bits, shaping)
+    best = mx.argmin(cost, axis=-1, keepdims=True)
+    codes = mx.take_along_axis(every, best[..., None], axis=-2)[..., 0, :]
+    scale = mx.take_along_axis(factors, best, axis=-1)[..., 0]
+    return codes, _kept(x, codes, bits, scale)
+
+
 _ENCODERS: dict[str, Callable[[mx.array, Bits], tuple[mx.array, mx.array]]] = {
     "search": _encode_search,
     "rms": _encode_rms,
@@ -114,6 +138,12 @@ _ENCODERS: dict[str, Callable[[mx.array, Bits], tuple[mx.array, mx.array]]] = {
 
 def _as_stored(scale: mx.array) -> mx.array:
     return mx.clip(scale, 0.0, _LARGEST_SCALE).astype(mx.float16)
+
+
+def _kept(x: mx.array, codes: mx.array, bits: Bits, scale: mx.array) -> mx.array:
+    """The scale that keeps the product of each vector with itself, as it is stored."""
+    dot, _ = _fit(x, _levels(codes, bits))
+    return _as_stored(mx.where(dot > 0, (x * x).sum(-1) / dot, scale))
 
 
 def _fit(x: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

@@ -56,10 +56,14 @@ class Space:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """What it holds of its own."""
-        if self.basis:
-            return [self.basis.matrix, self.basis.inverse]
+        """What it holds of its own. The matrices of a basis are a constant of the model, like its
+        weights: they are there once, however many caches it has."""
         return [self.equalizer.scales] if self.equalizer else []
+
+    @property
+    def shaping(self) -> mx.array | None:
+        """What errors of stored keys cost, see `codec.shaping`; None if nothing is known of it."""
+        return self.basis.shaping(self.rotations[0]) if self.basis else None
 
     @property
     def scales(self) -> mx.array | None:

@@ -129,10 +129,12 @@ def _centers(centers: Centers | None) -> Any:
     return None if centers is None else load().Centers(centers.k, centers.v)
 
 
-def _encode(rows: Rows, centers: Centers, format: Format, rounding: Rounding) -> mx.array:
+def _encode(
+    rows: Rows, centers: Centers, format: Format, rounding: Rounding, shaping: mx.array | None
+) -> mx.array:
     if rounding == "optimal":
         return encode_ops(rows, centers, format, rounding)
-    blocks: mx.array = load().encode(*rows, _centers(centers), _format(format), rounding)
+    blocks: mx.array = load().encode(*rows, _centers(centers), _format(format), rounding, shaping)
     return blocks
 
 

@@ -177,7 +177,12 @@ class EncodeOp(Protocol):
     """See `kernels.encode.encode`."""
 
     def __call__(
-        self, rows: Rows, centers: Centers, format: Format, rounding: Rounding
+        self,
+        rows: Rows,
+        centers: Centers,
+        format: Format,
+        rounding: Rounding,
+        shaping: mx.array | None,
     ) -> mx.array: ...
 
 

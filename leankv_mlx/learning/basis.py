@@ -10,7 +10,8 @@ rotation spreads over all directions, that is the product of two sums over the d
 of T (k - c), and that of the queries T^-T q, both weighted by w. With Ck and Cq, the covariance of
 the keys and the second moment of the queries so weighted, and U L U^T = Cq^1/2 Ck Cq^1/2, it is
 least for T = L^-1/4 U^T Cq^1/2, in which both are the diagonal matrix L^1/2 (Cauchy-Schwarz, as
-in `codec.equalize`, which is the best diagonal T for weights that are all alike).
+in `codec.equalize`, which is the best diagonal T for weights that are all alike). That diagonal is
+also what an error in each direction costs.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ FIRST, EVERY = 256, 4
 
 _PLAIN = CompressionConfig()
 _LEAST_TOKENS = 512
-_METHOD = "weighted covariances, 1"
+_METHOD = "weighted covariances, 2"
 
 Matrices = NDArray[np.float64]
 
@@ -103,8 +104,8 @@ class Moments:
     def basis(self) -> Basis:
         """The best for what came."""
         pairs = zip(self.keys, self.queries, strict=True)
-        found = np.stack([best(keys, queries) for keys, queries in pairs])
-        return Basis(found.astype(np.float16))
+        found = [best(keys, queries) for keys, queries in pairs]
+        return Basis(*(np.stack(parts).astype(np.float16) for parts in zip(*found, strict=True)))
 
 
 def _weighted(
@@ -137,9 +138,10 @@ def _weighted(
     return of_keys, of_queries
 
 
-def best(keys: Matrices, queries: Matrices) -> Matrices:
-    """The matrix T of a KV head, [d, d]: the one of the module's docstring, scaled so that keys
-    keep their mean size. That of the model, the identity, if nothing is known.
+def best(keys: Matrices, queries: Matrices) -> tuple[Matrices, Matrices]:
+    """The matrix T of a KV head, [d, d], and what errors cost there, [d], 1 in the mean: those of
+    the module's docstring, scaled so that keys keep their mean size. The identity and 1 if nothing
+    is known.
 
     Args:
         keys: covariance of the keys, up to a factor, [d, d].
@@ -147,14 +149,15 @@ def best(keys: Matrices, queries: Matrices) -> Matrices:
     """
     dim = len(keys)
     if not (np.trace(keys) > 0 and np.trace(queries) > 0):
-        return np.eye(dim)
+        return np.eye(dim), np.ones(dim)
     keys, queries = (x / np.trace(x) * dim + SHRINK * np.eye(dim) for x in (keys, queries))
     sizes, turns = np.linalg.eigh(queries)
     root = (turns * np.sqrt(sizes)) @ turns.T
     sizes, turns = np.linalg.eigh(root @ keys @ root)
     found: Matrices = sizes[:, None] ** -0.25 * (turns.T @ root)
     found *= np.sqrt(np.trace(keys) / np.trace(found @ keys @ found.T))
-    return found
+    costs: Matrices = np.sqrt(sizes)
+    return found, costs / costs.mean()
 
 
 def taught(

@@ -125,6 +125,8 @@ struct EncodeArgs {
   Vectors k, v;
   const float* mu_k = nullptr;  // [H, Dk]
   const float* mu_v = nullptr;
+  // What errors of keys cost, [H, Dk, Dk] (leankv_mlx/codec/shaping.py); null if all cost the same.
+  const float* shaping = nullptr;
   int tokens = 0;
   Format format;
   Rounding rounding = Rounding::search;

@@ -109,6 +109,68 @@ LEANKV_INLINE vh scale_as_stored(float scale) {
   return to_f16(splat(scale < 0 ? 0 : scale > kLargestScale ? kLargestScale : scale));
 }
 
+// One vector as below, channel by channel: the error of each moves the channels behind it. A lane
+// has a factor of the search.
+inline uint32_t encode_shaped(const Side& side, Rounding rounding, const float* x,
+                              const float* shaping, uint8_t* codes) {
+  constexpr int kVectors = (kSearchSteps + W - 1) / W, kLanes = kVectors * W;
+  const bool search = rounding == Rounding::search;
+  const int dim = side.dim();
+  const float rms = rms_of(side, x), stored = from_f16(scale_as_stored(rms))[0];
+  alignas(64) float scales[kLanes], costs[kLanes], targets[kMaxDim * kLanes];
+  alignas(64) uint8_t found[kMaxDim * kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    scales[lane] = search ? static_cast<float>(0.8 + 0.04 * lane) * rms : stored;
+  }
+  vf scale[kVectors], to_units[kVectors], cost[kVectors] = {};
+  for (int v = 0; v < kVectors; ++v) {
+    scale[v] = load(scales + v * W);
+    to_units[v] = scale[v] > 0.0f ? 1.0f / scale[v] : vf{};
+  }
+  for (int i = 0; i < dim; ++i) {
+    for (int v = 0; v < kVectors; ++v) store(targets + i * kLanes + v * W, splat(x[i]));
+  }
+  each_group(side, [&](auto bits, int first) {
+    const Levels<bits> levels;
+    for (int i = first; i < first + kTile; ++i) {
+      const float* row = shaping + int64_t{i} * dim;
+      vf errors[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        const vf target = load(targets + i * kLanes + v * W);
+        const vu code = nearest<bits>(target * to_units[v]);
+        const vf value = scale[v] * levels.of(code), off = target - value;
+        store(found + i * kLanes + v * W, __builtin_convertvector(code, vb));
+        cost[v] += row[i] * off * off;
+        errors[v] = x[i] - value;
+      }
+      for (int j = i + 1; j < dim; ++j) {
+        for (int v = 0; v < kVectors; ++v) {
+          float* target = targets + j * kLanes + v * W;
+          store(target, load(target) + row[j] * errors[v]);
+        }
+      }
+    }
+  });
+  for (int v = 0; v < kVectors; ++v) store(costs + v * W, cost[v]);
+  int best = 0;
+  for (int lane = 1; lane < (search ? kSearchSteps : 1); ++lane) {
+    if (costs[lane] < costs[best]) best = lane;
+  }
+  std::memset(codes, 0, dim);
+  vf squares{}, dots{};
+  each_group(side, [&](auto bits, int first) {
+    const Levels<bits> levels;
+    for (int i = first; i < first + kTile; ++i) codes[i] = found[i * kLanes + best];
+    unroll<NV>([&](auto v) LEANKV_LAMBDA {
+      const vf y = load(x + first + v * W);
+      squares += y * y;
+      dots += y * levels.of(__builtin_convertvector(load<vb>(codes + first + v * W), vu));
+    });
+  });
+  const float dot = sum(dots);
+  return scale_as_stored(search && dot > 0 ? sum(squares) / dot : scales[best])[0];
+}
+
 // One vector [dim] -> codes uint8 [dim] (0 where nothing is stored) and the bits of its fp16 scale.
 inline uint32_t encode_vector(const Side& side, Rounding rounding, const float* x, uint8_t* codes) {
   const bool search = rounding == Rounding::search;
@@ -153,15 +215,20 @@ inline void pack_tile(const uint8_t* codes, int stride, uint32_t* words) {
   }
 }
 
-// One side of a block: rows [n, dim] -> words; the scales go to `scales` [32], shifted.
-inline uint32_t* encode_side(const Side& side, Rounding rounding, const float* rows, int n,
-                             bool lanes_are_slots, int shift, uint32_t* words, uint32_t* scales) {
+// One side of a block: rows [n, dim] -> words; the scales go to `scales` [32], shifted. `shaping`
+// may be null.
+inline uint32_t* encode_side(const Side& side, Rounding rounding, const float* shaping,
+                             const float* rows, int n, bool lanes_are_slots, int shift,
+                             uint32_t* words, uint32_t* scales) {
   const int dim = side.dim();
   alignas(64) uint8_t codes[kTile * kMaxDim];
   alignas(64) float none[kMaxDim] = {};  // what stands behind the last row
   for (int t = 0; t < kTile; ++t) {
     const float* x = t < n ? rows + t * dim : none;
-    scales[t] |= encode_vector(side, rounding, x, codes + t * dim) << shift;
+    uint8_t* to = codes + t * dim;
+    const uint32_t scale = shaping ? encode_shaped(side, rounding, x, shaping, to)
+                                   : encode_vector(side, rounding, x, to);
+    scales[t] |= scale << shift;
   }
   each_group(side, [&](auto bits, int first) {
     alignas(64) uint8_t turned[kTile * kTile];
@@ -198,10 +265,11 @@ inline void encode(const EncodeArgs& a, int head, int block) {
   const int k_dim = a.format.k.dim(), v_dim = a.format.v.dim();
   read(a.k, head, first, n, k_dim, rows);
   center(rows, n, k_dim, a.mu_k + head * k_dim);
-  words = encode_side(a.format.k, a.rounding, rows, n, true, 0, words, scales);
+  const float* shaping = a.shaping ? a.shaping + int64_t{head} * k_dim * k_dim : nullptr;
+  words = encode_side(a.format.k, a.rounding, shaping, rows, n, true, 0, words, scales);
   read(a.v, head, first, n, v_dim, rows);
   center(rows, n, v_dim, a.mu_v + head * v_dim);
-  words = encode_side(a.format.v, a.rounding, rows, n, false, 16, words, scales);
+  words = encode_side(a.format.v, a.rounding, nullptr, rows, n, false, 16, words, scales);
   std::memcpy(words, scales, sizeof(scales));
 }
 

@@ -90,10 +90,10 @@ NB_MODULE(_native, m) {
   m.def(
       "encode",
       [](const mx::array& k, const mx::array& v, const CenterArrays& centers, const Format& format,
-         const std::string& rounding) {
-        return encode(k, v, centers, format, rounding_of(rounding));
+         const std::string& rounding, const std::optional<mx::array>& shaping) {
+        return encode(k, v, centers, format, rounding_of(rounding), shaping);
       },
-      "k"_a, "v"_a, "centers"_a, "format"_a, "rounding"_a);
+      "k"_a, "v"_a, "centers"_a, "format"_a, "rounding"_a, "shaping"_a.none());
   m.def("repack", &repack, "body"_a, "index"_a);
   m.def("decode", &decode, "bodies"_a, "places"_a, "exact_k"_a, "exact_v"_a, "centers"_a.none(),
         "sinks"_a, "dtype"_a, "rotations"_a.none());

@@ -9,8 +9,8 @@ namespace {
 
 class Encode : public Operation {
  public:
-  Encode(mx::Stream s, Format format, Rounding rounding)
-      : Operation(s), format_(format), rounding_(rounding) {}
+  Encode(mx::Stream s, Format format, Rounding rounding, bool shaped)
+      : Operation(s), format_(format), rounding_(rounding), shaped_(shaped) {}
   const char* name() const override { return "LeanKVEncode"; }
 
  protected:
@@ -19,6 +19,7 @@ class Encode : public Operation {
                           .v = reader.rows(),
                           .mu_k = reader.dense<float>(),
                           .mu_v = reader.dense<float>(),
+                          .shaping = reader.dense<float>(shaped_),
                           .tokens = in[0].shape(1),
                           .format = format_,
                           .rounding = rounding_,
@@ -29,6 +30,7 @@ class Encode : public Operation {
  private:
   Format format_;
   Rounding rounding_;
+  bool shaped_;
 };
 
 class Repack : public Operation {
@@ -127,10 +129,12 @@ class Append : public Operation {
 }  // namespace
 
 mx::array encode(const mx::array& k, const mx::array& v, const CenterArrays& centers,
-                 const Format& format, Rounding rounding) {
+                 const Format& format, Rounding rounding, const std::optional<mx::array>& shaping) {
+  std::vector<mx::array> inputs{k, v, centers.k, centers.v};
+  if (shaping) inputs.push_back(*shaping);
   return mx::array({k.shape(0), blocks_of(k.shape(1)), format.words()}, mx::uint32,
-                   std::make_shared<Encode>(cpu_stream(), format, rounding),
-                   {k, v, centers.k, centers.v});
+                   std::make_shared<Encode>(cpu_stream(), format, rounding, shaping.has_value()),
+                   inputs);
 }
 
 mx::array repack(const BodyArrays& body, const mx::array& index) {

@@ -55,9 +55,9 @@ mx::array prefill_attention(
     const std::optional<mx::array>& present, const std::optional<mx::array>& sink_logits,
     const std::optional<std::pair<RotationArrays, RotationArrays>>& rotations);
 
-// -> blocks [H, ceil(T / 32), words].
+// shaping [H, Dk, Dk] -> blocks [H, ceil(T / 32), words].
 mx::array encode(const mx::array& k, const mx::array& v, const CenterArrays& centers,
-                 const Format& format, Rounding rounding);
+                 const Format& format, Rounding rounding, const std::optional<mx::array>& shaping);
 
 // Slots int32 [H, T] of a body, -1 for none -> blocks [H, ceil(T / 32), words].
 mx::array repack(const BodyArrays& body, const mx::array& index);

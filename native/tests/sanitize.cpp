@@ -29,9 +29,13 @@ void round_trip(int k_dim, int v_dim, int group, int length, int tokens, int exa
                     .tokens = tokens,
                     .format = format,
                     .blocks = pool.data()};
+  const auto shaping = normal(heads * k_dim * k_dim);
   for (const Rounding rounding : {Rounding::rms, Rounding::search}) {
     encode.rounding = rounding;
-    run_encode(encode, heads);
+    for (const float* shaped : {shaping.data(), static_cast<const float*>(nullptr)}) {
+      encode.shaping = shaped;
+      run_encode(encode, heads);
+    }
   }
 
   std::vector<int32_t> table(heads * blocks), lengths{tokens, tokens / 2};

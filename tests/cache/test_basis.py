@@ -199,7 +199,7 @@ def test_a_file_has_all_of_it_and_needs_no_other(tokens: int, tmp_path: Path) ->
 
 @pytest.mark.parametrize("dim", [DIM, 48])
 def test_bytes_are_those_of_the_buffers(dim: int) -> None:
-    matrices = HEADS * dim * dim * (2 + 4)
+    """Without the matrices, which all caches of the model share."""
     for tokens in (20, 512, 1000):
         held = CompressedKVCache("leankv:k3v3,window=32,basis=mine", learned=basis(HEADS, dim))
         plain = CompressedKVCache("leankv:k3v3,window=32,equalize=off")
@@ -208,8 +208,8 @@ def test_bytes_are_those_of_the_buffers(dim: int) -> None:
                 shape = (1, HEADS, min(512, tokens - start), dim)
                 each.update(mx.random.normal(shape), mx.random.normal(shape))
         found, without = held.memory(), plain.memory()
-        assert found.centers == without.centers + matrices
-        assert found.allocated == without.allocated + matrices
+        assert found.centers == without.centers
+        assert found.allocated == without.allocated
         plan = planned(held.config, tokens, HEADS, dim, dim, 4, chunk=512)
         assert (plan.used, plan.allocated) == (found.used, found.allocated)
 

@@ -56,8 +56,8 @@ def test_digests_tell_bases_apart_and_nothing_else() -> None:
     others = [made(2), made(seed=1), Bases(found.layers[::-1])]
     assert len({found.digest, *(other.digest for other in others)}) == 4
     assert Bases(found.layers, "another").digest == found.digest
-    names_what_was_stored = Basis(np.eye(32, dtype=np.float32)[None])
-    assert digest_of([names_what_was_stored]) == "1d576aca"
+    names_what_was_stored = Basis(np.eye(32, dtype=np.float32)[None], np.ones((1, 32)))
+    assert digest_of([names_what_was_stored]) == "8020b8fb"
 
 
 def test_what_is_missing_of_another_model_or_learned_anew_is_told_with_the_way_out() -> None:
@@ -102,19 +102,27 @@ def test_a_file_that_is_damaged_anywhere_is_refused() -> None:
     assert FILES.load("mine").digest == made(1).digest
 
 
-STORED = np.stack([np.array(layer.matrix) for layer in made().layers])
+STORED = {
+    "matrices": np.stack([np.array(layer.matrix) for layer in made().layers]),
+    "costs": np.stack([np.array(layer.costs) for layer in made().layers]),
+}
+MATRICES, COSTS = STORED.values()
 WRONG: dict[str, tuple[dict[str, np.ndarray], dict[str, str]]] = {
-    "floats of 32 bits": ({"matrices": STORED.astype(np.float32)}, {}),
-    "one layer without its dimension": ({"matrices": STORED[0]}, {}),
-    "no layers": ({"matrices": STORED[:0]}, {}),
-    "no heads": ({"matrices": STORED[:, :0]}, {}),
-    "matrices that are not square": ({"matrices": STORED[..., :16]}, {}),
-    "singular matrices": ({"matrices": 0 * STORED}, {}),
-    "numbers that are none": ({"matrices": STORED * np.float16("nan")}, {}),
-    "a tensor more": ({"matrices": STORED, "more": np.zeros(3, np.float32)}, {}),
+    "floats of 32 bits": (STORED | {"matrices": MATRICES.astype(np.float32)}, {}),
+    "one layer without its dimension": ({name: array[0] for name, array in STORED.items()}, {}),
+    "no layers": ({name: array[:0] for name, array in STORED.items()}, {}),
+    "no heads": ({name: array[:, :0] for name, array in STORED.items()}, {}),
+    "matrices that are not square": (STORED | {"matrices": MATRICES[..., :16]}, {}),
+    "singular matrices": (STORED | {"matrices": 0 * MATRICES}, {}),
+    "numbers that are none": (STORED | {"matrices": MATRICES * np.float16("nan")}, {}),
+    "costs of another dtype": (STORED | {"costs": COSTS.astype(np.float32)}, {}),
+    "costs of other layers": (STORED | {"costs": COSTS[:-1]}, {}),
+    "costs below 0": (STORED | {"costs": -COSTS}, {}),
+    "a tensor less": ({"matrices": MATRICES}, {}),
+    "a tensor more": (STORED | {"more": np.zeros(3, np.float32)}, {}),
     "no tensor": ({}, {}),
-    "notes that are none": ({"matrices": STORED}, {"notes": "[]"}),
-    "notes without an end": ({"matrices": STORED}, {"notes": "{"}),
+    "notes that are none": (STORED, {"notes": "[]"}),
+    "notes without an end": (STORED, {"notes": "{"}),
 }
 
 
@@ -130,7 +138,7 @@ def test_a_file_whose_content_contradicts_itself_is_refused(what: str) -> None:
 def test_a_file_that_lacks_a_part_is_refused(name: str) -> None:
     path = FILES.save(made(), "mine")
     texts = {n: text for n, text in TEXTS.items() if n != name}
-    container.write(path, {"matrices": mx.array(STORED)}, texts, KIND)
+    container.write(path, {n: mx.array(array) for n, array in STORED.items()}, texts, KIND)
     assert "it is damaged" in refused(MODEL, Named("mine"))
 
 

@@ -408,7 +408,7 @@ def test_fuzz_masks(fuzz: Fuzz, name: str) -> None:
     assert fuzz.cases > 20
 
 
-@pytest.mark.parametrize("name", ["16.basis", "17.basis", "18.basis"])
+@pytest.mark.parametrize("name", ["16.basis", "17.costs", "18.basis"])
 def test_fuzz_bases(fuzz: Fuzz, name: str) -> None:
     """Numbers that are none, and matrices that cannot be inverted or are of another layer."""
     for value in (0, 0x7C00, 0xFC00, 0x7E00):  # nothing, infinities, none

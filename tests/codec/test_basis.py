@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leankv_mlx.codec.basis import Basis
+from leankv_mlx.codec.rotation import hadamard
+from leankv_mlx.codec.shaping import FLOOR
 from leankv_mlx.errors import ConfigError
 from tests.bases import basis as made
 
@@ -76,7 +78,7 @@ def test_the_dtype_is_kept() -> None:
 
 def test_equal_content_is_equal() -> None:
     found = basis()
-    again, other = Basis(np.array(found.matrix)), basis(seed=1)
+    again, other = Basis(np.array(found.matrix), np.array(found.costs)), basis(seed=1)
     assert found == again and hash(found) == hash(again) and found is not again
     assert mx.array_equal(found.inverse, again.inverse)
     assert found != other and found != "a basis" and len({found, again, other}) == 2
@@ -84,10 +86,11 @@ def test_equal_content_is_equal() -> None:
 
 
 def test_what_lives_is_shared() -> None:
-    matrices = np.array(basis(3).matrix)
-    found = Basis.shared(matrices)
-    assert Basis.shared(matrices.copy()) is found
-    assert Basis.shared(matrices[:1]) is not found
+    parts = np.array(basis(3).matrix), np.array(basis(3).costs)
+    found = Basis.shared(*parts)
+    assert Basis.shared(*(part.copy() for part in parts)) is found
+    assert Basis.shared(*(part[:1] for part in parts)) is not found
+    assert Basis.shared(parts[0], parts[1][:, ::-1]) is not found
     inverse = weakref.ref(found)
     del found
     assert inverse() is None
@@ -117,5 +120,35 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_what_makes_no_basis(what: str) -> None:
     with pytest.raises(ConfigError) as error:
-        Basis(WRONG[what])
+        Basis(WRONG[what], np.ones(WRONG[what].shape[:2]))
     assert "\n" not in str(error.value)
+
+
+COSTS = {
+    "one head": np.ones((1, D)),
+    "one for each head": np.ones(H),
+    "one below 0": np.stack([np.ones(D), np.linspace(-1, 1, D)]).round(2).astype(np.float16),
+    "all 0 in a head": np.stack([np.ones(D), np.zeros(D)]),
+    "one that is none": np.full((H, D), np.nan),
+    "one that float16 does not have": np.full((H, D), 0.1),
+}
+
+
+@pytest.mark.parametrize("what", COSTS)
+def test_what_costs_make_no_basis(what: str) -> None:
+    with pytest.raises(ConfigError):
+        Basis(np.array(basis().matrix), COSTS[what])
+
+
+def test_the_encoder_gets_the_costs_of_rotated_keys() -> None:
+    """The one of errors in the basis is that of the same errors once they are rotated."""
+    found, turn = basis(), hadamard(D)
+    shaped = np.array(found.shaping(turn), np.float64)
+    error = np.random.default_rng(0).standard_normal((H, D))
+    rotated = np.array(turn.apply(mx.array(error[:, None].astype(np.float32))))[:, 0]
+    costs = np.array(found.costs, np.float64)
+    wanted = ((costs / costs.mean(axis=1, keepdims=True) + FLOOR) * error**2).sum(axis=1)
+    sizes = np.diagonal(shaped, axis1=1, axis2=2)
+    moved = rotated + np.einsum("hij,hi->hj", np.triu(shaped, 1), rotated)
+    np.testing.assert_allclose((sizes * moved**2).sum(axis=1), wanted, rtol=1e-4)
+    assert found.shaping(turn) is found.shaping(hadamard(D))

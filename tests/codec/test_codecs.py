@@ -19,7 +19,9 @@ from leankv_mlx.kernels import available_backends, resolve_backend
 # What would be the file: even steps up to the largest channel, groups that are not stored left out.
 
 
-def encode(x: mx.array, bits: tuple[int, ...], rounding: Rounding) -> tuple[mx.array, mx.array]:
+def encode(
+    x: mx.array, bits: tuple[int, ...], rounding: Rounding, shaping: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
     tops = _tops(bits)
     kept = mx.where(tops > 0, x, 0.0)
     scales = mx.abs(kept).max(axis=-1).astype(mx.float16)

@@ -39,7 +39,7 @@ def shrunk(x: np.ndarray) -> np.ndarray:
 
 def test_no_other_matrix_costs_less() -> None:
     keys, queries = covariance(0), covariance(1)
-    found = best(keys, queries)
+    found, _ = best(keys, queries)
     wide = shrunk(keys), shrunk(queries)
     least = cost(found, *wide)
     assert least < 0.6 * cost(np.eye(DIM), *wide)
@@ -48,12 +48,14 @@ def test_no_other_matrix_costs_less() -> None:
         other = (np.eye(DIM) + size * draw.standard_normal((DIM, DIM))) @ found
         assert cost(other, *wide) > least
     for factor in (1e-6, 1e6):
-        np.testing.assert_allclose(np.abs(best(factor * keys, queries)), np.abs(found), rtol=1e-6)
+        np.testing.assert_allclose(
+            np.abs(best(factor * keys, queries)[0]), np.abs(found), rtol=1e-6
+        )
 
 
 def test_keys_and_queries_are_alike_in_it_and_keys_keep_their_size() -> None:
     keys, queries = covariance(2), covariance(3)
-    found = best(keys, queries)
+    found, costs = best(keys, queries)
     turned = found @ shrunk(keys) @ found.T
     back = np.linalg.inv(found)
     asked = back.T @ shrunk(queries) @ back
@@ -61,6 +63,7 @@ def test_keys_and_queries_are_alike_in_it_and_keys_keep_their_size() -> None:
     np.testing.assert_allclose(turned, np.diag(diagonal), atol=1e-9)
     ratio = diagonal / np.diag(asked)
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-8)
+    np.testing.assert_allclose(costs, np.diag(asked) / np.diag(asked).mean(), rtol=1e-8)
     assert np.trace(turned) == pytest.approx(np.trace(shrunk(keys)), rel=1e-9)
 
 
@@ -68,13 +71,15 @@ def test_keys_and_queries_are_alike_in_it_and_keys_keep_their_size() -> None:
 def test_nothing_known_changes_nothing(dead: str) -> None:
     keys = np.zeros((DIM, DIM)) if dead != "queries" else covariance(0)
     queries = np.zeros((DIM, DIM)) if dead != "keys" else covariance(0)
-    np.testing.assert_array_equal(best(keys, queries), np.eye(DIM))
+    found, costs = best(keys, queries)
+    np.testing.assert_array_equal(found, np.eye(DIM))
+    assert (costs == 1).all()
 
 
 def test_a_direction_that_is_never_used_does_no_harm() -> None:
     flat = np.diag([1.0] * (DIM - 1) + [0.0])
     for keys, queries in ((flat, covariance(0)), (covariance(0), flat), (flat, flat)):
-        assert np.linalg.cond(best(keys, queries)) < 100
+        assert np.linalg.cond(best(keys, queries)[0]) < 100
 
 
 # What is counted.

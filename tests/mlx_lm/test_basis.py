@@ -130,7 +130,7 @@ def test_models_that_cannot_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert split == "basis=mine works with a whole model; drop it, or use one machine."
 
 
-def test_the_footprint_counts_the_matrices() -> None:
+def test_the_footprint_is_what_is_held() -> None:
     model = TINY["llama"](head_dim=DIM)
     with attach(model, "k3v3,basis=mine", learned=layers(3)) as attached:
         footprint = Footprint.of(model, attached)

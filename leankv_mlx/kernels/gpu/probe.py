@@ -87,7 +87,7 @@ def _views(bodies: Sequence[Rows], backend: Backend) -> list[View]:
 
 def _encoded(rows: Rows, encode: EncodeOp) -> mx.array:
     """A pool, head by head."""
-    return encode(rows, _centers(rows), _FORMAT, "search").flatten(0, 1)
+    return encode(rows, _centers(rows), _FORMAT, "search", None).flatten(0, 1)
 
 
 def _loss(rows: Rows, encode: EncodeOp) -> float:
