@@ -66,16 +66,23 @@ DEVFN float lkv_search_scale(const THR float (&x)[C], float rms) {
   return best;
 }
 
+// The scale of these levels that keeps the product of a vector with itself, if one does.
+DEVFN float lkv_keeping(float squares, float dot, float scale) {
+  return dot > 0.0f ? squares / dot : scale;
+}
+
 // Codes at a scale, channel by channel: the error of each moves the channels behind it
-// (leankv_mlx/codec/shaping.py). `shaping` [32 * C][32 * C] is that of the head. Returns what the
-// errors cost, in every lane.
+// (leankv_mlx/codec/shaping.py). `shaping` [32 * C][32 * C] is that of the head, `squares` x.x.
+// Makes `scale` the one that keeps the product with x, and returns what the errors cost with that,
+// in every lane: an error x - s l, l the levels, is (x - f l) + (f - s) l.
 template <int SIDE, int C>
-DEVFN float lkv_shaped_codes(const THR float (&x)[C], float scale, const DEV float* shaping,
-                             uint lane, THR uint (&codes)[C]) {
+DEVFN float lkv_shaped_codes(const THR float (&x)[C], float squares, THR float& scale,
+                             const DEV float* shaping, uint lane, THR uint (&codes)[C]) {
   const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-  float targets[C], cost = 0.0f;
+  float targets[C], sums[C], dot = 0.0f, off_off = 0.0f, off_level = 0.0f, level_level = 0.0f;
   UNROLL for (int c = 0; c < C; c++) {
     targets[c] = x[c];
+    sums[c] = 0.0f;
     codes[c] = 0u;
   }
   UNROLL for (int c = 0; c < C; c++) {
@@ -84,28 +91,37 @@ DEVFN float lkv_shaped_codes(const THR float (&x)[C], float scale, const DEV flo
     UNROLL1 for (int i = 0; i < 32; i++) {
       const DEV float* row = shaping + (size_t)(c * 32 + i) * (32 * C);
       const float target = simd_shuffle(targets[c], (ushort)i);
+      const float given = simd_shuffle(x[c], (ushort)i);
       const uint code = lkv_nearest_of(bits, target * inverse);
-      const float value = scale * lkv_level_of(bits, code), off = target - value;
-      const float error = simd_shuffle(x[c], (ushort)i) - value;
-      cost = metal::fma(row[c * 32 + i] * off, off, cost);
+      const float level = lkv_level_of(bits, code);
+      const float off = target - scale * level, error = given - scale * level;
+      const float moved = simd_shuffle(sums[c], (ushort)i) + level, size = row[c * 32 + i];
+      dot = metal::fma(given, level, dot);
+      off_off = metal::fma(size * off, off, off_off);
+      off_level = metal::fma(size * off, moved, off_level);
+      level_level = metal::fma(size * moved, moved, level_level);
       if (i == (int)lane) codes[c] = code;
       UNROLL for (int d = c; d < C; d++) {
-        targets[d] = metal::fma(row[d * 32 + (int)lane], error, targets[d]);
+        const float adds = row[d * 32 + (int)lane];
+        targets[d] = metal::fma(adds, error, targets[d]);
+        sums[d] = metal::fma(adds, level, sums[d]);
       }
     }
   }
-  return cost;
+  const float keeping = lkv_keeping(squares, dot, scale), change = scale - keeping;
+  scale = keeping;
+  return off_off + change * (2.0f * off_level + change * level_level);
 }
 
-// The same at the factor of the rms whose errors cost least, which is returned.
+// The same at the factor of the rms whose codes cost least. Returns the scale.
 template <int SIDE, int C>
-DEVFN float lkv_shaped_search(const THR float (&x)[C], float rms, const DEV float* shaping,
-                              uint lane, THR uint (&codes)[C]) {
-  float best = rms, least = 3.0e38f;
+DEVFN float lkv_shaped_search(const THR float (&x)[C], float squares, float rms,
+                              const DEV float* shaping, uint lane, THR uint (&codes)[C]) {
+  float best = rms, least = 0.0f;
   UNROLL1 for (int step = 0; step < 11; step++) {
     uint found[C];
-    const float scale = (0.8f + 0.04f * (float)step) * rms;
-    const float cost = lkv_shaped_codes<SIDE, C>(x, scale, shaping, lane, found);
+    float scale = (0.8f + 0.04f * (float)step) * rms;
+    const float cost = lkv_shaped_codes<SIDE, C>(x, squares, scale, shaping, lane, found);
     if (step > 0 && cost >= least) continue;
     best = scale;
     least = cost;
@@ -135,20 +151,20 @@ DEVFN uint lkv_encode_vector(const DEV T* vector, const DEV float* mu, const DEV
   float scale = metal::sqrt(squares / (float)lkv_channels(SIDE, C));
   uint bits = lkv_scale_bits(scale);
   if (SHAPED && SEARCH) {
-    bits = lkv_scale_bits(lkv_shaped_search<SIDE, C>(x, scale, shaping, lane, codes));
+    bits = lkv_scale_bits(lkv_shaped_search<SIDE, C>(x, squares, scale, shaping, lane, codes));
   } else if (SHAPED) {
-    lkv_shaped_codes<SIDE, C>(x, lkv_float_of_half_bits(bits), shaping, lane, codes);
+    scale = lkv_float_of_half_bits(bits);
+    lkv_shaped_codes<SIDE, C>(x, squares, scale, shaping, lane, codes);
   } else {
     if (SEARCH) bits = lkv_scale_bits(lkv_search_scale<SIDE, C>(x, scale));
     lkv_codes<SIDE, C>(x, lkv_float_of_half_bits(bits), codes);
   }
-  if (SEARCH) {
+  if (SEARCH && !SHAPED) {
     float dot = 0.0f;
     UNROLL for (int c = 0; c < C; c++) {
       dot = metal::fma(x[c], lkv_level_of(lkv_group_bits(SIDE, c), codes[c]), dot);
     }
-    dot = simd_sum(dot);
-    if (dot > 0.0f) bits = lkv_scale_bits(squares / dot);
+    bits = lkv_scale_bits(lkv_keeping(squares, simd_sum(dot), lkv_float_of_half_bits(bits)));
   }
   UNROLL for (int c = 0; c < C; c++) {
     bytes[slot * lkv_codes_stride(C) + c * 32 + (int)lane] = (uchar)codes[c];

@@ -10,7 +10,7 @@ Three ways to find the scale, all with the same decoder:
 - "optimal": coordinate descent over the codes (optimal rounding of the TurboQuant-style LeanKV).
 
 With `shaping` (see there) the first two encode channel by channel, and the search keeps the factor
-whose errors cost least; their scales are the same.
+whose codes cost least with the scale that will be stored.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import numpy as np
 
 from leankv_mlx.codec.codebook import level, nearest
 from leankv_mlx.codec.format import TILE, runs
-from leankv_mlx.codec.shaping import shaped
+from leankv_mlx.codec.shaping import cost, shaped
 from leankv_mlx.config import Rounding
 
 SEARCH_FACTORS = tuple(float(f) for f in np.linspace(0.8, 1.2, 11))
@@ -80,7 +80,7 @@ def _encode_search(x: mx.array, bits: Bits) -> tuple[mx.array, mx.array]:
         best_error = mx.where(better, error, best_error)
         best = mx.where(better, scale, best)
     codes = _codes(x, _as_stored(best), bits)
-    return codes, _kept(x, codes, bits, best)
+    return codes, _as_stored(_keeping(x, _levels(codes, bits), best))
 
 
 def _encode_optimal(x: mx.array, bits: Bits) -> tuple[mx.array, mx.array]:
@@ -119,14 +119,16 @@ def _encode_shaped(
     rms = _rms_scale(x, bits)
     if rounding == "rms":
         scales = _as_stored(rms)
-        codes, _ = shaped(x, scales.astype(mx.float32)[..., None], bits, shaping)
+        codes = shaped(x, scales.astype(mx.float32)[..., None], bits, shaping)
         return codes[..., 0, :], scales
     factors = mx.array(SEARCH_FACTORS) * rms[..., None]
-    every, cost = shaped(x, factors, bits, shaping)
-    best = mx.argmin(cost, axis=-1, keepdims=True)
-    codes = mx.take_along_axis(every, best[..., None], axis=-2)[..., 0, :]
-    scale = mx.take_along_axis(factors, best, axis=-1)[..., 0]
-    return codes, _kept(x, codes, bits, scale)
+    codes = shaped(x, factors, bits, shaping)
+    wide, values = x[..., None, :], _levels(codes, bits)
+    scales = _keeping(wide, values, factors)
+    costs = cost(wide - scales[..., None] * values, bits, shaping)
+    best = mx.argmin(costs, axis=-1, keepdims=True)
+    codes = mx.take_along_axis(codes, best[..., None], axis=-2)[..., 0, :]
+    return codes, _as_stored(mx.take_along_axis(scales, best, axis=-1)[..., 0])
 
 
 _ENCODERS: dict[str, Callable[[mx.array, Bits], tuple[mx.array, mx.array]]] = {
@@ -140,10 +142,11 @@ def _as_stored(scale: mx.array) -> mx.array:
     return mx.clip(scale, 0.0, _LARGEST_SCALE).astype(mx.float16)
 
 
-def _kept(x: mx.array, codes: mx.array, bits: Bits, scale: mx.array) -> mx.array:
-    """The scale that keeps the product of each vector with itself, as it is stored."""
-    dot, _ = _fit(x, _levels(codes, bits))
-    return _as_stored(mx.where(dot > 0, (x * x).sum(-1) / dot, scale))
+def _keeping(x: mx.array, values: mx.array, scale: mx.array) -> mx.array:
+    """The scale of these values that keeps the product of each vector with itself; `scale` where
+    none does."""
+    dot, _ = _fit(x, values)
+    return mx.where(dot > 0, (x * x).sum(-1) / dot, scale)
 
 
 def _fit(x: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:

@@ -50,9 +50,7 @@ def shaping(metric: NDArray[np.floating]) -> mx.array:
     return mx.array((np.triu(adds, 1) + sizes[:, None] ** 2 * np.eye(dim)).astype(np.float32))
 
 
-def shaped(
-    x: mx.array, scales: mx.array, bits: tuple[int, ...], shaping: mx.array
-) -> tuple[mx.array, mx.array]:
+def shaped(x: mx.array, scales: mx.array, bits: tuple[int, ...], shaping: mx.array) -> mx.array:
     """Encode vectors, each with several scales.
 
     Args:
@@ -62,22 +60,37 @@ def shaped(
         shaping: see there.
 
     Returns:
-        codes uint32 [H, .., F, Dk], and what their errors cost, float32 [H, .., F].
+        codes uint32 [H, .., F, Dk].
     """
-    heads, dim = x.shape[0], x.shape[-1]
-    targets = mx.broadcast_to(x[..., None, :], (*scales.shape, dim))
-    cost = mx.zeros(scales.shape)
+    targets = mx.broadcast_to(x[..., None, :], (*scales.shape, x.shape[-1]))
     codes = []
     for i, width in enumerate(np.repeat(bits, TILE).tolist()):
         if not width:
             codes.append(mx.zeros(scales.shape, mx.uint32))
             continue
-        target = targets[..., i]
-        code = nearest(mx.where(scales > 0, target / scales, 0.0), width)
-        value = scales * level(code, width)
-        row = shaping[:, i].reshape(heads, *[1] * (scales.ndim - 1), dim)
-        cost = cost + row[..., i] * mx.square(target - value)
-        behind = mx.where(mx.arange(dim) > i, row, 0.0)
-        targets = targets + (x[..., i, None] - value)[..., None] * behind
+        code = nearest(mx.where(scales > 0, targets[..., i] / scales, 0.0), width)
+        error = x[..., i, None] - scales * level(code, width)
+        targets = targets + error[..., None] * _of_vectors(_behind(shaping)[:, i], targets.ndim)
         codes.append(code)
-    return mx.stack(codes, axis=-1), cost
+    return mx.stack(codes, axis=-1)
+
+
+def cost(errors: mx.array, bits: tuple[int, ...], shaping: mx.array) -> mx.array:
+    """What errors float32 [H, .., Dk] cost, float32 [H, ..]; 0 in groups that are not stored, whose
+    channels are not counted."""
+    stored = mx.array(np.repeat([float(width > 0) for width in bits], TILE))
+    behind = _behind(shaping).reshape(
+        shaping.shape[0], *[1] * (errors.ndim - 3), *shaping.shape[1:]
+    )
+    sizes = _of_vectors(mx.diagonal(shaping, axis1=1, axis2=2), errors.ndim)
+    return (stored * sizes * mx.square(errors + errors @ behind)).sum(axis=-1)
+
+
+def _behind(shaping: mx.array) -> mx.array:
+    """What channels add to those behind them."""
+    return mx.triu(shaping, 1)
+
+
+def _of_vectors(rows: mx.array, ndim: int) -> mx.array:
+    """[H, Dk] -> [H, 1, .., Dk], of so many axes."""
+    return rows.reshape(rows.shape[0], *[1] * (ndim - 2), rows.shape[1])

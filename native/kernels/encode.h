@@ -109,20 +109,24 @@ LEANKV_INLINE vh scale_as_stored(float scale) {
   return to_f16(splat(scale < 0 ? 0 : scale > kLargestScale ? kLargestScale : scale));
 }
 
-// One vector as below, channel by channel: the error of each moves the channels behind it. A lane
-// has a factor of the search.
+// One vector as below, channel by channel: the error of each moves the channels behind it
+// (leankv_mlx/codec/shaping.py). A lane has a factor of the search; the best one is that whose
+// codes cost least with the scale that is stored. With A l, l the levels, that costs no second
+// pass: an error x - s l is (x - f l) + (f - s) l.
 inline uint32_t encode_shaped(const Side& side, Rounding rounding, const float* x,
                               const float* shaping, uint8_t* codes) {
   constexpr int kVectors = (kSearchSteps + W - 1) / W, kLanes = kVectors * W;
   const bool search = rounding == Rounding::search;
   const int dim = side.dim();
-  const float rms = rms_of(side, x), stored = from_f16(scale_as_stored(rms))[0];
-  alignas(64) float scales[kLanes], costs[kLanes], targets[kMaxDim * kLanes];
+  const float rms = rms_of(side, x), plain = from_f16(scale_as_stored(rms))[0];
+  alignas(64) float scales[kLanes], targets[kMaxDim * kLanes], levels_moved[kMaxDim * kLanes];
   alignas(64) uint8_t found[kMaxDim * kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
-    scales[lane] = search ? static_cast<float>(0.8 + 0.04 * lane) * rms : stored;
+    scales[lane] = search ? static_cast<float>(0.8 + 0.04 * lane) * rms : plain;
   }
-  vf scale[kVectors], to_units[kVectors], cost[kVectors] = {};
+  vf scale[kVectors], to_units[kVectors], dots[kVectors] = {};
+  vf off_off[kVectors] = {}, off_level[kVectors] = {}, level_level[kVectors] = {};
+  float square = 0;
   for (int v = 0; v < kVectors; ++v) {
     scale[v] = load(scales + v * W);
     to_units[v] = scale[v] > 0.0f ? 1.0f / scale[v] : vf{};
@@ -130,45 +134,50 @@ inline uint32_t encode_shaped(const Side& side, Rounding rounding, const float* 
   for (int i = 0; i < dim; ++i) {
     for (int v = 0; v < kVectors; ++v) store(targets + i * kLanes + v * W, splat(x[i]));
   }
+  std::memset(levels_moved, 0, sizeof(float) * dim * kLanes);
   each_group(side, [&](auto bits, int first) {
     const Levels<bits> levels;
     for (int i = first; i < first + kTile; ++i) {
       const float* row = shaping + int64_t{i} * dim;
-      vf errors[kVectors];
+      vf errors[kVectors], level[kVectors];
+      square += x[i] * x[i];
       for (int v = 0; v < kVectors; ++v) {
-        const vf target = load(targets + i * kLanes + v * W);
+        const int at = i * kLanes + v * W;
+        const vf target = load(targets + at);
         const vu code = nearest<bits>(target * to_units[v]);
-        const vf value = scale[v] * levels.of(code), off = target - value;
-        store(found + i * kLanes + v * W, __builtin_convertvector(code, vb));
-        cost[v] += row[i] * off * off;
-        errors[v] = x[i] - value;
+        store(found + at, __builtin_convertvector(code, vb));
+        level[v] = levels.of(code);
+        errors[v] = x[i] - scale[v] * level[v];
+        const vf off = target - scale[v] * level[v], moved = load(levels_moved + at) + level[v];
+        dots[v] += x[i] * level[v];
+        off_off[v] += row[i] * off * off;
+        off_level[v] += row[i] * off * moved;
+        level_level[v] += row[i] * moved * moved;
       }
       for (int j = i + 1; j < dim; ++j) {
         for (int v = 0; v < kVectors; ++v) {
-          float* target = targets + j * kLanes + v * W;
+          float *target = targets + j * kLanes + v * W, *sum = levels_moved + j * kLanes + v * W;
           store(target, load(target) + row[j] * errors[v]);
+          store(sum, load(sum) + row[j] * level[v]);
         }
       }
     }
   });
-  for (int v = 0; v < kVectors; ++v) store(costs + v * W, cost[v]);
+  alignas(64) float stored[kLanes], costs[kLanes];
+  for (int v = 0; v < kVectors; ++v) {
+    const vf keeping = dots[v] > 0.0f ? square / dots[v] : scale[v], change = scale[v] - keeping;
+    store(stored + v * W, keeping);
+    store(costs + v * W, off_off[v] + change * (2.0f * off_level[v] + change * level_level[v]));
+  }
   int best = 0;
   for (int lane = 1; lane < (search ? kSearchSteps : 1); ++lane) {
     if (costs[lane] < costs[best]) best = lane;
   }
   std::memset(codes, 0, dim);
-  vf squares{}, dots{};
-  each_group(side, [&](auto bits, int first) {
-    const Levels<bits> levels;
+  each_group(side, [&](auto, int first) {
     for (int i = first; i < first + kTile; ++i) codes[i] = found[i * kLanes + best];
-    unroll<NV>([&](auto v) LEANKV_LAMBDA {
-      const vf y = load(x + first + v * W);
-      squares += y * y;
-      dots += y * levels.of(__builtin_convertvector(load<vb>(codes + first + v * W), vu));
-    });
   });
-  const float dot = sum(dots);
-  return scale_as_stored(search && dot > 0 ? sum(squares) / dot : scales[best])[0];
+  return scale_as_stored(search ? stored[best] : plain)[0];
 }
 
 // One vector [dim] -> codes uint8 [dim] (0 where nothing is stored) and the bits of its fp16 scale.
