@@ -20,8 +20,10 @@ from leankv_mlx.errors import LeanKVError, UsageError
 from leankv_mlx.terminal import say_json
 
 if TYPE_CHECKING:
-    from leankv_mlx.evaluation.calibration import Allocation, Candidate
-    from leankv_mlx.evaluation.lab import Settings
+    from leankv_mlx.config import CompressionConfig
+    from leankv_mlx.evaluation.allocation import Allocation
+    from leankv_mlx.evaluation.calibration import Candidate
+    from leankv_mlx.evaluation.lab import Lab, Progress, Settings
     from leankv_mlx.evaluation.tables import Grid
 
 _SWEPT = "leankv:policy=budget,scope=model,window=32"
@@ -35,8 +37,11 @@ _Kv = Annotated[
     ),
 ]
 _Bits = Annotated[
-    float | None,
-    typer.Option(help="First give each layer and side its own bits, so many on average."),
+    str | None,
+    typer.Option(
+        help="First give each layer and side its own bits, so many on average. With a --kv that "
+        "keeps all tokens that is all, and several (2,2.9,3.8) make several profiles."
+    ),
 ]
 _Sparse = Annotated[
     str | None,
@@ -122,14 +127,27 @@ def calibrate(
         kv=(kv or _SWEPT,), tasks=parsed_tasks(tasks) or (), lengths=parsed_lengths(lengths) or (),
         samples=samples, text=text, context=context, chunks=chunks,
     )  # fmt: skip
-    _smallest(name, model, settings, bits, kld, points, output, as_json)
+    limits = None if bits is None else _parsed_bits(bits)
+    _smallest(name, model, settings, limits, kld, points, output, as_json)
+
+
+def _parsed_bits(text: str) -> list[float]:
+    """The value of --bits.
+
+    Raises:
+        UsageError: it is not understood.
+    """
+    try:
+        return list(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        raise UsageError(f"--bits {text} is not understood; use for example 2.9.") from None
 
 
 def _smallest(
     name: str,
     model: str | None,
     settings: Settings,
-    bits: float | None,
+    bits: list[float] | None,
     kld: float,
     points: float,
     output: Path | None,
@@ -137,26 +155,24 @@ def _smallest(
 ) -> None:
     """Find the smallest cache that stays within limits."""
     from leankv_mlx.config import CompressionConfig
-    from leankv_mlx.evaluation.calibration import (
-        Limits,
-        allocate,
-        candidates,
-        measured,
-        sweep,
-    )
+    from leankv_mlx.evaluation.calibration import Limits, candidates, measured, sweep
     from leankv_mlx.evaluation.lab import Lab, machine
-    from leankv_mlx.mlx_lm.attachment import attach
+    from leankv_mlx.policies import KeepAll
     from leankv_mlx.profiles import check_name, save_profile, user_profiles
 
     check_name(name)
     base = CompressionConfig.parse(settings.kv[0])
+    if bits is not None and isinstance(base.policy, KeepAll):
+        _bits_of_layers(name, Lab(model, settings), base, bits, output, as_json)
+        return
     candidates(base)  # a policy without anything to sweep is told before the model is loaded
+    if bits is not None and len(bits) > 1:
+        raise UsageError("several --bits go with a --kv that keeps all tokens; give one.")
     lab = Lab(model, settings)
     allocation = None
     with progress_bar() as progress:
         if bits is not None:
-            layers = attach(lab.loaded.model, base).compressed_layers
-            allocation = allocate(lab.loaded, base, layers, bits, lab.corpus, progress.advance)
+            (allocation,) = _allocated(lab, base, bits, progress)
             base = replace(base, layer_bits=allocation.bits)
         found = sweep(
             lab.loaded, candidates(base), Limits(kld, points), lab.corpus, lab.cells,
@@ -171,6 +187,45 @@ def _smallest(
     typer.echo(f"wrote profile {name} to {target}: leankv:{best.kv}", err=as_json)
     if as_json:
         say_json(_document(name, allocation, found, best), indent=None)
+
+
+def _bits_of_layers(
+    name: str,
+    lab: Lab,
+    base: CompressionConfig,
+    limits: list[float],
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Give layers their bits, and keep the settings as profiles."""
+    from leankv_mlx.evaluation.lab import machine
+    from leankv_mlx.profiles import save_profile, user_profiles
+
+    with progress_bar() as progress:
+        allocations = _allocated(lab, base, limits, progress)
+    show([_bits_table(each) for each in allocations], machine(), to_stderr=as_json)
+    target, written = output or user_profiles(), []
+    for limit, each in zip(limits, allocations, strict=True):
+        called = name if len(limits) == 1 else f"{name}-{limit:g}".replace(".", "_")
+        kv = replace(base, layer_bits=each.bits).spec().removeprefix("leankv:")
+        about = f"bits of layers for {lab.loaded.path.name}: {each.mean:.2f} in the mean, mean KL "
+        save_profile(target, called, kv, f"{about}divergence {each.kld:.4f}")
+        typer.echo(f"wrote profile {called} to {target}", err=as_json)
+        written.append({"profile": called, "kv": kv, **_bits_document(each)})
+    if as_json:
+        say_json({"profiles": written}, indent=None)
+
+
+def _allocated(
+    lab: Lab, base: CompressionConfig, limits: list[float], progress: Progress
+) -> list[Allocation]:
+    """Bits of the layers of a model, for each limit."""
+    from leankv_mlx.evaluation.allocation import allocate
+    from leankv_mlx.mlx_lm.attachment import attach
+
+    with attach(lab.loaded.model, base) as attachment:
+        layers = attachment.compressed_layers
+    return allocate(lab.loaded, base, layers, limits, lab.corpus, progress.advance)
 
 
 class _NothingWithinLimits(LeanKVError):
@@ -214,23 +269,32 @@ def _document(
             for c in found
         ],
     }
-    if allocation:
-        (k, v), kld = allocation.uniform
-        document["layer_bits"] = [list(pair) for pair in allocation.bits]
-        document["layer_bits_kld"] = allocation.kld
-        document["uniform"] = {"k_bits": k, "v_bits": v, "kld": kld}
-    return document
+    return document | (_bits_document(allocation) if allocation else {})
+
+
+def _bits_document(allocation: Allocation) -> dict[str, Any]:
+    (k, v), kld = allocation.uniform
+    return {
+        "layer_bits": [list(pair) for pair in allocation.bits],
+        "layer_bits_kld": allocation.kld,
+        "uniform": {"k_bits": k, "v_bits": v, "kld": kld},
+    }
+
+
+def _bits_table(allocation: Allocation) -> Grid:
+    from leankv_mlx.evaluation.tables import Grid
+
+    (k, v), kld = allocation.uniform
+    rows = [[str(i), str(a), str(b)] for i, (a, b) in enumerate(allocation.bits)]
+    note = f"mean KL divergence {allocation.kld:.5f}; {kld:.5f} with k{k}v{v} in all layers"
+    title = f"Bits of each layer, {allocation.mean:.2f} in the mean"
+    return Grid(title, ("layer", "keys", "values"), rows, note)
 
 
 def _tables(allocation: Allocation | None, found: list[Candidate]) -> list[Grid]:
     from leankv_mlx.evaluation.tables import Grid
 
-    grids = []
-    if allocation:
-        (k, v), kld = allocation.uniform
-        rows = [[str(i), str(a), str(b)] for i, (a, b) in enumerate(allocation.bits)]
-        note = f"mean KL divergence {allocation.kld:.5f}; {kld:.5f} with k{k}v{v} in all layers"
-        grids.append(Grid("Bits of each layer", ("layer", "keys", "values"), rows, note))
+    grids = [_bits_table(allocation)] if allocation else []
     rows = [
         [
             c.kv,

@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from leankv_mlx import profiles
@@ -16,7 +15,7 @@ from leankv_mlx.config import CompressionConfig
 from leankv_mlx.errors import ConfigError, UsageError
 from leankv_mlx.evaluation import calibration
 from leankv_mlx.evaluation.arms import Arm, Size
-from leankv_mlx.evaluation.calibration import Candidate, _greedy, _uniform, candidates
+from leankv_mlx.evaluation.calibration import Candidate, candidates
 from leankv_mlx.policies import Budget, Policy, Threshold
 from leankv_mlx.profiles import profiles as all_profiles
 from leankv_mlx.profiles import save_profile, user_profiles
@@ -29,23 +28,6 @@ QUICK = ["--tasks", "none", "--context", "256", "--chunks", "1"]
 def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LEANKV_HOME", str(tmp_path))
     return tmp_path
-
-
-def test_bits_go_where_they_take_most_away() -> None:
-    levels = [2, 3, 4, 8]
-    cost = np.array([[[9.0, 0.1, 0.05, 0.0], [0.2, 0.1, 0.05, 0.0]],
-                     [[1.0, 0.9, 0.8, 0.0], [0.3, 0.2, 0.1, 0.0]]])  # fmt: skip
-    assert _greedy(cost, levels, 2).tolist() == [[0, 0], [0, 0]]
-    assert _greedy(cost, levels, 2.25).tolist() == [[1, 0], [0, 0]]
-    # A curve that falls late is seen too: six bits for 1.0 are more than 0.1 for each of them.
-    assert _greedy(cost, levels, 3.75).tolist() == [[1, 0], [3, 0]]
-    assert _greedy(cost, levels, 8).tolist() == [[3, 3], [3, 3]]
-
-
-def test_the_uniform_setting_of_so_many_bits() -> None:
-    assert [_uniform(x) for x in (2, 2.6, 3, 3.5, 4, 5.9, 6, 8)] == [
-        (2, 2), (3, 2), (3, 3), (4, 3), (4, 4), (8, 3), (8, 4), (8, 8),
-    ]  # fmt: skip
 
 
 def policies(arms: list[Arm]) -> list[Policy]:
