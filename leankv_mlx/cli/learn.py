@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from leankv_mlx.config import CompressionConfig
     from leankv_mlx.evaluation.lab import Progress
     from leankv_mlx.evaluation.masks import Look
-    from leankv_mlx.settings import Named
 
 _LINES = 20
 """That tell how far it is, where there is no bar."""
@@ -125,10 +124,11 @@ def masks(
     material = Material(documents, tokens, seed, None if text is None else read_text(text))
     with _progress() as progress:
         found, path = taught(model, output, course, material, progress, cast("By", by))
-    kv = replace(CompressionConfig(), mask=Named(output, found.digest))
+    named = Named(output, found.digest)
+    say(f"wrote mask {named} to {path}")
     how = "learned on" if by == "learned" else f"by {by}, for"
     about = f"{how} {found.name}: leaves out {ratio:.0%} of the key channels"
-    _say_written("mask", kv.mask, path, kv, about)
+    _save(output, replace(CompressionConfig(), mask=named), about)
     say(f"measure it with leankv eval --kv {output}, look at it with leankv learn show {output}")
 
 
@@ -140,7 +140,8 @@ def rotations(
     documents: _Excerpts = 4,
     seed: _Seed = 0,
 ) -> None:
-    """Learn in which basis a model's keys lose least, and write that and a profile that has it.
+    """Learn in which basis a model's keys lose least, and write that and two profiles that have it,
+    NAME with 3 bits and NAME-tiny with 2.
 
     The texts are read once, and what matters in them is counted; no step is trained.
     """
@@ -154,9 +155,12 @@ def rotations(
     material = Material(documents, tokens, seed, None if text is None else read_text(text))
     with _progress() as progress:
         found, path = taught(model, output, material, progress)
-    kv = replace(CompressionConfig(k_bits=3, v_bits=3), basis=Named(output, found.digest))
-    _say_written("basis", kv.basis, path, kv, f"keys in a basis learned on {found.name}")
-    say(f"measure it with leankv eval --kv {output}")
+    named = Named(output, found.digest)
+    say(f"wrote basis {named} to {path}")
+    for name, bits in ((output, 3), (f"{output}-tiny", 2)):
+        kv = CompressionConfig(k_bits=bits, v_bits=bits, window=32, basis=named)
+        _save(name, kv, f"{bits} bits, keys in a basis learned on {found.name}")
+    say(f"measure them with leankv eval --kv {output} --kv {output}-tiny")
 
 
 def _check_output(what: str, output: str) -> None:
@@ -174,15 +178,12 @@ def _check_output(what: str, output: str) -> None:
     profiles()
 
 
-def _say_written(
-    what: str, named: Named, path: Path, config: CompressionConfig, about: str
-) -> None:
-    """Write a profile with what was learned, and say where both are."""
+def _save(name: str, config: CompressionConfig, about: str) -> None:
+    """Write a profile, and say so."""
     from leankv_mlx.profiles import save_profile, user_profiles
 
-    save_profile(user_profiles(), named.name, config.spec().removeprefix("leankv:"), about)
-    say(f"wrote {what} {named} to {path}")
-    say(f"wrote profile {named.name} to {user_profiles()}: {config.spec()}")
+    save_profile(user_profiles(), name, config.spec().removeprefix("leankv:"), about)
+    say(f"wrote profile {name} to {user_profiles()}: {config.spec()}")
 
 
 def show(name: _Name, model: _Model = None, plot: _Plot = None, as_json: LastJson = False) -> None:

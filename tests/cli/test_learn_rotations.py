@@ -29,14 +29,15 @@ def test_a_basis_and_a_profile_come_of_the_bundled_model(
     assert run(["learn", "rotations", "-o", "mine", *FEW, "--seed", "5", "--text", str(text)]) == 0
     captured = capsys.readouterr()
     found = FILES.load("mine")
-    kv = f"k3v3,basis=mine@{found.digest}"
+    kvs = [f"k{bits}v{bits},window=32,basis=mine@{found.digest}" for bits in (3, 2)]
     assert captured.out.splitlines() == [
         f"wrote basis mine@{found.digest} to {own_home}/bases/mine.safetensors",
-        f"wrote profile mine to {own_home}/profiles.toml: leankv:{kv}",
-        "measure it with leankv eval --kv mine",
+        f"wrote profile mine to {own_home}/profiles.toml: leankv:{kvs[0]}",
+        f"wrote profile mine-tiny to {own_home}/profiles.toml: leankv:{kvs[1]}",
+        "measure them with leankv eval --kv mine --kv mine-tiny",
     ]
     assert "100%, reading texts" in captured.err
-    assert profiles()["mine"] == kv
+    assert [profiles()[name] for name in ("mine", "mine-tiny")] == kvs
     assert found.notes["seed"] == "5" and found.notes["text"] != "generated"
     with attach(load().model, "mine") as attached:
         assert attached.learned == list(found.layers)

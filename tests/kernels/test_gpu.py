@@ -16,13 +16,11 @@ import pytest
 from leankv_mlx.benchmarks.tune import tune_attention
 from leankv_mlx.cache.layer import Layer
 from leankv_mlx.cache.shape import Shape as LayerShape
-from leankv_mlx.codec.format import TILE
-from leankv_mlx.config import CompressionConfig
+from leankv_mlx.codec.format import TILE, Format
+from leankv_mlx.config import CompressionConfig, Rounding
 from leankv_mlx.errors import BackendUnavailableError
-from leankv_mlx.kernels import (
-    available_backends,
-    resolve_backend,
-)
+from leankv_mlx.kernels import Centers, Rows, available_backends, resolve_backend
+from leankv_mlx.kernels.encode import encode_ops
 from leankv_mlx.kernels.gpu import Kernel, devices, make_backend, probe
 from leankv_mlx.kernels.gpu.attention import MAX_ROWS
 from leankv_mlx.kernels.gpu.geometry import CANDIDATES, Geometry, Shape, Tuner, built_in
@@ -97,6 +95,14 @@ def test_the_probe_sees_each_operation(operation: str) -> None:
     reference, nothing = resolve_backend("reference"), make_backend("nothing", Nothing())
     with pytest.raises(BackendUnavailableError, match="something else"):
         probe.check(replace(reference, **{operation: getattr(nothing, operation)}))
+
+
+def test_the_probe_sees_an_encoder_that_does_not_shape() -> None:
+    def plain(rows: Rows, centers: Centers, format: Format, how: Rounding, _: Any) -> mx.array:
+        return encode_ops(rows, centers, format, how)
+
+    with pytest.raises(BackendUnavailableError, match="something else"):
+        probe.check(replace(resolve_backend("reference"), encode=plain))
 
 
 def test_a_kernel_is_compiled_once_by_name() -> None:

@@ -9,7 +9,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from leankv_mlx.resources import masks
+from leankv_mlx.resources import bases, masks
 
 REPOSITORY = Path(__file__).parents[2]
 HOOK = "leankv_mlx_hook.pth"
@@ -80,10 +80,13 @@ def test_folders_outside_the_package_go_into_the_wheel(project: Path, tmp_path: 
     }
 
 
-def test_masks_of_the_package_go_into_the_wheel(project: Path, tmp_path: Path) -> None:
-    name = f"leankv_mlx/{masks().name}/demo.safetensors"
+@pytest.mark.parametrize("folder", [masks(), bases()], ids=lambda folder: folder.name)
+def test_what_was_learned_and_ships_goes_into_the_wheel(
+    folder: Path, project: Path, tmp_path: Path
+) -> None:
+    name = f"leankv_mlx/{folder.name}/demo.safetensors"
     add(project, name)
-    assert masks().parent.name == "leankv_mlx"
+    assert folder.parent.name == "leankv_mlx"
     assert name in contents(build(project, "standard", tmp_path / "out"))
 
 

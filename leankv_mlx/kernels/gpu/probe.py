@@ -5,9 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from leankv_mlx.codec.format import TILE, Format
 from leankv_mlx.codec.rotation import hadamard
+from leankv_mlx.codec.shaping import shaping
 from leankv_mlx.errors import BackendUnavailableError
 from leankv_mlx.kernels.append import append, append_batch, append_ops
 from leankv_mlx.kernels.decode_attention import (
@@ -50,7 +52,8 @@ def check(backend: Backend) -> None:
 def _differences(backend: Backend) -> Iterator[float]:
     """From the reference: of what codes lose, of appended rows, of attention."""
     bodies = [_drawn(i, _HEADS, _BLOCKS * TILE) for i in range(len(_SEQUENCES))]
-    yield abs(_loss(bodies[0], backend.encode) - _loss(bodies[0], encode_ops))
+    for how in (None, shaping(np.eye(_DIM)[None].repeat(_HEADS, 0) + 0.1)):
+        yield abs(_loss(bodies[0], backend.encode, how) - _loss(bodies[0], encode_ops, how))
 
     views, new = _views(bodies, backend), _drawn(8, len(_SEQUENCES), _HEADS, 1)
     exact = [view.exact for view in views]
@@ -85,17 +88,17 @@ def _views(bodies: Sequence[Rows], backend: Backend) -> list[View]:
     return views
 
 
-def _encoded(rows: Rows, encode: EncodeOp) -> mx.array:
+def _encoded(rows: Rows, encode: EncodeOp, how: mx.array | None = None) -> mx.array:
     """A pool, head by head."""
-    return encode(rows, _centers(rows), _FORMAT, "search", None).flatten(0, 1)
+    return encode(rows, _centers(rows), _FORMAT, "search", how).flatten(0, 1)
 
 
-def _loss(rows: Rows, encode: EncodeOp) -> float:
+def _loss(rows: Rows, encode: EncodeOp, how: mx.array | None) -> float:
     """Mean distance of rows from what their codes decode to. Single codes may differ where two are
     as good."""
     table = mx.arange(_HEADS * _BLOCKS, dtype=mx.int32).reshape(_HEADS, _BLOCKS)
     lengths = mx.full(_HEADS, _BLOCKS * TILE, mx.int32)
-    tier = Tier(_encoded(rows, encode), table, lengths, _FORMAT, full=True)
+    tier = Tier(_encoded(rows, encode, how), table, lengths, _FORMAT, full=True)
     decoded = dequantize_ops(tier, _centers(rows), mx.float32)
     return float(sum(mx.abs(x - y).mean() for x, y in zip(rows, decoded, strict=True)))
 
