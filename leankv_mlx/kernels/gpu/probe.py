@@ -52,7 +52,7 @@ def check(backend: Backend) -> None:
 def _differences(backend: Backend) -> Iterator[float]:
     """From the reference: of what codes lose, of appended rows, of attention."""
     bodies = [_drawn(i, _HEADS, _BLOCKS * TILE) for i in range(len(_SEQUENCES))]
-    for how in (None, shaping(np.eye(_DIM)[None].repeat(_HEADS, 0) + 0.1)):
+    for how in (None, shaping(np.eye(_DIM)[None].repeat(_HEADS, 0) + 1)):
         yield abs(_loss(bodies[0], backend.encode, how) - _loss(bodies[0], encode_ops, how))
 
     views, new = _views(bodies, backend), _drawn(8, len(_SEQUENCES), _HEADS, 1)
