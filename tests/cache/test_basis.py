@@ -18,6 +18,8 @@ from leankv_mlx.cache.persistence import load, save
 from leankv_mlx.codec.basis import Basis
 from leankv_mlx.errors import ConfigError, DroppedTokensError
 from leankv_mlx.kernels import available_backends
+from leankv_mlx.kernels.dequantize import dequantize
+from leankv_mlx.policies import LOW
 from tests.bases import basis
 from tests.cache.prompt_files import content
 
@@ -241,3 +243,28 @@ def test_a_basis_that_is_not_there_or_does_not_fit() -> None:
     held = cache(of=basis(HEADS, 32))
     with pytest.raises(ConfigError, match="basis=mine is for 2 heads of 32 key channels, but this"):
         held.update(*drawn(0, 10)[1:])
+
+
+@pytest.mark.parametrize("low", [False, True], ids=["as it came", "demoted"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_errors_of_keys_are_where_queries_are_small(backend: str, low: bool) -> None:
+    """In the basis they cost less than without what is known of the queries, in codes of a prompt
+    and in those that a policy makes of other codes."""
+    skewed = stretched()
+    alike = Basis(np.array(skewed.matrix), np.ones((HEADS, DIM)))
+    policy = ",policy=threshold,alpha_high=1e6,alpha_low=0,low=k2v2" if low else ""
+    costs = []
+    for of in (skewed, alike):
+        held = cache(f"k3v3,backend={backend}{policy}", of)
+        _, keys, values = drawn(0, 320)
+        held.update(keys, values)
+        assert held.layer is not None and held.layer.body is not None
+        body = held.layer.body
+        if low:
+            body.place(np.full_like(body.describe().tiers, LOW))
+        (view,) = body.views()
+        stored = dequantize(view, body.centers, mx.float32, held.layer.backend).k
+        turned = np.array(of.apply(keys[0])[:, 4 : 4 + stored.shape[1]])
+        errors = np.array(held.layer.space.rotations[0].undo(stored)) - turned
+        costs.append(float((np.array(skewed.costs)[:, None] * errors**2).sum()))
+    assert costs[0] < 0.7 * costs[1]
