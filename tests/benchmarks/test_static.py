@@ -47,6 +47,7 @@ def product(count: int, gated: bool, keep: int, bits: int, rows: int, tiles: int
     return name, kernel, template | more, static_project.types(kernel, BFLOAT if gated else HALF)
 
 
+ENCODED = CENTERS | {"keys": HALF, "values": BFLOAT, "shaping": "float", "blocks": "uint32_t"}
 KERNELS: list[tuple[str, Kernel, Template, dict[str, str]]] = [
     (
         f"attention-{name}-{strategy}",
@@ -87,7 +88,10 @@ KERNELS: list[tuple[str, Kernel, Template, dict[str, str]]] = [
         {"VC": 5, "BLOCK": 32, "TOKENS": 2, "HEAD_DIM": 150, "SINK": True},
         PARTS | {"sink_logits": HALF, "signs": "float", "out": BFLOAT, "lse": "float"},
     ),
-    ("encode", ENCODE, BLOCKS, CENTERS | {"keys": HALF, "values": BFLOAT, "blocks": "uint32_t"}),
+    *(
+        (name, ENCODE, BLOCKS | {"SHAPED": shaped}, ENCODED)
+        for name, shaped in (("encode", False), ("encode-shaped", True))
+    ),
     ("dequantize", DEQUANTIZE, BLOCKS, INDEX | CENTERS | {"keys": BFLOAT, "values": BFLOAT}),
     ("repack", REPACK, BLOCKS, INDEX | {"blocks": "uint32_t"}),
     append(1),

@@ -25,7 +25,6 @@ from leankv_mlx.evaluation.retrieval import Cell, Retrieval, cells_of, run_retri
 from leankv_mlx.evaluation.stress import STRESSES, Stress, injected
 from leankv_mlx.evaluation.tables import tables
 from leankv_mlx.kernels import encode as encode_module
-from leankv_mlx.kernels.types import Backend
 from leankv_mlx.mlx_lm import LoadedModel, load, make_caches
 from leankv_mlx.mlx_lm.reading import prefill
 from tests.models import TINY
@@ -241,8 +240,8 @@ def test_a_broken_cache_shows(loaded: LoadedModel, monkeypatch: pytest.MonkeyPat
     good = run_fidelity(loaded, arms, texts, ignore)["k8v8"]
     original = encode_module.encode
 
-    def encode(rows: Any, centers: Any, format: Any, rounding: Any, backend: Backend) -> mx.array:
-        words = original(rows, centers, format, rounding, backend)
+    def encode(rows: Any, centers: Any, format: Any, *how: Any) -> mx.array:
+        words = original(rows, centers, format, *how)
         return mx.where(mx.arange(words.shape[-1]) % 64 == 0, words ^ 0xFF, words)
 
     monkeypatch.setattr("leankv_mlx.cache.body.encode", encode)

@@ -92,7 +92,8 @@ def test_again_and_again_changes_and_holds_nothing(model: Any) -> None:
         mx.clear_cache()
         sizes.append(mx.get_active_memory())
     assert same(parameters(model), before)
-    assert max(sizes[1:]) - min(sizes[1:]) < 10_000
+    # What the tests before held may go meanwhile; nothing may be added.
+    assert sizes[-1] - min(sizes[1:]) < 10_000
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
